@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exceptions of the package, each with the exit code its command ends with."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    ENVIRONMENT = 3
+    INTERRUPTED = 130
+
+
+class MosaicError(Exception):
+    """Base of every error this package raises on purpose: what, where, what to do."""
+
+    exit_code = ExitCode.FAILED
+
+
+class UsageError(MosaicError, ValueError):
+    """An option or argument is invalid, alone or together with another."""
+
+    exit_code = ExitCode.USAGE
+
+
+class UnsupportedModelError(MosaicError):
+    """The model's architecture has no adapter, or it is not a causal language model."""
+
+
+class ModelLoadError(MosaicError):
+    """A model directory is missing, incomplete or corrupt."""
+
+
+class CalibrationError(MosaicError):
+    """The calibration text is missing, unreadable or too short."""
+
+
+class NonFiniteError(MosaicError):
+    """A weight or an activation holds NaN or Inf."""
+
+
+class FormatError(MosaicError):
+    """A packed checkpoint contradicts itself or is of an unknown version."""
+
+
+class KernelError(MosaicError, ValueError):
+    """An operator was called with arguments it cannot take."""
+
+
+class BackendError(MosaicError, RuntimeError):
+    """A backend that was asked for cannot run here; the message says why."""
+
+    exit_code = ExitCode.ENVIRONMENT
+
+
+class EnvironmentError_(MosaicError):  # the trailing underscore keeps the builtin's name free
+    """The machine lacks something: disk space, a device, the network."""
+
+    exit_code = ExitCode.ENVIRONMENT
+
+
+class Interrupted(MosaicError):
+    """The run was stopped by the user; the message holds the command that resumes it."""
+
+    exit_code = ExitCode.INTERRUPTED

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators: one schema each, a fake tensor, autograd where activations flow, and dispatch.
+
+Arguments are checked here and nowhere below. Each operator's meaning is its function in
+:mod:`mosaic_kernels.ops.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosaic_kernels.errors import KernelError
+from mosaic_kernels.format import VALUE_DTYPES, PackedWeight
+from mosaic_kernels.ops import cpu, cuda, reference, triton
+from mosaic_kernels.ops import select as _select
+from mosaic_kernels.ops.select import use_backend
+
+__all__ = [
+    "column_square_sums",
+    "obs_block",
+    "outlier_stats",
+    "pack",
+    "select",
+    "sparse_linear",
+    "unpack",
+    "use_backend",
+]
+
+_SCHEMAS = {
+    "sparse_linear": "(Tensor x, Tensor values, Tensor words, Tensor offsets, Tensor? bias, int in_features) -> Tensor",
+    "pack": "(Tensor weight) -> (Tensor values, Tensor bitmask)",
+    "unpack": "(Tensor values, Tensor bitmask, int in_features) -> Tensor",
+    "outlier_stats": "(Tensor weight, Tensor column_norms, float[] alphas) -> (Tensor score_sum, Tensor counts)",
+    "column_square_sums": "(Tensor x) -> Tensor",
+    "select": "(Tensor scores, Tensor keep, str scope) -> Tensor",
+    "obs_block": "(Tensor weight, Tensor factor, Tensor keep, int n, int m) -> (Tensor, Tensor, Tensor)",
+}
+
+_select.register(_select.Backend("cuda", ("cuda",), cuda.KERNELS, cuda.why_not))
+_select.register(_select.Backend("triton", ("cuda",), triton.KERNELS, triton.why_not))
+_select.register(_select.Backend("cpu", ("cpu",), cpu.KERNELS, cpu.why_not))
+_select.register(
+    _select.Backend(
+        "reference", ("cpu", "cuda"), {op: getattr(reference, op) for op in _SCHEMAS}, lambda: None
+    )
+)
+
+
+def _run(op: str) -> Callable[..., Any]:
+    def run(first: Tensor, *rest: Any) -> Any:
+        return _select.kernel(op, first.device)(first, *rest)
+
+    return run
+
+
+_library = torch.library.Library("mosaic", "DEF")
+for _op, _schema in _SCHEMAS.items():
+    _library.define(_op + _schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(_op, _run(_op), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mosaic::sparse_linear")
+def _(x: Tensor, values: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], words.shape[0]))
+
+
+@torch.library.register_fake("mosaic::pack")
+def _(weight: Tensor) -> tuple[Tensor, Tensor]:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    rows, columns = weight.shape
+    return weight.new_empty(nnz), weight.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
+
+
+@torch.library.register_fake("mosaic::unpack")
+def _(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
+    return values.new_empty(bitmask.shape[0], in_features)
+
+
+@torch.library.register_fake("mosaic::outlier_stats")
+def _(weight: Tensor, column_norms: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    return weight.new_empty((), dtype=torch.float64), weight.new_empty(len(alphas), dtype=torch.int64)
+
+
+@torch.library.register_fake("mosaic::column_square_sums")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[-1], dtype=torch.float64)
+
+
+@torch.library.register_fake("mosaic::select")
+def _(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("mosaic::obs_block")
+def _(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(keep)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, words, offsets, bias, in_features = inputs
+    if any(t is not None and t.requires_grad for t in (values, bias)):
+        raise KernelError(
+            "sparse_linear is differentiable in its activations only; call .requires_grad_(False) on the packed "
+            "values and the bias, or train the dense layer"
+        )
+    ctx.save_for_backward(values, words)
+    ctx.in_features = in_features
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, words = ctx.saved_tensors
+    weight = torch.ops.mosaic.unpack(values, words.view(torch.uint8), ctx.in_features)
+    return grad @ weight, None, None, None, None, None
+
+
+torch.library.register_autograd("mosaic::sparse_linear", _backward, setup_context=_save_for_backward)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise KernelError(message)
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """Pack the zeros of a weight away.
+
+    Args:
+        weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
+
+    Returns:
+        The canonical bitmask form; ``unpack`` returns the same weight bit for bit (a negative zero
+        comes back as zero).
+
+    Raises:
+        KernelError: the weight is not a 2-D tensor of one of these dtypes.
+
+    Example:
+        >>> import torch, mosaic_kernels as mk
+        >>> packed = mk.pack(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
+        >>> packed.values.tolist(), packed.bitmask.tolist()
+        ([2.0, 3.0], [[2], [1]])
+    """
+    _require(weight.dim() == 2, f"weight must be 2-D [out_features, in_features], got {list(weight.shape)}")
+    _require(weight.dtype in VALUE_DTYPES, f"weight must be fp32, bf16 or fp16, got {weight.dtype}")
+    values, bitmask = torch.ops.mosaic.pack(weight)
+    return PackedWeight(values, bitmask, (weight.shape[0], weight.shape[1]))
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """The dense ``[out_features, in_features]`` weight of a packed one.
+
+    Raises:
+        FormatError: the number of set bits is not the number of values.
+
+    Example:
+        >>> import torch, mosaic_kernels as mk
+        >>> mk.unpack(mk.pack(torch.eye(2))).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    packed.validate()
+    dense: Tensor = torch.ops.mosaic.unpack(packed.values, packed.bitmask, packed.shape[1])
+    return dense
+
+
+def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``F.linear(x, unpack(packed), bias)`` without unpacking; differentiable in ``x``.
+
+    Args:
+        x: activations ``[..., in_features]``, dtype and device of the packed values.
+        packed: the weight, ``[out_features, in_features]``.
+        bias: ``[out_features]`` or ``None``.
+
+    Returns:
+        ``[..., out_features]`` in the dtype of ``x``; sums are kept in fp32.
+
+    Raises:
+        KernelError: shapes, dtypes or devices do not fit.
+        BackendError: a forced backend cannot run here.
+
+    Example:
+        >>> import torch, mosaic_kernels as mk
+        >>> mk.sparse_linear(torch.tensor([1.0, 2.0]), mk.pack(torch.tensor([[0.0, 3.0]]))).tolist()
+        [6.0]
+    """
+    rows, columns = packed.shape
+    _require(
+        x.dim() >= 1 and x.shape[-1] == columns,
+        f"x has {x.shape[-1] if x.dim() else 0} features but this projection takes {columns}",
+    )
+    _require(x.dtype == packed.values.dtype, f"x is {x.dtype} but the packed values are {packed.values.dtype}")
+    _require(x.device == packed.values.device, f"x is on {x.device} but the packed values are on {packed.values.device}")
+    if bias is not None:
+        _require(list(bias.shape) == [rows], f"bias must be [{rows}], got {list(bias.shape)}")
+        _require(bias.dtype == x.dtype, f"bias is {bias.dtype} but x is {x.dtype}")
+    packed.validate()
+    index = packed.index()
+    out: Tensor = torch.ops.mosaic.sparse_linear(x, packed.values, index.words, index.offsets, bias, columns)
+    return out
+
+
+def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float]) -> tuple[float, list[int]]:
+    """Score sum and outlier counts of one projection: the projection outlier distribution's raw data.
+
+    A weight's score is ``|W_ij| * column_norms_j``; it is an outlier for ``alpha`` when its score
+    exceeds ``alpha`` times the projection's mean score (arXiv 2504.06323).
+
+    Args:
+        weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
+        column_norms: ``[in_features]``, the L2 norm of each input feature over the calibration tokens.
+        alphas: thresholds as multiples of the mean score.
+
+    Returns:
+        The sum of all scores, and for each alpha the number of outliers.
+
+    Raises:
+        KernelError: a shape or dtype does not fit.
+    """
+    _require(weight.dim() == 2 and weight.dtype in VALUE_DTYPES, f"weight must be 2-D fp32, bf16 or fp16, got {weight.dtype} {list(weight.shape)}")
+    _require(
+        list(column_norms.shape) == [weight.shape[1]],
+        f"column_norms must be [{weight.shape[1]}], got {list(column_norms.shape)}",
+    )
+    total, counts = torch.ops.mosaic.outlier_stats(weight, column_norms.float(), list(alphas))
+    return float(total), [int(c) for c in counts]
+
+
+def column_square_sums(x: Tensor) -> Tensor:
+    """Sum of squares of each feature: ``float64 [features]`` of ``x [..., features]`` (fp32, bf16, fp16)."""
+    _require(x.dim() >= 2 and x.dtype in VALUE_DTYPES, f"x must be [..., features] in fp32, bf16 or fp16, got {x.dtype} {list(x.shape)}")
+    sums: Tensor = torch.ops.mosaic.column_square_sums(x)
+    return sums
+
+
+def select(scores: Tensor, keep: int | Tensor | tuple[int, int], scope: str = "matrix") -> Tensor:
+    """Exact top-k mask; equal scores are kept in the order of their index.
+
+    Args:
+        scores: ``[rows, columns]`` fp32, finite.
+        keep: how many to keep. ``scope='matrix'``: one count. ``'row'``: one count for every row, or
+            an int64 tensor ``[rows]``. ``'group'``: ``(n, m)``, the n largest of every m neighbours in a row.
+        scope: ``'matrix'``, ``'row'`` or ``'group'``.
+
+    Returns:
+        ``bool [rows, columns]``, ``True`` where kept, exactly as many as asked for.
+
+    Raises:
+        KernelError: a count is out of range, or a row is not a whole number of groups.
+        NonFiniteError: a score is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from mosaic_kernels import ops
+        >>> ops.select(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 1).tolist()
+        [[False, True, False, False]]
+    """
+    _require(scores.dim() == 2 and scores.dtype == torch.float32, f"scores must be 2-D fp32, got {scores.dtype} {list(scores.shape)}")
+    _require(scope in ("matrix", "row", "group"), f"scope must be 'matrix', 'row' or 'group', got {scope!r}")
+    rows, columns = scores.shape
+    counts = torch.as_tensor(keep, dtype=torch.int64, device="cpu").reshape(-1)
+    if scope == "group":
+        _require(counts.numel() == 2, "scope='group' takes keep=(n, m)")
+        n, m = counts.tolist()
+        _require(0 <= n <= m and m > 0, f"cannot keep {n} of {m}")
+        _require(columns % m == 0, f"{columns} columns are not a multiple of the group size {m}")
+    else:
+        limit = rows * columns if scope == "matrix" else columns
+        if scope == "row" and counts.numel() == 1:
+            counts = counts.expand(rows).contiguous()
+        wanted = 1 if scope == "matrix" else rows
+        _require(counts.numel() == wanted, f"scope={scope!r} takes {wanted} counts, got {counts.numel()}")
+        _require(
+            not counts.numel() or (int(counts.min()) >= 0 and int(counts.max()) <= limit),
+            f"counts must lie in [0, {limit}], got {counts.tolist() if counts.numel() < 9 else 'one outside'}",
+        )
+    mask: Tensor = torch.ops.mosaic.select(scores, counts, scope)
+    return mask
+
+
+def obs_block(weight: Tensor, factor: Tensor, keep: Tensor | None = None, *, n: int = 0, m: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """One block of the optimal-brain-surgeon sweep over columns (SparseGPT, arXiv 2301.00774).
+
+    Args:
+        weight: ``[rows, block]`` fp32, the columns of this block.
+        factor: ``[block, block]`` fp32, this block of the upper Cholesky factor of the inverse Gram.
+        keep: ``bool [rows, block]``, or ``None`` with ``n`` and ``m`` to keep n of every m columns,
+            chosen when the sweep reaches them.
+
+    Returns:
+        The updated weight, the errors ``[rows, block]`` that the columns to the right must absorb
+        (``rest -= errors @ factor[block, rest]``), and the mask.
+
+    Raises:
+        KernelError: shapes or dtypes do not fit, or neither a mask nor a pattern was given.
+    """
+    rows, block = weight.shape
+    _require(weight.dtype == factor.dtype == torch.float32, f"obs_block computes in fp32, got {weight.dtype} and {factor.dtype}")
+    _require(list(factor.shape) == [block, block], f"factor must be [{block}, {block}], got {list(factor.shape)}")
+    _require((keep is None) == (m > 0), "give either a keep mask or a pattern n of m")
+    _require(m == 0 or (0 <= n <= m and block % m == 0), f"cannot keep {n} of every {m} in a block of {block} columns")
+    if keep is None:
+        keep = torch.ones(rows, block, dtype=torch.bool, device=weight.device)
+    _require(keep.shape == weight.shape and keep.dtype == torch.bool, f"keep must be bool {list(weight.shape)}")
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.mosaic.obs_block(weight, factor, keep, n, m)
+    return result
+
+

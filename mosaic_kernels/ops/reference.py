@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operator in plain torch: the specification, the oracle of the tests, and the fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mosaic_kernels.errors import NonFiniteError
+from mosaic_kernels.format import bits_to_mask, mask_to_bits
+
+
+def sparse_linear(
+    x: Tensor, values: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None, in_features: int
+) -> Tensor:
+    return F.linear(x, unpack(values, words.view(torch.uint8), in_features), bias)
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    mask = weight != 0
+    return weight[mask], mask_to_bits(mask)
+
+
+def unpack(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
+    mask = bits_to_mask(bitmask, in_features)
+    return values.new_zeros(mask.shape).masked_scatter_(mask, values)
+
+
+def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    scores = weight.float().abs() * column_norms.float()
+    total = scores.sum(dtype=torch.float64)
+    thresholds = torch.tensor(alphas, dtype=torch.float64, device=weight.device) * (total / max(1, scores.numel()))
+    return total, torch.stack([(scores > t.float()).sum() for t in thresholds])
+
+
+def column_square_sums(x: Tensor) -> Tensor:
+    return x.flatten(0, -2).double().square().sum(0)
+
+
+def select(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
+    if not bool(torch.isfinite(scores).all()):
+        raise NonFiniteError("select: scores hold NaN or Inf; check the weight and its calibration statistics")
+    shape = scores.shape
+    if scope == "matrix":
+        scores, counts = scores.reshape(1, -1), keep
+    elif scope == "group":
+        scores, counts = scores.reshape(-1, int(keep[1])), keep[:1]
+    else:
+        counts = keep
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (rank < counts.to(rank.device).unsqueeze(1)).reshape(shape)
+
+
+def obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    weight, keep, errors = weight.clone(), keep.clone(), torch.empty_like(weight)
+    for j in range(weight.shape[1]):
+        if m and j % m == 0:  # N:M chooses its mask when the sweep reaches the group
+            scores = (weight[:, j : j + m] / factor.diagonal()[j : j + m]).square()
+            keep[:, j : j + m] = select(scores, torch.tensor([n, m]), "group")
+        error = torch.where(keep[:, j], 0, weight[:, j]) / factor[j, j]
+        weight[:, j:] -= error.unsqueeze(1) * factor[j, j:]
+        weight[:, j] *= keep[:, j]
+        errors[:, j] = error
+    return weight, errors, keep

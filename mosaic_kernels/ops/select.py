@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs an operator: a registry, one rule, and one way to force it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mosaic_kernels.errors import BackendError, UsageError
+
+BACKEND_NAMES = ("reference", "cpu", "cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of (some of) the operators.
+
+    Attributes:
+        name: one of :data:`BACKEND_NAMES`.
+        devices: torch device types whose tensors it takes.
+        kernels: operator name -> function with the reference's signature.
+        why_not: ``None`` where it can run on this machine, else the reason in one sentence.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    kernels: Mapping[str, Callable[..., Any]]
+    why_not: Callable[[], str | None]
+
+
+_registry: dict[str, Backend] = {}
+_forced: str | None = None
+
+
+def register(backend: Backend) -> None:
+    """Add a backend; the order of registration is the order of preference."""
+    _registry[backend.name] = backend
+
+
+def backends() -> dict[str, Backend]:
+    """Every registered backend by name, the preferred first."""
+    return dict(_registry)
+
+
+def forced() -> str | None:
+    """The backend that ``MOSAIC_BACKEND`` or :func:`use_backend` forces, if any."""
+    return _forced
+
+
+def kernel(op: str, device: torch.device) -> Callable[..., Any]:
+    """The function that runs ``op`` on tensors of ``device``.
+
+    Raises:
+        BackendError: a forced backend cannot run here, or lacks this operator.
+    """
+    if _forced is not None:
+        return _forced_kernel(_registry[_forced], op, device)
+    for backend in _registry.values():
+        if device.type in backend.devices and op in backend.kernels and backend.why_not() is None:
+            return backend.kernels[op]
+    return _registry["reference"].kernels[op]
+
+
+def _forced_kernel(backend: Backend, op: str, device: torch.device) -> Callable[..., Any]:
+    reason = backend.why_not()
+    if reason is None and device.type not in backend.devices and backend.name != "reference":
+        reason = f"its kernels take {' or '.join(backend.devices)} tensors and this one is on {device}"
+    if reason is None and op not in backend.kernels:
+        reason = f"it has no kernel for '{op}' (it has: {', '.join(sorted(backend.kernels))})"
+    if reason is not None:
+        raise BackendError(f"backend '{backend.name}' was forced but cannot run: {reason}; unset MOSAIC_BACKEND")
+    return backend.kernels[op]
+
+
+def _checked(name: str) -> str:
+    if name not in BACKEND_NAMES:
+        raise UsageError(f"MOSAIC_BACKEND={name!r} is not a backend; choose one of {', '.join(BACKEND_NAMES)}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force ``name`` inside a ``with`` block, as ``MOSAIC_BACKEND`` does for a process."""
+    global _forced
+    before, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+if os.environ.get("MOSAIC_BACKEND"):
+    _forced = _checked(os.environ["MOSAIC_BACKEND"])
