@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Composite projection pruning of Hugging Face language models, and the kernels that run the result.
+
+Importing the package registers the ``mosaic`` checkpoint format with transformers; it touches no
+GPU and no network.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from mosaic_kernels.checkpoint import register_with_transformers
+from mosaic_kernels.errors import MosaicError
+from mosaic_kernels.format import PackedWeight
+from mosaic_kernels.linear import MosaicLinear
+from mosaic_kernels.ops import pack, sparse_linear, unpack
+
+if TYPE_CHECKING:  # at run time the subpackage itself is callable, see prune/__init__.py
+    from mosaic_kernels.prune.pipeline import prune
+
+__all__ = ["MosaicError", "MosaicLinear", "PackedWeight", "__version__", "pack", "prune", "sparse_linear", "unpack"]
+
+try:
+    __version__ = version("mosaic-kernels")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0+unknown"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "prune":
+        return importlib.import_module("mosaic_kernels.prune")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``MosaicLinear``: a linear layer that stores and multiplies only its non-zero weights."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mosaic_kernels import ops
+from mosaic_kernels.format import PackedWeight, RowIndex, bitmask_bytes
+from mosaic_kernels.ops.select import fast_sparse_linear
+
+
+class MosaicLinear(nn.Linear):
+    """Drop-in replacement of ``nn.Linear`` for a weight with zeros.
+
+    Equivalent to ``F.linear(x, unpack(packed), bias)``. The weight is frozen: gradients reach the
+    input, never the packed values.
+
+    Attributes:
+        weight: kept values in row-major order, ``[nnz]``, fp32, bf16 or fp16.
+        bitmask: ``uint8 [out_features, ceil(in_features / 8)]``, least significant bit first.
+        bias: ``[out_features]`` or ``None``.
+
+    Example:
+        >>> import torch, mosaic_kernels as mk
+        >>> dense = torch.nn.Linear(64, 32).requires_grad_(False)
+        >>> _ = dense.weight[dense.weight.abs() < 0.06] = 0
+        >>> layer = mk.MosaicLinear.from_linear(dense)
+        >>> x = torch.randn(2, 64)
+        >>> torch.allclose(layer(x), dense(x), atol=1e-5)
+        True
+    """
+
+    bitmask: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        nnz: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = _frozen(torch.zeros(nnz, device=device, dtype=dtype))
+        self.bitmask = _frozen(
+            torch.zeros(out_features, bitmask_bytes(in_features), device=device, dtype=torch.uint8)
+        )
+        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self._index: RowIndex | None = None
+        self._indexed_bitmask: nn.Parameter | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Self:
+        """Pack the zeros of ``linear`` away; device, dtype and bias are kept.
+
+        Raises:
+            KernelError: the layer's weight is not 2-D fp32, bf16 or fp16.
+        """
+        with torch.no_grad():
+            layer = cls.from_packed(ops.pack(linear.weight.detach()), linear.bias)
+        layer.train(linear.training)
+        return layer
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> Self:
+        """A layer over an already packed weight; nothing is copied.
+
+        Raises:
+            FormatError: bits, values and shape contradict each other.
+        """
+        packed.validate()
+        rows, columns = packed.shape
+        layer = cls(columns, rows, bias=False, device="meta", dtype=packed.values.dtype)
+        layer.weight, layer.bitmask = _frozen(packed.values), _frozen(packed.bitmask)
+        layer.bias = None if bias is None else _frozen(bias.detach())
+        layer.build_index()
+        return layer
+
+    @property
+    def nnz(self) -> int:
+        """Number of kept weights."""
+        return self.weight.numel()
+
+    @property
+    def density(self) -> float:
+        """Share of kept weights, 0 to 1."""
+        return self.nnz / max(1, self.in_features * self.out_features)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight in canonical form, sharing this layer's memory."""
+        return PackedWeight(self.weight.detach(), self.bitmask.detach(), (self.out_features, self.in_features))
+
+    def to_dense(self) -> nn.Linear:
+        """An ordinary ``nn.Linear`` with the same function."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        dense.weight = _frozen(ops.unpack(self.packed))
+        dense.bias = None if self.bias is None else _frozen(self.bias.detach().clone())
+        return dense.train(self.training)
+
+    def build_index(self, name: str = "MosaicLinear") -> None:
+        """Derive what the kernels need from the bits; called after the parameters were replaced.
+
+        Raises:
+            FormatError: bits, values and shape contradict each other (``name`` is in the message).
+        """
+        packed = self.packed
+        packed.validate(name)
+        self._index, self._indexed_bitmask = packed.index(), self.bitmask
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._indexed_bitmask is not self.bitmask:
+            self.build_index()
+        index = self._index
+        assert index is not None  # for the type checker: build_index set it
+        return fast_sparse_linear(
+            input, self.weight, index.words, index.offsets, self.bias, self.in_features
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, density={self.density:.3f}"
+        )
+
+    def reset_parameters(self) -> None:
+        """Nothing to initialise: the values come from a checkpoint or a dense layer."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._forget_index()
+        if not self.bitmask.is_meta:
+            self.build_index()
+        return self
+
+    def _forget_index(self) -> None:
+        self._index = self._indexed_bitmask = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.dim() == 1 and weight.shape != self.weight.shape:
+            # another pattern has another nnz: take its size, so that the ordinary copy fits
+            self.weight = _frozen(self.weight.new_empty(weight.shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._forget_index()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": None, "_indexed_bitmask": None}
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
