@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration activations, block by block, with the keyword arguments the model itself passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosaic_kernels.models import STAGES, Block, ModelAdapter
+from mosaic_kernels.prune.gram import InputStatistics
+
+TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some calibration sequences on their way through the model.
+
+    Attributes:
+        hidden: ``[sequences, seqlen, hidden_size]``, the input of the next block.
+        arguments: for every block, the keyword arguments the model called it with.
+    """
+
+    hidden: Tensor
+    arguments: tuple[dict[str, Any], ...]
+
+
+class _Stop(Exception):
+    """Ends a forward pass once its last wanted input was seen."""
+
+
+@torch.no_grad()
+def embed(adapter: ModelAdapter, tokens: Tensor) -> list[Batch]:
+    """Run the model up to its first block.
+
+    Every block is replaced for the moment by one that notes its keyword arguments and returns its
+    input, so one cheap forward pass of the model tells what each block really receives (masks of
+    sliding-window layers, position embeddings), whatever the transformers version.
+
+    Args:
+        tokens: ``int64 [sequences, seqlen]``.
+    """
+    device = next(adapter.model.parameters()).device
+    per_batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    batches = []
+    for part in tokens.split(per_batch):
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
+        with _recording(adapter, seen):
+            body: Any = getattr(adapter.model, "base_model", adapter.model)
+            body(input_ids=part.to(device), use_cache=False)
+        batches.append(Batch(seen[0][0], tuple(arguments for _, arguments in seen)))
+    return batches
+
+
+@contextmanager
+def _recording(adapter: ModelAdapter, seen: list[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
+    def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise TypeError(f"a decoder block got {len(args)} positional arguments beside its hidden states")
+        seen.append((hidden_states, kwargs))
+        return hidden_states
+
+    for block in adapter.blocks:
+        block.module.forward = recorder  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in adapter.blocks:
+            del block.module.forward
+
+
+def _forward(block: Block, batch: Batch) -> Tensor:
+    output = block.module(batch.hidden, **batch.arguments[block.index])
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+@torch.no_grad()
+def advance(block: Block, batches: Iterable[Batch]) -> list[Batch]:
+    """The batches after ``block``, as it is now."""
+    return [replace(batch, hidden=_forward(block, batch)) for batch in batches]
+
+
+@torch.no_grad()
+def collect(
+    block: Block, batches: Iterable[Batch], stages: Iterable[int], *, with_gram: bool
+) -> dict[int, InputStatistics]:
+    """Statistics of the inputs of the given stages (indices into ``STAGES``), in one forward pass.
+
+    The pass ends where the last of them was seen, so asking for the first stage costs a norm only.
+
+    Raises:
+        NonFiniteError: an input is NaN or infinite.
+    """
+    wanted = sorted(stages)
+    statistics, _ = _observe(block, batches, wanted, with_gram=with_gram, stop=True)
+    return statistics
+
+
+@torch.no_grad()
+def collect_and_advance(
+    block: Block, batches: Iterable[Batch], *, with_gram: bool
+) -> tuple[dict[int, InputStatistics], list[Batch]]:
+    """Statistics of every stage's input and the batches after the block, in one forward pass."""
+    return _observe(block, batches, list(range(len(STAGES))), with_gram=with_gram, stop=False)
+
+
+def _observe(
+    block: Block, batches: Iterable[Batch], stages: list[int], *, with_gram: bool, stop: bool
+) -> tuple[dict[int, InputStatistics], list[Batch]]:
+    statistics: dict[int, InputStatistics] = {}
+    handles = []
+    for stage in stages:
+        layer = block.projection(STAGES[stage][0])
+        statistics[stage] = InputStatistics(layer.in_features, layer.weight.device, with_gram=with_gram)
+        last = stop and stage == stages[-1]
+        handles.append(layer.register_forward_pre_hook(_observer(statistics[stage], last)))
+    outputs = []
+    try:
+        for batch in batches:
+            try:
+                outputs.append(replace(batch, hidden=_forward(block, batch)))
+            except _Stop:
+                continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {stage: found.finish(block.full_name(STAGES[stage][0])) for stage, found in statistics.items()}, outputs
+
+
+def _observer(statistics: InputStatistics, last: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
+        statistics.add(args[0])
+        if last:
+            raise _Stop
+
+    return observe

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--dry-run``: the plan with its sizes, from the configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mosaic_kernels.checkpoint.reader import load_skeleton
+from mosaic_kernels.config import DEFAULT_SEQLEN
+from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.prune.capture import TOKENS_PER_BATCH
+from mosaic_kernels.prune.composite import Plan, make_plan
+from mosaic_kernels.prune.importance import Ranks
+from mosaic_kernels.prune.pipeline import make_config
+from mosaic_kernels.prune.solvers import SOLVERS
+
+
+def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What a run would remove and need; reads the configuration, no weights.
+
+    Without ``ranks`` the spread over projections is not known before calibration; the totals are,
+    because every policy but ``mosaic-reference`` meets the same budget. The targets shown are then uniform.
+
+    Returns:
+        Totals, bytes before and after, predicted peak host bytes, and per projection shape and zeros.
+    """
+    config = make_config(options)
+    skeleton = load_skeleton(model, dtype=config.dtype)
+    adapter = ModelAdapter.of(skeleton)
+    ranks = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
+    known = ranks is not None or config.policy == "uniform" or config.category == "structured"
+    plan = make_plan(adapter, ranks, config if known else replace(config, policy="uniform"))
+    dtype = next(skeleton.parameters()).dtype
+    dense = sum(p.numel() * p.element_size() for p in skeleton.parameters())
+    pruned = dense - plan.prunable * dtype.itemsize + plan.predicted_bytes(dtype.itemsize)
+    seqlen = config.seqlen or min(DEFAULT_SEQLEN, getattr(skeleton.config, "max_position_embeddings", DEFAULT_SEQLEN))
+    return {
+        "model": model,
+        "category": config.category,
+        "policy": config.policy,
+        "targets": "exact" if known else "uniform until a ranking is made",
+        "prunable_parameters": plan.prunable,
+        "removed_parameters": plan.removed,
+        "structured_removed": plan.structured_removed,
+        "unstructured_zeros": sum(plan.zeros.values()),
+        "bytes": {"dense": dense, "pruned": pruned},
+        "peak_memory_bytes": {
+            "host": _peak(adapter, plan, dense, dtype, config.samples, seqlen, SOLVERS[config.solver].with_gram)
+        },
+        "projections": {
+            name: {"shape": list(shape), "zeros": plan.zeros[name], "target": plan.target(name)}
+            for name, shape in plan.shapes.items()
+        },
+    }
+
+
+def _peak(
+    adapter: ModelAdapter, plan: Plan, dense: int, dtype: torch.dtype, samples: int, seqlen: int, with_gram: bool
+) -> int:
+    """Weights, two generations of hidden states, and the largest projection's working set.
+
+    A solve holds about four fp32 Grams (sum, damped copy, factor, inverse factor) and four fp32 copies
+    of the weight; a forward pass holds one batch of the widest activation in fp32.
+    """
+    hidden = adapter.blocks[0].projection("self_attn.q_proj").in_features
+    states = 2 * samples * seqlen * hidden * dtype.itemsize
+    widest = max(i for _, i in plan.original_shapes.values())
+    largest = max(o * i for o, i in plan.original_shapes.values())
+    gram = 4 * widest * widest * 4 if with_gram or plan.structured_removed else 0
+    activations = 3 * min(samples * seqlen, max(TOKENS_PER_BATCH, seqlen)) * widest * 4
+    return dense + states + max(activations, gram + 4 * largest * 4)
+
+
+def describe(prediction: dict[str, Any]) -> str:
+    """The prediction as people read it."""
+    size, peak = prediction["bytes"], prediction["peak_memory_bytes"]["host"]
+    removed, prunable = prediction["removed_parameters"], prediction["prunable_parameters"]
+    lines = [
+        f"model        {prediction['model']}",
+        f"method       {prediction['category']}, policy {prediction['policy']} (targets: {prediction['targets']})",
+        f"removes      {removed:,} of {prunable:,} prunable parameters ({removed / prunable:.2%})",
+        f"             {prediction['structured_removed']:,} in heads and channels, {prediction['unstructured_zeros']:,} as zeros",
+        f"bytes        {size['dense']:,} -> {size['pruned']:,} ({size['pruned'] / size['dense']:.1%})",
+        f"peak memory  about {peak / 2**30:.2f} GiB on the host",
+        "",
+    ]
+    lines += [
+        f"{name:<48} {entry['shape'][0]:>6} x {entry['shape'][1]:<6} {entry['target']:>7.2%}"
+        for name, entry in prediction["projections"].items()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a projection sees: the Gram matrix, or only the column norms, of its calibration inputs."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from mosaic_kernels import ops
+from mosaic_kernels.errors import MosaicError, NonFiniteError
+
+logger = logging.getLogger(__name__)
+
+MAX_DAMPING = 10.0
+
+
+class InputStatistics:
+    """Running sums over the inputs of one projection, or of several that share an input.
+
+    Attributes:
+        tokens: number of rows seen.
+        square_sums: ``float64 [features]``.
+        gram: ``float32 [features, features]``, the sum of outer products, or ``None``.
+    """
+
+    def __init__(self, features: int, device: torch.device, *, with_gram: bool) -> None:
+        self.tokens = 0
+        self.square_sums = torch.zeros(features, dtype=torch.float64, device=device)
+        self.gram = torch.zeros(features, features, device=device) if with_gram else None
+
+    def add(self, x: Tensor) -> None:
+        """Count the rows of ``x [..., features]`` in."""
+        rows = x.detach().flatten(0, -2)
+        self.tokens += rows.shape[0]
+        if self.gram is None:
+            self.square_sums += ops.column_square_sums(rows)
+        else:
+            rows = rows.float()
+            self.gram.addmm_(rows.T, rows)
+
+    def finish(self, name: str) -> InputStatistics:
+        """Check the sums; ``name`` says whose input this is.
+
+        Raises:
+            NonFiniteError: an activation was NaN or infinite, or its square overflowed.
+        """
+        if self.gram is not None:
+            self.square_sums = self.gram.diagonal().double()
+        if not bool(torch.isfinite(self.square_sums).all()):
+            feature = int((~torch.isfinite(self.square_sums)).nonzero()[0])
+            raise NonFiniteError(
+                f"the input of {name} is NaN or infinite in feature {feature}: the model overflows on this text; "
+                "check its weights, or run with --dtype float32"
+            )
+        return self
+
+    @property
+    def column_norms(self) -> Tensor:
+        """L2 norm of each feature over all tokens, ``float32 [features]``."""
+        return self.square_sums.sqrt().float()
+
+    @property
+    def mean_gram(self) -> Tensor:
+        """``X Xᵀ / tokens``, ``float32 [features, features]``."""
+        if self.gram is None:
+            raise MosaicError("this solver needs Gram matrices but only column norms were collected")
+        return self.gram / max(1, self.tokens)
+
+
+def damped_cholesky(gram: Tensor, ridge: Tensor, damping: float, name: str) -> Tensor:
+    """Lower Cholesky factor of ``gram + damping * diag(ridge)``.
+
+    Where it is not positive definite the damping is raised tenfold until it is, and the log says so.
+
+    Args:
+        gram: ``[n, n]``, symmetric.
+        ridge: ``[n]``, positive.
+
+    Raises:
+        MosaicError: not even the largest damping makes it positive definite.
+    """
+    while damping <= MAX_DAMPING:
+        damped = gram + torch.diag(damping * ridge)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
+            return factor
+        logger.warning("%s: Gram matrix is not positive definite at damping %g; trying %g", name, damping, damping * 10)
+        damping *= 10
+    raise MosaicError(f"{name}: the Gram matrix of the calibration inputs cannot be factorised; use more --samples")
+
+
+def mean_ridge(gram: Tensor) -> Tensor:
+    """The mean of the diagonal for every feature; one where the input is dead altogether."""
+    mean = gram.diagonal().mean()
+    return torch.where(mean > 0, mean, torch.ones_like(mean)).expand(gram.shape[0])
+
+
+def jacobi_ridge(gram: Tensor) -> Tensor:
+    """The diagonal itself, so that outlier features do not set everyone's ridge; dead features get the mean."""
+    diagonal = gram.diagonal()
+    floor = mean_ridge(gram) * 1e-4
+    return torch.maximum(diagonal, floor)

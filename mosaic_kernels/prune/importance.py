@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranking: which projections, and which blocks, hold the outliers (arXiv 2504.06323, section 3)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mosaic_kernels import ops
+from mosaic_kernels.errors import UsageError
+from mosaic_kernels.models import STAGES, Block, ModelAdapter
+from mosaic_kernels.prune.capture import Batch, collect_and_advance
+
+RANKS_SCHEMA = 1
+DEFAULT_THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Outlier ratios of a dense model; made once, reusable for every sparsity and category.
+
+    A weight's score is ``|W_ij| * norm_j``; it is an outlier when its score exceeds ``threshold``
+    times the mean score of its projection (``projections``) or of its whole block (``blocks``).
+
+    Attributes:
+        model: where the model came from.
+        calibration: hash of the calibration tokens.
+        tokens: how many there were.
+        projections: full name -> threshold -> outlier ratio.
+        blocks: block prefix -> threshold -> outlier ratio.
+    """
+
+    model: str
+    calibration: str
+    tokens: int
+    projections: dict[str, dict[float, float]]
+    blocks: dict[str, dict[float, float]]
+
+    def save(self, path: Path) -> None:
+        """Write ``ranks.json``."""
+        body = {"schema": RANKS_SCHEMA, **self.__dict__}
+        path.write_text(json.dumps(body, indent=1))
+
+    @classmethod
+    def load(cls, path: Path, adapter: ModelAdapter, threshold: float) -> Ranks:
+        """Read a ranking and check that it is one of this model.
+
+        Raises:
+            UsageError: not a ranking, of another model, or without this threshold.
+        """
+        try:
+            body: dict[str, Any] = json.loads(path.read_text())
+            ranks = cls(
+                str(body["model"]),
+                str(body["calibration"]),
+                int(body["tokens"]),
+                _with_float_keys(body["projections"]),
+                _with_float_keys(body["blocks"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is not a readable ranking ({error}); make one by a run without --ranks") from error
+        if body.get("schema") != RANKS_SCHEMA:
+            raise UsageError(f"{path} has ranking schema {body.get('schema')}, this version reads {RANKS_SCHEMA}")
+        expected = set(adapter.sizes())
+        if set(ranks.projections) != expected or set(ranks.blocks) != {block.prefix for block in adapter.blocks}:
+            odd = sorted(set(ranks.projections) ^ expected)[:1] or sorted(ranks.blocks)[:1]
+            raise UsageError(f"{path} ranks another model (it differs at {odd[0]}): make one for this model")
+        for name, ratios in (*ranks.projections.items(), *ranks.blocks.items()):
+            if threshold not in ratios:
+                known = ", ".join(f"{known:g}" for known in sorted(ratios))
+                raise UsageError(f"{path} has no outlier threshold {threshold:g} for {name}; it has: {known}")
+        return ranks
+
+    def projection_ratios(self, threshold: float) -> dict[str, float]:
+        """Outlier ratio of every projection."""
+        return {name: ratios[threshold] for name, ratios in self.projections.items()}
+
+    def block_ratios(self, threshold: float) -> dict[str, float]:
+        """Outlier ratio of every block."""
+        return {name: ratios[threshold] for name, ratios in self.blocks.items()}
+
+
+def _with_float_keys(table: dict[str, dict[str, float]]) -> dict[str, dict[float, float]]:
+    return {name: {float(key): float(value) for key, value in ratios.items()} for name, ratios in table.items()}
+
+
+def rank(
+    adapter: ModelAdapter, batches: Sequence[Batch], thresholds: Sequence[float], *, model: str, calibration: str
+) -> Ranks:
+    """Rank a dense model in one forward pass over the calibration batches.
+
+    Raises:
+        NonFiniteError: an activation is NaN or infinite.
+    """
+    projections: dict[str, dict[float, float]] = {}
+    blocks: dict[str, dict[float, float]] = {}
+    tokens = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in batches)
+    current = list(batches)
+    for block in adapter.blocks:
+        statistics, current = collect_and_advance(block, current, with_gram=False)
+        norms = {name: statistics[stage].column_norms for stage, names in enumerate(STAGES) for name in names}
+        projections |= _projection_ratios(block, norms, thresholds)
+        blocks[block.prefix] = _block_ratios(block, norms, thresholds)
+    return Ranks(model, calibration, tokens, projections, blocks)
+
+
+def _projection_ratios(block: Block, norms: dict[str, Any], thresholds: Sequence[float]) -> dict[str, dict[float, float]]:
+    ratios = {}
+    for name, norm in norms.items():
+        weight = block.projection(name).weight.detach()
+        _, counts = ops.outlier_stats(weight, norm, thresholds)
+        ratios[block.full_name(name)] = {
+            t: count / weight.numel() for t, count in zip(thresholds, counts, strict=True)
+        }
+    return ratios
+
+
+def _block_ratios(block: Block, norms: dict[str, Any], thresholds: Sequence[float]) -> dict[float, float]:
+    """OWL's view: one mean and one threshold for all projections of a block (arXiv 2310.05175)."""
+    weights = {name: block.projection(name).weight.detach() for name in norms}
+    sums = {name: ops.outlier_stats(weight, norms[name], ())[0] for name, weight in weights.items()}
+    size = sum(weight.numel() for weight in weights.values())
+    mean = sum(sums.values()) / size
+    outliers = [0] * len(thresholds)
+    for name, weight in weights.items():
+        own_mean = sums[name] / weight.numel()
+        if own_mean == 0:
+            continue  # a projection without any score has no outlier either
+        _, counts = ops.outlier_stats(weight, norms[name], [t * mean / own_mean for t in thresholds])
+        outliers = [total + count for total, count in zip(outliers, counts, strict=True)]
+    return {t: count / size for t, count in zip(thresholds, outliers, strict=True)}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal of a run: every finished block on disk, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from mosaic_kernels.errors import UsageError
+from mosaic_kernels.models import PROJECTIONS, Block
+
+
+class Journal:
+    """Finished blocks under one directory; every file appears by rename.
+
+    Args:
+        directory: the journal's own directory, made when first written to.
+        fingerprint: what must agree for blocks of an earlier run to be used again.
+
+    Raises:
+        UsageError: the directory holds the journal of a run with another fingerprint.
+    """
+
+    def __init__(self, directory: Path, fingerprint: dict[str, Any]) -> None:
+        self.directory = directory
+        state = directory / "run.json"
+        if state.exists():
+            before = json.loads(state.read_text())
+            changed = [key for key in fingerprint if before.get(key) != fingerprint[key]]
+            if changed:
+                raise UsageError(
+                    f"cannot resume: {', '.join(changed)} differ from the interrupted run's; repeat its options, "
+                    "or start afresh with --overwrite"
+                )
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            part = state.with_suffix(".part")
+            part.write_text(json.dumps(fingerprint, indent=1))
+            part.replace(state)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are finished."""
+        return len(list(self.directory.glob("block-*.safetensors")))
+
+    def _path(self, block: Block) -> Path:
+        return self.directory / f"block-{block.index:05d}.safetensors"
+
+    def record(self, block: Block) -> None:
+        """Write the projections of a finished block."""
+        tensors = {}
+        for name in PROJECTIONS:
+            layer = block.projection(name)
+            tensors[f"{name}.weight"] = layer.weight.detach().cpu().contiguous()
+            if layer.bias is not None:
+                tensors[f"{name}.bias"] = layer.bias.detach().cpu().contiguous()
+        part = self._path(block).with_suffix(".part")
+        save_file(tensors, part)
+        part.replace(self._path(block))
+
+    def restore(self, block: Block) -> bool:
+        """Put a finished block's projections back; false where the journal has none."""
+        path = self._path(block)
+        if not path.exists():
+            return False
+        with safe_open(path, "pt") as tensors:
+            names = set(tensors.keys())
+            for name in PROJECTIONS:
+                old = block.projection(name)
+                weight = tensors.get_tensor(f"{name}.weight").to(old.weight.device)
+                layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+                layer.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
+                if f"{name}.bias" in names:
+                    bias = tensors.get_tensor(f"{name}.bias").to(old.weight.device)
+                    layer.bias = nn.Parameter(bias, requires_grad=old.weight.requires_grad)
+                block.replace(name, layer.train(old.training))
+        block.refresh_heads()
+        return True

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole line: calibration, ranking, plan, pruning, packing, writing."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mosaic_kernels.checkpoint.reader import check_finite, load_model
+from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
+from mosaic_kernels.config import DEFAULT_SEQLEN, PruneConfig
+from mosaic_kernels.errors import EnvironmentError_, Interrupted, UsageError
+from mosaic_kernels.evaluate.perplexity import Perplexity, perplexity
+from mosaic_kernels.linear import MosaicLinear
+from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.prune.block import prune_block
+from mosaic_kernels.prune.calibration import Calibration, calibrate
+from mosaic_kernels.prune.capture import Batch, advance, embed
+from mosaic_kernels.prune.composite import Plan, make_plan
+from mosaic_kernels.prune.importance import DEFAULT_THRESHOLDS, Ranks, rank
+from mosaic_kernels.prune.journal import Journal
+from mosaic_kernels.prune.report import make_report
+from mosaic_kernels.prune.solvers import SOLVERS
+from mosaic_kernels.text import load_tokens
+
+logger = logging.getLogger(__name__)
+
+# What changes the result, and so must agree before blocks of an interrupted run are used again.
+_RESULT_OPTIONS = (
+    "sparsity", "category", "structured_share", "pattern", "channel_multiple", "policy", "outlier_threshold",
+    "max_deviation", "solver", "seed", "dtype",
+)  # fmt: skip
+
+
+@dataclass
+class _Clock:
+    """Seconds per station."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def lap(self, station: str, since: float) -> float:
+        now = time.perf_counter()
+        self.seconds[station] = self.seconds.get(station, 0.0) + now - since
+        return now
+
+
+def prune(
+    model: Any,
+    *,
+    output_dir: str | Path | None = None,
+    tokenizer: Any = None,
+    command: Sequence[str] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """Prune a causal language model; the library form of ``python -m mosaic_kernels.prune``.
+
+    Args:
+        model: directory or hub id, or a ``PreTrainedModel``, which is pruned in place.
+        output_dir: where to write the checkpoint. Needed for a path; optional for a model.
+        tokenizer: of a model given as an object, where calibration or evaluation text is used.
+        command: the command line, for the report and for the resume hint.
+        **options: fields of :class:`~mosaic_kernels.config.PruneConfig`.
+
+    Returns:
+        The report, the same object as ``mosaic_report.json``.
+
+    Raises:
+        UsageError: an option is invalid, or ``output_dir`` is not empty.
+        ModelLoadError, UnsupportedModelError, CalibrationError, NonFiniteError: bad input.
+        EnvironmentError_: no disk space, no device, no network.
+        Interrupted: stopped by Ctrl-C; the message holds the command that resumes.
+
+    Example:
+        >>> import mosaic_kernels as mk
+        >>> report = mk.prune("examples/tiny-llama", sparsity=0.6, calibration="examples/text/calibration.txt",
+        ...                   samples=8, seqlen=64, output_dir=tmp / "pruned")
+        >>> report["removed_parameters"] == round(0.6 * report["prunable_parameters"])
+        True
+    """
+    config = make_config(options)
+    if output_dir is None and isinstance(model, (str, Path)):
+        raise UsageError("output_dir is needed to prune a model given by path")
+    output = None
+    if output_dir is not None:
+        output = OutputDirectory(Path(output_dir), overwrite=config.overwrite, resume=config.resume)
+    try:
+        return _run(model, tokenizer, config, output, list(command))
+    except KeyboardInterrupt:
+        raise Interrupted(_resume_hint(output, command)) from None
+    except EnvironmentError_:
+        raise  # finished blocks stay in the journal: --resume goes on once the cause is gone
+    except Exception:
+        if output is not None:
+            output.discard()
+        raise
+
+
+def make_config(options: dict[str, Any]) -> PruneConfig:
+    """A checked configuration from keyword options; unknown names are a usage error."""
+    for name in ("ranks", "eval_text"):
+        if options.get(name) is not None:
+            options = {**options, name: Path(options[name])}
+    if "calibration" in options:
+        options = {**options, "calibration": str(options["calibration"])}
+    unknown = sorted(set(options) - set(PruneConfig.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(PruneConfig.__dataclass_fields__)
+        raise UsageError(f"unknown option {unknown[0]!r}; the options are: {known}")
+    return PruneConfig(**options)
+
+
+def _run(
+    source: Any, tokenizer: Any, config: PruneConfig, output: OutputDirectory | None, command: list[str]
+) -> dict[str, Any]:
+    clock = _Clock()
+    device = _device(config.device)
+    if isinstance(source, (str, Path)):
+        model, tokenizer = load_model(source, dtype=config.dtype, device=device)
+    else:
+        model = source
+    model.eval()
+    adapter = ModelAdapter.of(model)
+    _unpack_projections(adapter)
+    check_finite(model)
+    name = str(source) if isinstance(source, (str, Path)) else str(model.config._name_or_path or "in-memory model")
+    lap = clock.lap("load", clock.started)
+
+    eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)
+    seqlen = _seqlen(config, model)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    calibration = calibrate(
+        config.calibration, tokenizer, vocabulary, samples=config.samples, seqlen=seqlen, seed=config.seed
+    )
+    dense = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
+    batches = embed(adapter, calibration.tokens)
+    ranks = _ranks(adapter, batches, calibration, config, name)
+    lap = clock.lap("calibrate", lap)
+
+    plan = make_plan(adapter, ranks, config)
+    lap = clock.lap("allocate", lap)
+    _prune_blocks(adapter, batches, plan, config, _journal(output, calibration, config, name))
+    clock.lap("prune", lap)
+
+    pack_model(adapter)
+    pruned = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
+    report = make_report(
+        adapter, plan, ranks, config, command=command, model=name, seconds=clock.seconds,
+        perplexities=_perplexities(config, dense, pruned),
+    )  # fmt: skip
+    if output is not None:
+        _write(adapter, tokenizer, plan, ranks, config, output, report, clock)
+    clock.seconds["total"] = time.perf_counter() - clock.started
+    return report
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r} is not a torch device: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentError_(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu")
+    return device
+
+
+def _seqlen(config: PruneConfig, model: Any) -> int:
+    limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+    if config.seqlen is None:
+        return min(DEFAULT_SEQLEN, limit)
+    if config.seqlen > limit:
+        raise UsageError(f"--seqlen {config.seqlen} is more than the {limit} positions this model knows")
+    return config.seqlen
+
+
+def _unpack_projections(adapter: ModelAdapter) -> None:
+    """A model that was pruned before is pruned again from its dense form."""
+    for block, name, layer in adapter.projections():
+        if isinstance(layer, MosaicLinear):
+            block.replace(name, layer.to_dense())
+
+
+def _ranks(
+    adapter: ModelAdapter, batches: list[Batch], calibration: Calibration, config: PruneConfig, name: str
+) -> Ranks:
+    if config.ranks is not None:
+        return Ranks.load(config.ranks, adapter, config.outlier_threshold)
+    thresholds = sorted({*DEFAULT_THRESHOLDS, config.outlier_threshold})
+    return rank(adapter, batches, thresholds, model=name, calibration=calibration.digest)
+
+
+def _journal(
+    output: OutputDirectory | None, calibration: Calibration, config: PruneConfig, name: str
+) -> Journal | None:
+    if output is None:
+        return None
+    options = {option: asdict(config)[option] for option in _RESULT_OPTIONS}
+    ranks = None if config.ranks is None else config.ranks.read_text()
+    return Journal(output.journal, {"model": name, "calibration": calibration.digest, "ranks": ranks, **options})
+
+
+def _prune_blocks(
+    adapter: ModelAdapter, batches: list[Batch], plan: Plan, config: PruneConfig, journal: Journal | None
+) -> None:
+    solver = SOLVERS[config.solver]
+    bar = tqdm(adapter.blocks, desc="block", unit="block", disable=not sys.stderr.isatty(), file=sys.stderr)
+    for block, units in zip(bar, plan.units, strict=True):
+        bar.set_description(f"block ({block.index + 1}/{len(adapter.blocks)})")
+        if journal is None or not journal.restore(block):
+            prune_block(block, batches, solver, units, plan.zeros, config.group)
+            if journal is not None:
+                journal.record(block)
+        if block is not adapter.blocks[-1]:
+            batches = advance(block, batches)
+
+
+def _perplexities(config: PruneConfig, dense: Perplexity | None, pruned: Perplexity | None) -> dict[str, Any] | None:
+    if dense is None or pruned is None:
+        return None
+    return {
+        "text": str(config.eval_text),
+        "tokens": dense.tokens,
+        "dense": dense.perplexity,
+        "pruned": pruned.perplexity,
+    }
+
+
+def _write(
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    plan: Plan,
+    ranks: Ranks,
+    config: PruneConfig,
+    output: OutputDirectory,
+    report: dict[str, Any],
+    clock: _Clock,
+) -> None:
+    started = time.perf_counter()
+    write_checkpoint(
+        adapter, output.staging, tokenizer=tokenizer, report=report, original_shapes=plan.original_shapes,
+        source=report["model"], format=config.format,
+    )  # fmt: skip
+    ranks.save(output.staging / "ranks.json")
+    clock.lap("write", started)
+    clock.seconds["total"] = time.perf_counter() - clock.started
+    output.publish(report)
+
+
+def _resume_hint(output: OutputDirectory | None, command: Sequence[str]) -> str:
+    if output is None:
+        return "interrupted; the model in memory is partly pruned"
+    if not command:
+        return f"interrupted; finished blocks are kept in {output.journal}; call again with resume=True"
+    again = [part for part in command if part not in ("--resume", "--overwrite")]
+    return f"interrupted; finished blocks are kept. Resume with:\n  {shlex.join([*again, '--resume'])}"

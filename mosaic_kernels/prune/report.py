@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a run: ``mosaic_report.json``, and the table people read."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from mosaic_kernels.config import PruneConfig
+from mosaic_kernels.linear import MosaicLinear
+from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.prune.composite import Plan
+from mosaic_kernels.prune.importance import Ranks
+
+REPORT_SCHEMA = 1
+
+
+def make_report(
+    adapter: ModelAdapter,
+    plan: Plan,
+    ranks: Ranks,
+    config: PruneConfig,
+    *,
+    command: Sequence[str],
+    model: str,
+    seconds: dict[str, float],
+    perplexities: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The report, counted from the pruned model itself, not from the plan.
+
+    ``seconds`` is kept by reference, so stations that end later still appear.
+    """
+    ratios = ranks.projection_ratios(config.outlier_threshold)
+    projections = {}
+    for block, name, layer in adapter.projections():
+        full = block.full_name(name)
+        rows, columns = plan.original_shapes[full]
+        nnz = layer.nnz if isinstance(layer, MosaicLinear) else int(layer.weight.count_nonzero())
+        projections[full] = {
+            "original_shape": [rows, columns],
+            "shape": [layer.out_features, layer.in_features],
+            "nnz": nnz,
+            "target": plan.target(full),
+            "sparsity": 1 - nnz / (rows * columns),
+            "outlier_ratio": ratios[full],
+        }
+    structured = plan.structured_removed
+    zeros = sum(o["shape"][0] * o["shape"][1] - o["nnz"] for o in projections.values())
+    return {
+        "schema": REPORT_SCHEMA,
+        "model": model,
+        "command": list(command),
+        "seed": config.seed,
+        "versions": _versions(),
+        "device": _device(adapter),
+        "category": config.category,
+        "policy": config.policy,
+        "solver": config.solver,
+        "prunable_parameters": plan.prunable,
+        "removed_parameters": structured + zeros,
+        "removed_difference": structured + zeros - plan.budget,
+        "sparsity": (structured + zeros) / plan.prunable,
+        "structured_removed": structured,
+        "unstructured_zeros": zeros,
+        "projections": projections,
+        "bytes": {"dense": _dense_bytes(adapter, plan), "pruned": _parameter_bytes(adapter)},
+        "perplexity": perplexities,
+        "seconds": seconds,
+        "peak_memory_bytes": {
+            "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "device": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("mosaic-kernels", "torch", "transformers", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device(adapter: ModelAdapter) -> dict[str, Any]:
+    device = next(adapter.model.parameters()).device
+    found: dict[str, Any] = {"type": device.type, "machine": platform.machine(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found["name"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _parameter_bytes(adapter: ModelAdapter) -> int:
+    """Bytes a checkpoint stores: every parameter once, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in adapter.model.parameters())
+
+
+def _dense_bytes(adapter: ModelAdapter, plan: Plan) -> int:
+    """Bytes of the same model before pruning."""
+    parameters = dict(adapter.model.named_parameters())
+    bytes_ = sum(p.numel() * p.element_size() for p in parameters.values())
+    for block, name, layer in adapter.projections():
+        full = block.full_name(name)
+        own = [p for key, p in parameters.items() if key.startswith(f"{full}.")]
+        rows, columns = plan.original_shapes[full]
+        bias = rows if layer.bias is not None else 0
+        bytes_ += (rows * columns + bias) * layer.weight.element_size()
+        bytes_ -= sum(p.numel() * p.element_size() for p in own)
+    return bytes_
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """The result as people read it."""
+    dense, pruned = report["bytes"]["dense"], report["bytes"]["pruned"]
+    lines = [
+        f"model          {report['model']}",
+        f"method         {report['category']}, policy {report['policy']}, solver {report['solver']}",
+        f"removed        {report['removed_parameters']:,} of {report['prunable_parameters']:,} prunable parameters "
+        f"({report['sparsity']:.2%})",
+        f"               {report['structured_removed']:,} in heads and channels, {report['unstructured_zeros']:,} as zeros",
+        f"bytes          {dense:,} -> {pruned:,} ({pruned / dense:.1%})",
+    ]
+    if report["removed_difference"]:
+        lines.insert(4, f"               {report['removed_difference']:+,} from the exact budget")
+    if report["perplexity"] is not None:
+        found = report["perplexity"]
+        lines.append(f"perplexity     {found['dense']:.2f} -> {found['pruned']:.2f} on {found['tokens']:,} tokens of {found['text']}")
+    spent = ", ".join(f"{station} {seconds:.1f}" for station, seconds in report["seconds"].items())
+    lines.append(f"seconds        {spent}")
+    return "\n".join(lines)

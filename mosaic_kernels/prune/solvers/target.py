@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much a solver must remove, and in which pattern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mosaic_kernels import ops
+
+
+@dataclass(frozen=True)
+class Target:
+    """Weights to set to zero in one projection.
+
+    Attributes:
+        remove: how many, exactly.
+        group: ``(n, m)`` keeps n of every m neighbours in a row; ``None`` leaves the places free.
+    """
+
+    remove: int
+    group: tuple[int, int] | None = None
+
+    def keep_best(self, scores: Tensor) -> Tensor:
+        """Mask of the best scores in this pattern, over the whole matrix."""
+        if self.group is not None:
+            return ops.select(scores, self.group, "group")
+        return ops.select(scores, scores.numel() - self.remove, "matrix")
+
+    def keep_best_per_row(self, scores: Tensor) -> Tensor:
+        """The same with equal counts in every row; the first rows lose one more where it does not divide."""
+        if self.group is not None:
+            return ops.select(scores, self.group, "group")
+        rows, columns = scores.shape
+        counts = torch.full((rows,), columns - self.remove // rows, dtype=torch.int64)
+        counts[: self.remove % rows] -= 1
+        return ops.select(scores, counts, "row")

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured removal: whole KV groups and FFN channels, chosen and repaired at their consumer.
+
+A *unit* is a run of neighbouring input features of the consumer: one column of ``down_proj`` for an
+FFN channel; for a KV group the columns of ``o_proj`` that its query heads write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mosaic_kernels.models import Block
+from mosaic_kernels.prune.gram import InputStatistics, damped_cholesky, jacobi_ridge
+
+DAMPING = 0.01
+SWEEP_STEPS = 32  # selection loses nothing measurable against one unit at a time (tests/test_structured.py)
+
+
+@dataclass(frozen=True)
+class Units:
+    """How many units a block loses."""
+
+    groups: int = 0
+    channels: int = 0
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What structured removal must know of a block.
+
+    Attributes:
+        groups: KV groups.
+        channels: FFN channels.
+        group_parameters: prunable weights that leave with one group.
+        channel_parameters: prunable weights that leave with one channel.
+    """
+
+    groups: int
+    channels: int
+    group_parameters: int
+    channel_parameters: int
+
+    @classmethod
+    def of(cls, block: Block) -> BlockShape:
+        hidden = block.projection("self_attn.q_proj").in_features
+        queries = block.query_heads // block.key_value_heads
+        return cls(
+            block.key_value_heads,
+            block.channels,
+            (2 * queries + 2) * block.head_dim * hidden,
+            3 * hidden,
+        )
+
+
+def plan_units(shapes: list[BlockShape], budget: int, multiple: int, *, at_most: bool) -> list[Units]:
+    """Spread ``budget`` parameters over the blocks as whole units, as evenly as units allow.
+
+    Groups are rounded down in every block (losing one costs more than the same parameters in
+    channels), channels make up the rest; widths stay multiples of ``multiple`` wherever the dense
+    width is one, and at least one group and ``multiple`` channels stay.
+
+    Args:
+        at_most: never remove more than ``budget`` (composite pruning fills the rest with zeros);
+            otherwise the nearest count that units allow.
+    """
+    total = sum(s.groups * s.group_parameters + s.channels * s.channel_parameters for s in shapes)
+    share = budget / max(1, total)
+    groups = [min(int(share * s.groups), s.groups - 1) for s in shapes]
+    while True:
+        rest = budget - sum(g * s.group_parameters for g, s in zip(groups, shapes, strict=True))
+        channels = _plan_channels(shapes, rest, multiple, at_most=at_most)
+        missing = rest - sum(c * s.channel_parameters for c, s in zip(channels, shapes, strict=True))
+        # Only where the channels are used up do further groups go, the last blocks first: the first
+        # blocks' heads are the dearest.
+        able = [i for i, s in enumerate(shapes) if groups[i] < s.groups - 1]
+        if not able or missing < shapes[able[-1]].group_parameters:
+            return [Units(g, c) for g, c in zip(groups, channels, strict=True)]
+        most = min(groups[i] for i in able)
+        groups[max(i for i in able if groups[i] == most)] += 1
+
+
+def _plan_channels(shapes: list[BlockShape], budget: int, multiple: int, *, at_most: bool) -> list[int]:
+    """Channels to remove per block; a step is ``multiple`` channels of one block."""
+    total = sum(s.channels * s.channel_parameters for s in shapes)
+    share = max(0.0, budget / max(1, total))
+    options = [_channel_counts(s.channels, multiple) for s in shapes]
+    chosen = [max(i for i, count in enumerate(o) if count <= share * s.channels) for o, s in zip(options, shapes, strict=True)]
+    removed = sum(o[i] * s.channel_parameters for o, i, s in zip(options, chosen, shapes, strict=True))
+    # The last blocks take the further steps first, at most one each per round.
+    progress = True
+    while progress:
+        progress = False
+        for b in reversed(range(len(shapes))):
+            if chosen[b] + 1 == len(options[b]):
+                continue
+            step = (options[b][chosen[b] + 1] - options[b][chosen[b]]) * shapes[b].channel_parameters
+            missing = budget - removed
+            if step <= missing or (not at_most and step - missing < missing):
+                chosen[b] += 1
+                removed += step
+                progress = True
+    return [o[i] for o, i in zip(options, chosen, strict=True)]
+
+
+def _channel_counts(channels: int, multiple: int) -> list[int]:
+    """Every number of channels that may go: none, or so many that a multiple of ``multiple`` stays."""
+    return [0, *(channels - kept for kept in range((channels - 1) // multiple * multiple, 0, -multiple))]
+
+
+def select_units(weight: Tensor, gram: Tensor, unit: int, remove: int, name: str) -> Tensor:
+    """Choose the units whose loss the remaining inputs can make up for best.
+
+    Sweeps units out in batches by the exact least-squares loss ``tr(W_u (C_uu)^-1 W_uᵀ)``, with C the
+    damped inverse Gram, and updates W and C by the Schur complement after each batch.
+
+    Args:
+        weight: the consumer, ``[out, units * unit]`` fp32.
+        gram: mean Gram of its inputs, ``[units * unit, units * unit]`` fp32.
+        unit: neighbouring features of one unit.
+        remove: units to remove.
+
+    Returns:
+        ``bool [units]``, ``True`` where kept.
+    """
+    units = weight.shape[1] // unit
+    kept = torch.ones(units, dtype=torch.bool, device=weight.device)
+    inverse = torch.cholesky_inverse(damped_cholesky(gram, jacobi_ridge(gram), DAMPING, name))
+    weight = weight.clone()
+    batch = max(1, -(-remove // SWEEP_STEPS))
+    while remove:
+        losses = _unit_losses(weight, inverse, unit).masked_fill(~kept, torch.inf)
+        gone = losses.argsort(stable=True)[: min(batch, remove)]
+        kept[gone] = False
+        remove -= gone.numel()
+        columns = (gone.unsqueeze(1) * unit + torch.arange(unit, device=weight.device)).flatten()
+        solved = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+        weight -= weight[:, columns] @ solved
+        inverse -= inverse[:, columns] @ solved
+        # What is gone stays exactly gone; a unit block on the diagonal keeps later losses finite.
+        weight[:, columns] = 0
+        inverse[columns] = 0
+        inverse[:, columns] = 0
+        inverse[columns, columns] = 1
+    return kept
+
+
+def _unit_losses(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
+    """Loss of removing each unit alone, ``[units]``."""
+    if unit == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    units = weight.shape[1] // unit
+    blocks = torch.stack([inverse[u : u + unit, u : u + unit] for u in range(0, units * unit, unit)])
+    columns = weight.T.reshape(units, unit, -1)
+    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+
+
+def refit(weight: Tensor, gram: Tensor, kept: Tensor, name: str) -> Tensor:
+    """Least-squares consumer on the kept features: ``argmin ‖W X − W' X_K‖²``, damped towards ``W_K``.
+
+    Args:
+        weight: ``[out, features]`` fp32.
+        gram: ``[features, features]`` fp32.
+        kept: ``bool [features]``.
+
+    Returns:
+        ``[out, kept features]`` fp32.
+    """
+    inner = gram[kept][:, kept]
+    ridge = jacobi_ridge(inner)
+    factor = damped_cholesky(inner, ridge, DAMPING, name)
+    target = weight @ gram[:, kept] + DAMPING * weight[:, kept] * ridge
+    return torch.cholesky_solve(target.T, factor).T
+
+
+def remove_channels(block: Block, statistics: InputStatistics, count: int) -> None:
+    """Remove ``count`` FFN channels of ``block`` and refit ``down_proj``; statistics are of its input."""
+    if count:
+        name = block.full_name("mlp.down_proj")
+        _remove(block, "mlp.down_proj", {"mlp.gate_proj": 1, "mlp.up_proj": 1}, statistics, 1, count, name)
+
+
+def remove_groups(block: Block, statistics: InputStatistics, count: int) -> None:
+    """Remove ``count`` KV groups of ``block`` and refit ``o_proj``; statistics are of its input."""
+    if count:
+        queries = block.query_heads // block.key_value_heads * block.head_dim
+        producers = {
+            "self_attn.q_proj": queries,
+            "self_attn.k_proj": block.head_dim,
+            "self_attn.v_proj": block.head_dim,
+        }
+        name = block.full_name("self_attn.o_proj")
+        _remove(block, "self_attn.o_proj", producers, statistics, queries, count, name)
+        block.refresh_heads()
+
+
+def _remove(
+    block: Block,
+    consumer: str,
+    producers: dict[str, int],
+    statistics: InputStatistics,
+    unit: int,
+    count: int,
+    name: str,
+) -> None:
+    layer = block.projection(consumer)
+    weight, gram = layer.weight.detach().float(), statistics.mean_gram
+    kept = select_units(weight, gram, unit, count, name)
+    features = kept.repeat_interleave(unit)
+    block.replace(consumer, _like(layer, refit(weight, gram, features, name).to(layer.weight.dtype), layer.bias))
+    for producer, width in producers.items():
+        rows = kept.repeat_interleave(width)
+        old = block.projection(producer)
+        bias = None if old.bias is None else old.bias.detach()[rows]
+        block.replace(producer, _like(old, old.weight.detach()[rows], bias))
+
+
+def _like(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with this weight and bias that otherwise is as ``layer``."""
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    new.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    new.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=layer.weight.requires_grad)
+    return new.train(layer.training)
