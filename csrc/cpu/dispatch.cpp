@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPUID once, then a table. One binary runs everywhere.
+#include <atomic>
+#include <cstring>
+
+#include "cpu/table.h"
+
+#if defined(MOSAIC_X86)
+#include <cpuid.h>
+#endif
+
+namespace mosaic {
+namespace scalar {
+extern const cpu::KernelTable kTable;
+}
+namespace avx2 {
+extern const cpu::KernelTable kTable;
+}
+namespace avx512 {
+extern const cpu::KernelTable kTable;
+}
+
+namespace cpu {
+namespace {
+
+enum Level { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+struct Cpu {
+  Level best = kScalar;
+  char features[160] = "";
+};
+
+#if defined(MOSAIC_X86)
+bool bit(unsigned word, int position) { return (word >> position) & 1u; }
+
+Cpu detect() {
+  Cpu cpu;
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return cpu;
+  const bool fma = bit(c, 12), popcnt = bit(c, 23), osxsave = bit(c, 27), f16c = bit(c, 29);
+  unsigned xcr0 = 0;
+  if (osxsave) {
+    unsigned high;
+    __asm__("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
+  }
+  const bool os_ymm = (xcr0 & 0x06) == 0x06;  // the system saves xmm and ymm
+  const bool os_zmm = (xcr0 & 0xe6) == 0xe6;  // and the mask registers and zmm
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
+  const unsigned subleaves = a;
+  const bool bmi = bit(b, 3) && bit(b, 8), has_avx2 = os_ymm && bit(b, 5);
+  const bool base512 = os_zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
+  const bool vbmi2 = os_zmm && bit(c, 6), vnni = os_zmm && bit(c, 11);
+  bool bf16 = false;
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = os_zmm && bit(a, 5);
+  const struct {
+    bool present;
+    const char* name;
+  } names[] = {{has_avx2, "avx2"}, {fma, "fma"},         {f16c, "f16c"},        {bmi, "bmi2"},
+               {base512, "avx512"}, {vbmi2, "avx512_vbmi2"}, {bf16, "avx512_bf16"}, {vnni, "avx512_vnni"}};
+  for (const auto& feature : names) {
+    if (!feature.present) continue;
+    if (cpu.features[0]) std::strcat(cpu.features, " ");
+    std::strcat(cpu.features, feature.name);
+  }
+  if (has_avx2 && fma && f16c && bmi && popcnt) cpu.best = kAvx2;
+  if (cpu.best == kAvx2 && base512 && vbmi2 && bf16) cpu.best = kAvx512;
+  return cpu;
+}
+
+const KernelTable* table_of(Level level) {
+  return level == kAvx512 ? &avx512::kTable : level == kAvx2 ? &avx2::kTable : &scalar::kTable;
+}
+#else
+Cpu detect() { return Cpu(); }
+const KernelTable* table_of(Level) { return &scalar::kTable; }
+#endif
+
+const Cpu& processor() {
+  static const Cpu cpu = detect();
+  return cpu;
+}
+
+std::atomic<const KernelTable*>& current() {
+  static std::atomic<const KernelTable*> table{table_of(processor().best)};
+  return table;
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *current().load(std::memory_order_relaxed); }
+
+const char* isa() { return kernels().name; }
+
+const char* features() { return processor().features; }
+
+Status set_isa(const char* level) {
+  const char* const names[] = {"scalar", "avx2", "avx512"};
+  for (int i = 0; i < 3; ++i) {
+    if (std::strcmp(level, names[i]) != 0) continue;
+    if (i > processor().best) return invalid("set_isa: this processor lacks that instruction set");
+    current().store(table_of(static_cast<Level>(i)));
+    return {};
+  }
+  return invalid("set_isa: the levels are 'scalar', 'avx2' and 'avx512'");
+}
+
+}  // namespace cpu
+}  // namespace mosaic

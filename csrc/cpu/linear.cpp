@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shares the rows of a sparse weight out over threads, in chunks of equal nnz.
+#include <algorithm>
+
+#include "cpu/table.h"
+#include "cpu/thread_pool.h"
+
+namespace mosaic::cpu {
+namespace {
+
+// Less than this many multiply-adds run on the caller: waking a worker takes 5-50 us.
+constexpr int64_t kInlineWork = 1 << 17;
+// Chunks per thread: enough that a worker that woke late still evens out, few enough to stay streams.
+constexpr int64_t kChunksPerThread = 8;
+constexpr int64_t kMinChunkWork = 1 << 15;
+constexpr int64_t kLoadBytes = 64;
+
+// The first row of chunk c when the nnz are cut into `chunks` equal parts; rows are cut in fours, so
+// that a kernel which takes rows four at a time groups them alike whatever the thread count.
+int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
+  if (c <= 0) return 0;
+  if (c >= chunks) return a.out_features;
+  // A row costs its words as well as its values, hence the second term.
+  const int64_t words = bitmask_words(a.in_features);
+  const int64_t total = a.nnz + a.out_features * words;
+  const int64_t target = total / chunks * c;
+  int64_t low = 0, high = a.out_features;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (a.offsets[middle] + middle * words < target) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low / 4 * 4;
+}
+
+}  // namespace
+
+Status sparse_linear(const LinearArgs& args) {
+  if (args.offsets[args.out_features] != args.nnz) {
+    return invalid("offsets end at another number of values than are stored");
+  }
+  if (args.rows == 0 || args.out_features == 0) return {};
+  const KernelTable& table = kernels();
+  const int kind = static_cast<int>(args.dtype);
+  LinearTask task{args, nullptr, std::max<int64_t>(0, args.nnz - kLoadBytes / item_size(args.dtype) + 1)};
+  if (args.dtype == DType::kFloat32) {
+    task.x32 = static_cast<const float*>(args.x);
+  } else if (table.wants_x32(args.dtype, args.rows)) {
+    const int64_t count = args.rows * args.in_features;
+    auto* x32 = static_cast<float*>(scratch(0, count * 4 + kLoadBytes));
+    if (!x32) return {Code::kUnavailable, "sparse_linear: out of memory"};
+    table.to_float[kind](args.x, x32, count);
+    task.x32 = x32;
+  }
+  const int64_t work = (args.nnz + args.out_features * bitmask_words(args.in_features)) * args.rows;
+  int64_t chunks = 1;
+  if (args.threads > 1 && work > kInlineWork) {
+    chunks = std::min(args.threads * kChunksPerThread, work / kMinChunkWork);
+  }
+  parallel_for(args.threads, chunks, [&](int64_t c) {
+    const int64_t begin = first_row(args, c, chunks), end = first_row(args, c + 1, chunks);
+    if (begin < end) table.linear[kind](task, begin, end);
+  });
+  return {};
+}
+
+}  // namespace mosaic::cpu

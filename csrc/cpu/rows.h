@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// The serial kernels of one instruction set (namespace MOSAIC_ISA, a compile definition), see table.h
+// for what each does. Definitions instantiate the templates they export explicitly.
+#pragma once
+
+#include "cpu/numeric.h"
+#include "cpu/table.h"
+
+namespace mosaic::MOSAIC_ISA {
+
+using namespace mosaic::cpu;
+
+bool wants_x32(DType dtype, int64_t rows);
+template <typename T>
+void linear(const LinearTask& task, int64_t begin, int64_t end);
+
+template <typename T>
+int64_t pack_bits(const void* row, uint8_t* bits, int64_t columns);
+void pack_values(int item_size, const void* row, const uint8_t* bits, void* values, int64_t count, int64_t columns);
+void unpack(int item_size, const void* values, int64_t count, const uint8_t* bits, void* row, int64_t columns);
+int64_t count_bits(const uint8_t* bits, int64_t bytes);
+
+template <typename T>
+void convert_to_float(const void* from, float* to, int64_t count);
+template <typename T>
+double score_sum(const void* row, const float* norms, int64_t columns);
+template <typename T>
+void count_outliers(const void* row, const float* norms, int64_t columns, const float* thresholds,
+                    int64_t alpha_count, int64_t* counts);
+template <typename T>
+void column_sums(const void* x, int64_t rows, int64_t stride, int64_t columns, double* sums);
+
+bool radix_count(const float* scores, int64_t count, RadixPass pass, uint32_t* bins);
+void mark_top(const float* scores, int64_t count, uint32_t threshold, int64_t ties, uint8_t* mask);
+bool mark_groups(const float* scores, int64_t groups, int64_t n, int64_t m, uint8_t* mask);
+
+bool obs_rows(const ObsArgs& args, int64_t begin, int64_t end, float* tile);
+
+}  // namespace mosaic::MOSAIC_ISA

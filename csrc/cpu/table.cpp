@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// One instruction set's table; compiled once for each.
+#include "cpu/rows.h"
+
+#define MOSAIC_TEXT(name) #name
+#define MOSAIC_NAME(name) MOSAIC_TEXT(name)
+#define MOSAIC_EACH_DTYPE(function) {function<float>, function<BFloat16>, function<Half>}
+
+namespace mosaic::MOSAIC_ISA {
+
+extern const KernelTable kTable;
+const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
+                            wants_x32,
+                            MOSAIC_EACH_DTYPE(linear),
+                            MOSAIC_EACH_DTYPE(convert_to_float),
+                            MOSAIC_EACH_DTYPE(pack_bits),
+                            pack_values,
+                            unpack,
+                            count_bits,
+                            MOSAIC_EACH_DTYPE(score_sum),
+                            MOSAIC_EACH_DTYPE(count_outliers),
+                            MOSAIC_EACH_DTYPE(column_sums),
+                            radix_count,
+                            mark_top,
+                            mark_groups,
+                            obs_rows};
+
+}  // namespace mosaic::MOSAIC_ISA

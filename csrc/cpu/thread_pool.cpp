@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/thread_pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <csignal>
+#include <cstdlib>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace mosaic::cpu {
+namespace {
+
+// Lives on its caller's stack. All fields but `next` are guarded by the pool's mutex.
+struct Job {
+  ChunkBody body;
+  const void* context;
+  int64_t chunks;
+  int open_places;  // helpers that may still join
+  int helpers = 0;  // helpers inside
+  Job* following = nullptr;
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) body(context, c);
+  }
+};
+
+class Pool {
+ public:
+  void run(Job& job) {
+    const int wanted = job.open_places;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (workers_ < wanted && add_worker()) {
+      }
+      job.following = jobs_;
+      jobs_ = &job;
+    }
+    for (int i = 0; i < wanted; ++i) work_available_.notify_one();
+    job.work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (Job** link = &jobs_; *link; link = &(*link)->following) {
+      if (*link == &job) {
+        *link = job.following;
+        break;
+      }
+    }
+    helper_left_.wait(lock, [&job] { return job.helpers == 0; });
+  }
+
+ private:
+  bool add_worker() {
+    // Workers inherit a full signal mask: a signal belongs to the threads the application made.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    bool started = true;
+    try {
+      std::thread([this] { serve(); }).detach();
+      ++workers_;
+    } catch (const std::system_error&) {
+      started = false;  // out of threads: the caller does the work alone
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return started;
+  }
+
+  Job* joinable() const {
+    for (Job* job = jobs_; job; job = job->following) {
+      if (job->open_places > 0 && job->next.load(std::memory_order_relaxed) < job->chunks) return job;
+    }
+    return nullptr;
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      Job* job = joinable();
+      if (!job) {
+        work_available_.wait(lock);
+        continue;
+      }
+      --job->open_places;
+      ++job->helpers;
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (--job->helpers == 0) helper_left_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable work_available_;
+  std::condition_variable helper_left_;
+  Job* jobs_ = nullptr;
+  int workers_ = 0;
+};
+
+// Never destroyed: workers may outlive static destructors. A forked child has none of its parent's
+// threads, and the mutex may have been held at the fork, so it starts over with a new pool.
+Pool* g_pool = nullptr;
+
+Pool& pool() {
+  static const bool once = [] {
+    g_pool = new Pool;
+    pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
+    return true;
+  }();
+  (void)once;
+  return *g_pool;
+}
+
+struct Buffers {
+  static constexpr int kSlots = 3;
+  void* memory[kSlots] = {};
+  int64_t bytes[kSlots] = {};
+  ~Buffers() {
+    for (void* p : memory) std::free(p);
+  }
+};
+
+}  // namespace
+
+void run_chunks(int threads, int64_t chunks, ChunkBody body, const void* context) {
+  const int64_t useful = threads < chunks ? threads : chunks;
+  if (useful <= 1) {
+    for (int64_t c = 0; c < chunks; ++c) body(context, c);
+    return;
+  }
+  Job job{body, context, chunks, static_cast<int>(useful - 1)};
+  pool().run(job);
+}
+
+void* scratch(int slot, int64_t bytes) {
+  thread_local Buffers buffers;
+  if (bytes > buffers.bytes[slot]) {
+    std::free(buffers.memory[slot]);
+    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    buffers.memory[slot] = std::aligned_alloc(64, rounded);
+    buffers.bytes[slot] = buffers.memory[slot] ? rounded : 0;
+  }
+  return buffers.memory[slot];
+}
+
+}  // namespace mosaic::cpu

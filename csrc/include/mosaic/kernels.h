@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every entry point of csrc. Pointers are to contiguous memory that the caller owns; nothing here
+// allocates a result, and each function means what its namesake in ops/reference.py computes.
+#pragma once
+
+#include <cstdint>
+
+#include "mosaic/format.h"
+#include "mosaic/status.h"
+
+namespace mosaic {
+
+// out [rows, out_features] = x [rows, in_features] . W^T + bias, with W in row bitmap form.
+struct LinearArgs {
+  const void* x;
+  const void* values;  // [nnz], no padding behind the last one
+  const uint32_t* words;
+  const int64_t* offsets;
+  const void* bias;  // nullptr: none
+  void* out;
+  int64_t rows;
+  int64_t in_features;
+  int64_t out_features;
+  int64_t nnz;
+  DType dtype;  // of x, values, bias and out; sums are fp32
+  int threads;
+};
+
+// First half of packing: the bits of a weight, and offsets [rows + 1] from which the caller learns nnz.
+struct PackBitsArgs {
+  const void* weight;
+  uint8_t* bitmask;
+  int64_t* offsets;
+  int64_t rows;
+  int64_t columns;
+  DType dtype;
+  int threads;
+};
+
+// Second half of packing (weight -> values) and its inverse (values -> weight).
+struct PackValuesArgs {
+  void* weight;
+  void* values;
+  const uint8_t* bitmask;
+  int64_t bitmask_stride;  // bytes from one row of bits to the next: the row bitmap's rows are longer
+  int64_t* offsets;        // [rows + 1]; unpack writes it, pack_values reads it
+  int64_t rows;
+  int64_t columns;
+  int64_t nnz;
+  DType dtype;
+  int threads;
+};
+
+struct OutlierArgs {
+  const void* weight;
+  const float* column_norms;
+  const double* alphas;
+  double* total;    // [1]
+  int64_t* counts;  // [alpha_count]
+  int64_t rows;
+  int64_t columns;
+  int64_t alpha_count;
+  DType dtype;
+  int threads;
+};
+
+struct ColumnSumsArgs {
+  const void* x;
+  double* sums;  // [columns]
+  int64_t rows;
+  int64_t columns;
+  DType dtype;
+  int threads;
+};
+
+enum class Scope : int { kMatrix = 0, kRow = 1, kGroup = 2 };
+
+struct SelectArgs {
+  const float* scores;
+  const int64_t* keep;  // matrix: one count; row: one per row; group: n, m
+  uint8_t* mask;        // [rows, columns], 0 or 1
+  int64_t rows;
+  int64_t columns;
+  Scope scope;
+  int threads;
+};
+
+struct ObsArgs {
+  float* weight;  // [rows, block], updated in place
+  const float* factor;
+  uint8_t* keep;  // [rows, block]; written when m > 0
+  float* errors;
+  int64_t rows;
+  int64_t block;
+  int64_t n;
+  int64_t m;
+  int threads;
+};
+
+namespace cpu {
+
+Status sparse_linear(const LinearArgs&);
+Status pack_bits(const PackBitsArgs&);
+Status pack_values(const PackValuesArgs&);
+Status unpack(const PackValuesArgs&);
+Status outlier_stats(const OutlierArgs&);
+Status column_square_sums(const ColumnSumsArgs&);
+Status select(const SelectArgs&);
+Status obs_block(const ObsArgs&);
+
+const char* isa();                  // the level in use: "scalar", "avx2" or "avx512"
+const char* features();             // what the processor offers, for `python -m mosaic_kernels.info`
+Status set_isa(const char* level);  // a level this processor has; for tests and measurements
+
+}  // namespace cpu
+}  // namespace mosaic

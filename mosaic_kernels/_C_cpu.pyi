@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+def sparse_linear(
+    x: int,
+    values: int,
+    words: int,
+    offsets: int,
+    bias: int,
+    out: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    nnz: int,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def pack_bits(
+    weight: int, bitmask: int, offsets: int, rows: int, columns: int, dtype: int, threads: int
+) -> None: ...
+def pack_values(
+    weight: int,
+    values: int,
+    bitmask: int,
+    bitmask_stride: int,
+    offsets: int,
+    rows: int,
+    columns: int,
+    nnz: int,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def unpack(
+    weight: int,
+    values: int,
+    bitmask: int,
+    bitmask_stride: int,
+    offsets: int,
+    rows: int,
+    columns: int,
+    nnz: int,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def outlier_stats(
+    weight: int,
+    norms: int,
+    alphas: int,
+    total: int,
+    counts: int,
+    rows: int,
+    columns: int,
+    alpha_count: int,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def column_square_sums(x: int, sums: int, rows: int, columns: int, dtype: int, threads: int) -> None: ...
+def select(scores: int, keep: int, mask: int, rows: int, columns: int, scope: int, threads: int) -> None: ...
+def obs_block(
+    weight: int, factor: int, keep: int, errors: int, rows: int, block: int, n: int, m: int, threads: int
+) -> None: ...
+def isa() -> str: ...
+def features() -> str: ...
+def set_isa(level: str) -> None: ...

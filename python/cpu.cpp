@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// mosaic_kernels._C_cpu: addresses and sizes in, exceptions out. The GIL is released around the work.
+#include <pybind11/pybind11.h>
+
+#include "mosaic/kernels.h"
+#include "status.h"
+
+namespace py = pybind11;
+
+namespace mosaic::python {
+namespace {
+
+template <typename T>
+T* address(uintptr_t p) {
+  return reinterpret_cast<T*>(p);
+}
+
+template <typename Args>
+void call(const char* op, Status (*run)(const Args&), const Args& args) {
+  Status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = run(args);
+  }
+  raise_unless_ok(status, op);
+}
+
+void sparse_linear(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias, uintptr_t out,
+                   int64_t rows, int64_t in_features, int64_t out_features, int64_t nnz, int dtype, int threads) {
+  call("sparse_linear", cpu::sparse_linear,
+       LinearArgs{address<void>(x), address<void>(values), address<uint32_t>(words), address<int64_t>(offsets),
+                  address<void>(bias), address<void>(out), rows, in_features, out_features, nnz, DType(dtype),
+                  threads});
+}
+
+void pack_bits(uintptr_t weight, uintptr_t bitmask, uintptr_t offsets, int64_t rows, int64_t columns, int dtype,
+               int threads) {
+  call("pack", cpu::pack_bits,
+       PackBitsArgs{address<void>(weight), address<uint8_t>(bitmask), address<int64_t>(offsets), rows, columns,
+                    DType(dtype), threads});
+}
+
+template <Status (*kRun)(const PackValuesArgs&)>
+void pack_or_unpack(uintptr_t weight, uintptr_t values, uintptr_t bitmask, int64_t bitmask_stride, uintptr_t offsets,
+                    int64_t rows, int64_t columns, int64_t nnz, int dtype, int threads) {
+  call("pack", kRun,
+       PackValuesArgs{address<void>(weight), address<void>(values), address<uint8_t>(bitmask), bitmask_stride,
+                      address<int64_t>(offsets), rows, columns, nnz, DType(dtype), threads});
+}
+
+void outlier_stats(uintptr_t weight, uintptr_t norms, uintptr_t alphas, uintptr_t total, uintptr_t counts,
+                   int64_t rows, int64_t columns, int64_t alpha_count, int dtype, int threads) {
+  call("outlier_stats", cpu::outlier_stats,
+       OutlierArgs{address<void>(weight), address<float>(norms), address<double>(alphas), address<double>(total),
+                   address<int64_t>(counts), rows, columns, alpha_count, DType(dtype), threads});
+}
+
+void column_square_sums(uintptr_t x, uintptr_t sums, int64_t rows, int64_t columns, int dtype, int threads) {
+  call("column_square_sums", cpu::column_square_sums,
+       ColumnSumsArgs{address<void>(x), address<double>(sums), rows, columns, DType(dtype), threads});
+}
+
+void select(uintptr_t scores, uintptr_t keep, uintptr_t mask, int64_t rows, int64_t columns, int scope, int threads) {
+  call("select", cpu::select,
+       SelectArgs{address<float>(scores), address<int64_t>(keep), address<uint8_t>(mask), rows, columns, Scope(scope),
+                  threads});
+}
+
+void obs_block(uintptr_t weight, uintptr_t factor, uintptr_t keep, uintptr_t errors, int64_t rows, int64_t block,
+               int64_t n, int64_t m, int threads) {
+  call("select", cpu::obs_block,
+       ObsArgs{address<float>(weight), address<float>(factor), address<uint8_t>(keep), address<float>(errors), rows,
+               block, n, m, threads});
+}
+
+}  // namespace
+}  // namespace mosaic::python
+
+PYBIND11_MODULE(_C_cpu, m) {
+  using namespace mosaic;
+  using namespace mosaic::python;
+  m.doc() = "CPU kernels of mosaic_kernels; call them through mosaic_kernels.ops";
+  m.def("sparse_linear", python::sparse_linear);
+  m.def("pack_bits", python::pack_bits);
+  m.def("pack_values", pack_or_unpack<cpu::pack_values>);
+  m.def("unpack", pack_or_unpack<cpu::unpack>);
+  m.def("outlier_stats", python::outlier_stats);
+  m.def("column_square_sums", python::column_square_sums);
+  m.def("select", python::select);
+  m.def("obs_block", python::obs_block);
+  m.def("isa", cpu::isa);
+  m.def("features", cpu::features);
+  m.def("set_isa", [](const char* level) { raise_unless_ok(cpu::set_isa(level), "set_isa"); });
+}
