@@ -109,6 +109,6 @@ def resolve_device(name: str) -> torch.device:
 def peak_memory_bytes() -> dict[str, int | None]:
     """Peak memory of this process so far, bytes: ``host``, and ``device`` (``None`` without CUDA)."""
     device = None
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         device = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "device": device}

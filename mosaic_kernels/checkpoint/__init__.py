@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``mosaic`` checkpoint format: how Hugging Face transformers reads and writes it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+__all__ = ["register_with_transformers"]
+
+
+def register_with_transformers() -> None:
+    """Let ``from_pretrained`` read checkpoints whose ``quant_method`` is ``mosaic``; calls may repeat.
+
+    Where transformers is not imported yet, this waits until it is: its part that keeps the register
+    takes 1.9 s of 3.5 s (2-core x86-64, October 2025), which users of the layers alone need not pay.
+    """
+    _when_imported("transformers.quantizers.auto", _register_quantizer)
+    _when_imported("peft.tuners.lora.layer", _guard_lora_merge)
+
+
+def _register_quantizer() -> None:
+    from transformers.quantizers import auto
+
+    from mosaic_kernels.checkpoint.quantizer import MosaicConfig, MosaicQuantizer
+
+    method = MosaicConfig.METHOD
+    if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # registering twice raises
+        auto.register_quantization_config(method)(MosaicConfig)
+    if method not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(method)(MosaicQuantizer)
+
+
+def _guard_lora_merge() -> None:
+    from mosaic_kernels.checkpoint.lora import guard_merge
+
+    guard_merge()
+
+
+def _when_imported(module: str, call: Callable[[], None]) -> None:
+    if module in sys.modules:
+        call()
+    elif not any(isinstance(finder, _AfterImport) and finder.module == module for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(module, call))
+
+
+class _AfterImport(MetaPathFinder):
+    """Calls a function once, as soon as somebody has imported a module."""
+
+    def __init__(self, module: str, call: Callable[[], None]) -> None:
+        self.module, self.call = module, call
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_call(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.call()
+
+        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes, zeros and heads of a model: described for a checkpoint, and put into place from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mosaic_kernels.errors import FormatError
+from mosaic_kernels.linear import MosaicLinear
+from mosaic_kernels.models import Block, ModelAdapter
+
+# Widths that must agree inside a block: (projection, side) on the left equals that on the right.
+_SAME_WIDTH = (
+    (("self_attn.k_proj", "out"), ("self_attn.v_proj", "out")),
+    (("self_attn.q_proj", "out"), ("self_attn.o_proj", "in")),
+    (("mlp.gate_proj", "out"), ("mlp.up_proj", "out")),
+    (("mlp.up_proj", "out"), ("mlp.down_proj", "in")),
+    (("self_attn.q_proj", "in"), ("self_attn.k_proj", "in")),
+    (("self_attn.q_proj", "in"), ("self_attn.v_proj", "in")),
+    (("self_attn.q_proj", "in"), ("self_attn.o_proj", "out")),
+    (("self_attn.q_proj", "in"), ("mlp.gate_proj", "in")),
+    (("self_attn.q_proj", "in"), ("mlp.down_proj", "out")),
+)
+
+
+def describe(adapter: ModelAdapter) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``projections`` and ``heads`` of a model as ``quantization_config`` states them."""
+    projections, heads = {}, {}
+    for block, name, layer in adapter.projections():
+        shape = [layer.out_features, layer.in_features]
+        packed = isinstance(layer, MosaicLinear)
+        nnz = layer.weight.numel() if packed or layer.weight.is_meta else int(layer.weight.count_nonzero())
+        entry: dict[str, Any] = {"shape": shape, "nnz": nnz}
+        if not packed and nnz < shape[0] * shape[1]:
+            entry["packed"] = False
+        projections[block.full_name(name)] = entry
+    for block in adapter.blocks:
+        heads[block.prefix] = {"query": block.query_heads, "key_value": block.key_value_heads}
+    return projections, heads
+
+
+def apply_layout(
+    adapter: ModelAdapter, projections: Mapping[str, Any], heads: Mapping[str, Any], *, packed: bool
+) -> None:
+    """Give every projection of a model on the meta device the kind and shape it has in a checkpoint.
+
+    Args:
+        adapter: the model, as its stock configuration builds it.
+        projections: see :func:`describe`.
+        heads: see :func:`describe`.
+        packed: whether the checkpoint packs weights at all.
+
+    Raises:
+        FormatError: the description contradicts the model or itself.
+    """
+    known = {block.full_name(name): (block, name) for block, name, _ in adapter.projections()}
+    for full_name, entry in projections.items():
+        if full_name not in known:
+            raise FormatError(f"{full_name}: described in quantization_config, but the model has no such projection")
+        rows, columns, nnz = _entry(full_name, entry)
+        block, name = known[full_name]
+        old = block.projection(name)
+        kind: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+        if packed and nnz < rows * columns and entry.get("packed", True):
+            block.replace(name, MosaicLinear(columns, rows, nnz=nnz, **kind))
+        elif (rows, columns) != (old.out_features, old.in_features):
+            block.replace(name, nn.Linear(columns, rows, **kind))
+    for block in adapter.blocks:
+        _check_block(block, heads.get(block.prefix))
+        block.refresh_heads()
+
+
+def is_uniform(adapter: ModelAdapter) -> bool:
+    """Whether every block has the same heads and channels, which a stock configuration can express."""
+    sizes = {(block.query_heads, block.key_value_heads, block.channels) for block in adapter.blocks}
+    if len(sizes) > 1:
+        return False
+    config: Any = adapter.model.config
+    # some configuration classes insist on whole heads of hidden_size even where head_dim is given
+    return bool(config.hidden_size % adapter.blocks[0].query_heads == 0)
+
+
+def stock_shapes(adapter: ModelAdapter) -> dict[str, int]:
+    """The keys of a stock configuration that express the shapes of a uniform model."""
+    block = adapter.blocks[0]
+    return {
+        "num_attention_heads": block.query_heads,
+        "num_key_value_heads": block.key_value_heads,
+        "head_dim": block.head_dim,
+        "intermediate_size": block.channels,
+    }
+
+
+def _entry(full_name: str, entry: Any) -> tuple[int, int, int]:
+    try:
+        (rows, columns), nnz = entry["shape"], entry["nnz"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise FormatError(f'{full_name}: its entry must be {{"shape": [out, in], "nnz": n}}, got {entry!r}') from error
+    if not (all(isinstance(n, int) for n in (rows, columns, nnz)) and rows > 0 and columns > 0):
+        raise FormatError(f"{full_name}: shape and nnz must be whole numbers, got {entry!r}")
+    if not 0 <= nnz <= rows * columns:
+        raise FormatError(f"{full_name}: {nnz} weights do not fit into {rows}x{columns}")
+    return rows, columns, nnz
+
+
+def _check_block(block: Block, heads: Any) -> None:
+    def width(place: tuple[str, str]) -> int:
+        layer = block.projection(place[0])
+        return layer.out_features if place[1] == "out" else layer.in_features
+
+    for left, right in _SAME_WIDTH:
+        if width(left) != width(right):
+            raise FormatError(
+                f"{block.full_name(left[0])}: {left[1]}_features is {width(left)} but {right[1]}_features of "
+                f"{right[0]} is {width(right)}"
+            )
+    for projection in ("self_attn.q_proj", "self_attn.k_proj"):
+        if width((projection, "out")) % block.head_dim:
+            raise FormatError(
+                f"{block.full_name(projection)}: not a whole number of heads of {block.head_dim} features"
+            )
+    found = {"query": block.query_heads, "key_value": block.key_value_heads}
+    if heads is not None and heads != found:
+        raise FormatError(f"{block.prefix}: heads are described as {heads} but the projections have {found}")
+    if block.query_heads % block.key_value_heads:
+        raise FormatError(
+            f"{block.prefix}: {block.query_heads} query heads do not share {block.key_value_heads} KV heads evenly"
+        )

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How transformers loads and saves a mosaic checkpoint: the two classes it registers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mosaic_kernels.checkpoint.files import tensor_shapes
+from mosaic_kernels.checkpoint.layout import apply_layout, describe, is_uniform, stock_shapes
+from mosaic_kernels.errors import FormatError, ModelLoadError, UsageError
+from mosaic_kernels.format import FORMAT_VERSION
+from mosaic_kernels.linear import MosaicLinear
+from mosaic_kernels.models import ModelAdapter
+
+
+class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a mosaic checkpoint.
+
+    Attributes:
+        version: of the format.
+        format: ``bitmask`` (packed projections) or ``dense`` (zeros are stored; only shapes differ).
+        projections: full name -> ``{"shape": [out, in], "nnz": n}``, with ``"packed": false`` where
+            zeros are too few for packing to save bytes.
+        heads: block -> ``{"query": q, "key_value": k}``.
+        provenance: how the model was made.
+
+    Raises:
+        FormatError: the version is not known to this release.
+    """
+
+    METHOD = "mosaic"
+    FORMATS = ("bitmask", "dense")
+
+    def __init__(
+        self,
+        projections: Mapping[str, Any] | None = None,
+        heads: Mapping[str, Any] | None = None,
+        *,
+        version: int = FORMAT_VERSION,
+        format: str = "bitmask",
+        provenance: Mapping[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if version != FORMAT_VERSION:
+            raise FormatError(
+                f"this checkpoint has mosaic format version {version!r} and this release reads version "
+                f"{FORMAT_VERSION}; update mosaic-kernels"
+            )
+        if format not in self.FORMATS:
+            raise FormatError(f"unknown mosaic format {format!r}; this release reads {' and '.join(self.FORMATS)}")
+        self.quant_method = self.METHOD
+        self.version, self.format = version, format
+        self.projections, self.heads = dict(projections or {}), dict(heads or {})
+        self.provenance = dict(provenance or {})
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter, *, format: str = "bitmask", provenance: Mapping[str, Any] | None = None) -> Any:
+        """The description of a model as it stands."""
+        projections, heads = describe(adapter)
+        return cls(projections, heads, format=format, provenance=provenance)
+
+
+class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts :class:`MosaicLinear` where packed weights go, before transformers fills them in."""
+
+    requires_calibration = True
+    quantization_config: Any
+
+    def validate_environment(self, *args: Any, **options: Any) -> None:
+        if not self.pre_quantized:
+            raise UsageError("this model holds no mosaic weights: make them with `python -m mosaic_kernels.prune`")
+
+    def _process_model_before_weight_loading(self, model: Any, **options: Any) -> Any:
+        config = self.quantization_config
+        adapter = ModelAdapter.of(model)
+        apply_layout(adapter, config.projections, config.heads, packed=config.format == "bitmask")
+        files = options.get("checkpoint_files")
+        if files:
+            _require_tensors(model, tensor_shapes(files))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, MosaicLinear):
+                module.requires_grad_(False)  # transformers makes every floating point tensor trainable
+                if not module.bitmask.is_meta:  # offloaded to disk: comes with the first forward pass
+                    module.build_index(name)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Bring the description up to date before saving; ``None``: the model's own tensors are written."""
+        old = self.quantization_config
+        new = MosaicConfig.of(ModelAdapter.of(model), format=old.format, provenance=old.provenance)
+        self.quantization_config = model.config.quantization_config = new
+        if hasattr(model.config, "auto_map"):  # names a file that save_pretrained does not copy
+            del model.config.auto_map
+        return None, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for block, name, layer in ModelAdapter.of(model).projections():
+            if isinstance(layer, MosaicLinear):
+                block.replace(name, layer.to_dense().to(dtype))
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Forget the format after ``dequantize``, but keep the shapes where the stock config has no words for them."""
+        adapter = ModelAdapter.of(model)
+        if is_uniform(adapter):
+            super().remove_quantization_config(model)
+            for key, value in stock_shapes(adapter).items():
+                setattr(model.config, key, value)
+        else:
+            config = MosaicConfig.of(adapter, format="dense", provenance=self.quantization_config.provenance)
+            self.quantization_config = model.config.quantization_config = config
+
+    def is_serializable(self, *args: Any, **options: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """``True`` lets transformers' Trainer train adapters; packed weights themselves stay frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _require_tensors(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse files that lack a tensor of the model: transformers would make it up and only warn."""
+    wanted = model.state_dict()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = {**tied, **{source: target for target, source in tied.items()}}
+    for name, tensor in wanted.items():
+        shape = tuple(tensor.shape)
+        if name in shapes and shapes[name] != shape:
+            raise FormatError(
+                f"{name}: the file holds shape {list(shapes[name])} but the config asks for {list(shape)}"
+            )
+    missing = [name for name in wanted if name not in shapes and tied.get(name) not in shapes]
+    if missing:
+        raise ModelLoadError(f"the weight files lack {_some(missing)}: copy or download the model again")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

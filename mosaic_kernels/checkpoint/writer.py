@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pack a pruned model and write it as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mosaic_kernels.checkpoint import autoload
+from mosaic_kernels.checkpoint.card import model_card, public_name
+from mosaic_kernels.checkpoint.directory import OutputDirectory, require_space, write_errors
+from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
+from mosaic_kernels.checkpoint.progress import bars_on_terminals_only
+from mosaic_kernels.format import packed_bytes
+from mosaic_kernels.linear import MosaicLinear
+from mosaic_kernels.models import ModelAdapter
+
+__all__ = ["OutputDirectory", "pack_model", "write_checkpoint"]
+
+_PROVENANCE = ("sparsity", "category", "policy", "solver", "seed")
+_LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def pack_model(adapter: ModelAdapter) -> None:
+    """Replace, in place, every projection whose zeros save bytes by a :class:`MosaicLinear`.
+
+    A projection without zeros, or with fewer than its bitmask costs (1/16 in bf16, 1/32 in fp32),
+    stays dense. The model's ``config.quantization_config`` then describes it, so that
+    ``save_pretrained`` writes a checkpoint that loads again.
+    """
+    from mosaic_kernels.checkpoint.quantizer import MosaicConfig
+
+    for block, name, layer in adapter.projections():
+        if not isinstance(layer, MosaicLinear):
+            shape, nnz = (layer.out_features, layer.in_features), int(layer.weight.count_nonzero())
+            if packed_bytes(*shape, nnz, layer.weight.element_size()) < layer.weight.nbytes:
+                block.replace(name, MosaicLinear.from_linear(layer))
+    model: Any = adapter.model
+    model.config.quantization_config = MosaicConfig.of(adapter)
+
+
+def write_checkpoint(
+    adapter: ModelAdapter,
+    directory: Path,
+    *,
+    tokenizer: Any,
+    report: Mapping[str, Any],
+    original_shapes: Mapping[str, tuple[int, int]],
+    source: str,
+    format: Literal["mosaic", "dense"],
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a model, packed or not, with everything that belongs beside it; the model stays as it is.
+
+    Args:
+        adapter: the pruned model.
+        directory: where to write, usually :attr:`OutputDirectory.staging`.
+        tokenizer: of the model, or ``None``.
+        report: the content of ``mosaic_report.json``.
+        original_shapes: shape of each projection before pruning, for the model card.
+        source: directory or hub id of the model before pruning.
+        format: ``dense`` stores zeros; it loads with plain transformers where all blocks have one shape.
+        max_shard_size: of one weight file, as in ``save_pretrained``.
+
+    Raises:
+        EnvironmentError_: the disk is full.
+    """
+    from mosaic_kernels.checkpoint.quantizer import MosaicConfig
+
+    model: Any = adapter.model
+    tensors = _dense_tensors(adapter) if format == "dense" else None
+    plain = format == "dense" and is_uniform(adapter)
+    provenance = _provenance(report, source)
+    settings: dict[str, Any] = stock_shapes(adapter) if plain else {"auto_map": dict(autoload.AUTO_MAP)}
+    if not plain:
+        kind = "bitmask" if format == "mosaic" else "dense"
+        settings["quantization_config"] = MosaicConfig.of(adapter, format=kind, provenance=provenance)
+    with write_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        require_space(directory, sum(t.nbytes for t in (tensors or dict(model.named_parameters())).values()))
+        with _saved_as(model, settings), bars_on_terminals_only():
+            model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        if not plain:
+            (directory / autoload.FILE_NAME).write_text(autoload.SOURCE, encoding="utf-8")
+        _copy_licences(Path(source), directory)
+        card = model_card(report, original_shapes, source, plain=plain)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        (directory / "mosaic_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _provenance(report: Mapping[str, Any], source: str) -> dict[str, Any]:
+    package = report.get("versions", {}).get("mosaic-kernels")
+    known = {key: report[key] for key in _PROVENANCE if key in report}
+    return {"package": "mosaic-kernels", "version": package, "source": public_name(source), **known}
+
+
+def _dense_tensors(adapter: ModelAdapter) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = adapter.model.state_dict()
+    for block, name, layer in adapter.projections():
+        if isinstance(layer, MosaicLinear):
+            full_name = block.full_name(name)
+            del tensors[f"{full_name}.bitmask"]
+            tensors[f"{full_name}.weight"] = layer.to_dense().weight.detach()
+    return tensors
+
+
+@contextmanager
+def _saved_as(model: Any, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Let ``save_pretrained`` write these settings, and put the model back as it was."""
+    config, generation, quantizer = model.config, model.generation_config, getattr(model, "hf_quantizer", None)
+    try:
+        model.config = copy.deepcopy(config)
+        for key in ("quantization_config", "auto_map"):
+            if hasattr(model.config, key):
+                delattr(model.config, key)
+        for key, value in settings.items():
+            setattr(model.config, key, value)
+        model.generation_config = _valid_generation(generation)
+        model.hf_quantizer = None  # it would describe the model anew
+        yield
+    finally:
+        model.config, model.generation_config = config, generation
+        model.hf_quantizer = quantizer
+        if quantizer is None:
+            del model.hf_quantizer
+
+
+def _valid_generation(generation: Any) -> Any:
+    """Generation defaults that ``save_pretrained`` accepts: it refuses what published models contain.
+
+    A ``temperature`` beside ``do_sample: false`` loads with a warning but does not save; a run must not
+    fail on it after hours.
+    """
+    if generation is None:
+        return None
+    candidate = copy.deepcopy(generation)
+    try:
+        candidate.validate(strict=True)
+    except ValueError:
+        candidate.do_sample = True
+    return candidate
+
+
+def _copy_licences(source: Path, directory: Path) -> None:
+    if source.is_dir():
+        for pattern in _LICENCE_FILES:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, directory / file.name)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m mosaic_kernels.evaluate``: perplexity, speed and size of a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mosaic_kernels.cli import peak_memory_bytes, run_command
+from mosaic_kernels.errors import ModelLoadError, UsageError
+
+DEFAULT_SEQLEN = 2048
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mosaic_kernels.evaluate",
+        description="Measure perplexity, speed and size of a causal language model, dense or pruned.",
+        epilog="example: python -m mosaic_kernels.evaluate examples/tiny-llama "
+        "--text examples/text/validation.txt --seqlen 256 --latency",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or a hub id")
+    quality = parser.add_argument_group("perplexity")
+    quality.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to predict; without it give --latency")
+    quality.add_argument(
+        "--seqlen", type=int, metavar="N", help=f"tokens in a window (default: {DEFAULT_SEQLEN} or the model's maximum)"
+    )
+    quality.add_argument("--samples", type=int, metavar="N", help="windows, from the start of the text (default: all)")
+    quality.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="windows at once (default: %(default)s)"
+    )
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--latency", action="store_true", help="measure prefill and decode, batch size 1, greedy")
+    speed.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    speed.add_argument("--new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    speed.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="runs, of which the median counts (default: %(default)s)"
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    running.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
+    running.add_argument("--json", action="store_true", help="one JSON line on stdout instead of a table")
+    return parser
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The measurements that the arguments ask for, under the names that ``--json`` prints."""
+    from mosaic_kernels.checkpoint.reader import load_model
+    from mosaic_kernels.evaluate.latency import latency, weight_bytes
+    from mosaic_kernels.evaluate.perplexity import perplexity
+    from mosaic_kernels.text import load_tokens, windows
+
+    if arguments.text is None and not arguments.latency:
+        raise UsageError("nothing to measure: give --text FILE, --latency, or both")
+    if arguments.samples is not None and arguments.samples < 1:
+        raise UsageError(f"--samples must be at least 1, got {arguments.samples}")
+    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    result: dict[str, Any] = {}
+    if arguments.text is not None:
+        if tokenizer is None:
+            raise ModelLoadError(f"{arguments.model} has no tokenizer files, and --text needs them: copy them there")
+        limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+        seqlen = arguments.seqlen or min(DEFAULT_SEQLEN, limit)
+        if seqlen > limit:
+            raise UsageError(f"--seqlen {seqlen} is more than the {limit} positions this model knows")
+        parts = windows(load_tokens(arguments.text, tokenizer), seqlen)[: arguments.samples]
+        result.update(vars(perplexity(model, parts.flatten(), seqlen, arguments.batch_size)))
+    if arguments.latency:
+        result.update(vars(latency(model, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)))
+    return {**result, "weight_bytes": weight_bytes(model), "peak_memory_bytes": peak_memory_bytes()}
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The result as people read it."""
+    mib, peak = 1 << 20, result["peak_memory_bytes"]
+    lines = []
+    if "perplexity" in result:
+        measured = f"on {result['tokens']:,} tokens in {result['seconds']:.1f} s"
+        lines.append(f"perplexity   {result['perplexity']:.3f} {measured}")
+    if "decode_tokens_per_s" in result:
+        lines.append(f"decode       {result['decode_tokens_per_s']:,.1f} tokens/s")
+        lines.append(f"prefill      {result['prefill_tokens_per_s']:,.1f} tokens/s")
+    lines.append(f"weights      {result['weight_bytes'] / mib:,.1f} MiB")
+    device = "" if peak["device"] is None else f", device {peak['device'] / mib:,.0f} MiB"
+    lines.append(f"peak memory  host {peak['host'] / mib:,.0f} MiB{device}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``mosaic-evaluate``; returns the exit code."""
+
+    def body() -> None:
+        arguments = make_parser().parse_args(argv)
+        result = evaluate(arguments)
+        print(json.dumps(result) if arguments.json else format_table(result))
+
+    return run_command(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
