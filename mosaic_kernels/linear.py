@@ -49,12 +49,10 @@ class MosaicLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.weight = _frozen(torch.zeros(nnz, device=device, dtype=dtype))
-        self.bitmask = _frozen(
-            torch.zeros(out_features, bitmask_bytes(in_features), device=device, dtype=torch.uint8)
-        )
-        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self._index: RowIndex | None = None
-        self._indexed_bitmask: nn.Parameter | None = None
+        self.bitmask = _frozen(torch.zeros(out_features, bitmask_bytes(in_features), device=device, dtype=torch.uint8))
+        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
+        # with the bitmask it was built from, in a tuple: a bare Parameter would register as a second one
+        self._index: tuple[nn.Parameter, RowIndex] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
@@ -79,7 +77,7 @@ class MosaicLinear(nn.Linear):
         rows, columns = packed.shape
         layer = cls(columns, rows, bias=False, device="meta", dtype=packed.values.dtype)
         layer.weight, layer.bitmask = _frozen(packed.values), _frozen(packed.bitmask)
-        layer.bias = None if bias is None else _frozen(bias.detach())
+        layer.bias = None if bias is None else _frozen(bias.detach())  # type: ignore[assignment]
         layer.build_index()
         return layer
 
@@ -113,16 +111,14 @@ class MosaicLinear(nn.Linear):
         """
         packed = self.packed
         packed.validate(name)
-        self._index, self._indexed_bitmask = packed.index(), self.bitmask
+        self._index = (self.bitmask, packed.index())
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._indexed_bitmask is not self.bitmask:
+        if self._index is None or self._index[0] is not self.bitmask:
             self.build_index()
-        index = self._index
-        assert index is not None  # for the type checker: build_index set it
-        return fast_sparse_linear(
-            input, self.weight, index.words, index.offsets, self.bias, self.in_features
-        )
+        assert self._index is not None  # for the type checker: build_index set it
+        index = self._index[1]
+        return fast_sparse_linear(input, self.weight, index.words, index.offsets, self.bias, self.in_features)
 
     def extra_repr(self) -> str:
         return (
@@ -134,14 +130,11 @@ class MosaicLinear(nn.Linear):
         """Nothing to initialise: the values come from a checkpoint or a dense layer."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._forget_index()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._index = None
         if not self.bitmask.is_meta:
             self.build_index()
         return self
-
-    def _forget_index(self) -> None:
-        self._index = self._indexed_bitmask = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         weight = state_dict.get(prefix + "weight")
@@ -149,10 +142,10 @@ class MosaicLinear(nn.Linear):
             # another pattern has another nnz: take its size, so that the ordinary copy fits
             self.weight = _frozen(self.weight.new_empty(weight.shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._forget_index()
+        self._index = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_index": None, "_indexed_bitmask": None}
+        return {**self.__dict__, "_index": None}
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
