@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m mosaic_kernels.info``: what is installed, which backends run here, and why another does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mosaic_kernels.cli import run_command
+from mosaic_kernels.errors import BackendError
+from mosaic_kernels.ops import cpu
+from mosaic_kernels.ops.select import backends, kernel
+
+PACKAGES = ("mosaic-kernels", "torch", "transformers", "triton", "safetensors", "numpy", "peft")
+TOOLS = ("c++", "cmake", "nvcc")
+VARIABLES = (
+    "MOSAIC_BACKEND",
+    "MOSAIC_LOG_LEVEL",
+    "MOSAIC_NUM_THREADS",
+    "MOSAIC_CUDA",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+)
+
+
+def collect() -> dict[str, Any]:
+    """Everything the command prints, under the names of ``--json``; needs neither kernels nor a GPU."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "tools": {name: _tool_version(name) for name in TOOLS},
+        "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": cpu.threads(), **_native_cpu()},
+        "cuda": _cuda(),
+        "backends": {
+            name: {"devices": list(backend.devices), "why_not": backend.why_not(), "kernels": sorted(backend.kernels)}
+            for name, backend in backends().items()
+        },
+        "active": {device: _active(device) for device in ("cpu", "cuda")},
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def format_table(found: dict[str, Any]) -> str:
+    """The same as people read it."""
+    processor, cuda = found["cpu"], found["cuda"]
+    lines = [f"{name:<16}{value or 'not installed'}" for name, value in found["versions"].items()]
+    lines += ["", f"{'CPU':<16}{processor['name']}, {processor['cores']} cores, {processor['threads']} threads"]
+    lines += [f"{'instructions':<16}{processor['isa'] or 'unknown'} (CPU has: {processor['features'] or 'unknown'})"]
+    lines += [f"{'CUDA':<16}{cuda['why_not'] or ', '.join(cuda['devices'])} (torch built for {cuda['torch'] or 'CPU'})"]
+    lines += [f"{name:<16}{value or 'not found'}" for name, value in found["tools"].items()]
+    lines += ["", *(f"{name:<16}{entry['why_not'] or 'runs here'}" for name, entry in found["backends"].items())]
+    lines += ["", *(f"{device + ' tensors':<16}{name}" for device, name in found["active"].items())]
+    lines += ["", *(f"{name}={value}" for name, value in found["environment"].items())]
+    return "\n".join(lines).rstrip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _tool_version(name: str) -> str | None:
+    path = shutil.which(name)
+    if path is None:
+        return None
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    lines = done.stdout.splitlines()
+    # nvcc names its release in the fourth line, the others in the first
+    return next((line for line in lines if "release" in line), lines[0] if lines else path)
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    for line in information.read_text().splitlines() if information.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _native_cpu() -> dict[str, str | None]:
+    if cpu.why_not() is not None:
+        return {"isa": None, "features": None}
+    from mosaic_kernels import _C_cpu
+
+    return {"isa": _C_cpu.isa(), "features": _C_cpu.features()}
+
+
+def _cuda() -> dict[str, Any]:
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    why_not: str | None
+    if torch.version.cuda is None:
+        why_not = "this torch was built without CUDA"
+    else:
+        why_not = None if devices else "no device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+    return {"torch": torch.version.cuda, "devices": devices, "why_not": why_not}
+
+
+def _active(device: str) -> str:
+    """The backend that multiplies on ``device``, or the reason why none does."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no device"
+    try:
+        chosen = kernel("sparse_linear", torch.device(device))
+    except BackendError as error:
+        return str(error)
+    return next(name for name, backend in backends().items() if backend.kernels.get("sparse_linear") is chosen)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+
+    def body() -> None:
+        parser = argparse.ArgumentParser(
+            prog="python -m mosaic_kernels.info", description="Versions, backends, and why one does not run."
+        )
+        parser.add_argument("--json", action="store_true", help="one JSON line on stdout instead of a table")
+        arguments, found = parser.parse_args(argv), collect()
+        print(json.dumps(found) if arguments.json else format_table(found))  # noqa: T201
+
+    return run_command(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
