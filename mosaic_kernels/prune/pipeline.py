@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from tqdm import tqdm
 
 from mosaic_kernels.checkpoint.reader import check_finite, load_model
 from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
-from mosaic_kernels.config import DEFAULT_SEQLEN, PruneConfig
+from mosaic_kernels.cli import resolve_device
+from mosaic_kernels.config import DEFAULT_SEQLEN, Category, PruneConfig
 from mosaic_kernels.errors import EnvironmentError_, Interrupted, UsageError
 from mosaic_kernels.evaluate.perplexity import Perplexity, perplexity
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.ops import reference, select
 from mosaic_kernels.prune.block import prune_block
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
@@ -123,12 +126,13 @@ def _run(
     source: Any, tokenizer: Any, config: PruneConfig, output: OutputDirectory | None, command: list[str]
 ) -> dict[str, Any]:
     clock = _Clock()
-    device = _device(config.device)
+    device = resolve_device(config.device)
     if isinstance(source, (str, Path)):
         model, tokenizer = load_model(source, dtype=config.dtype, device=device)
     else:
         model = source
     model.eval()
+    config = _with_category(config, device)
     adapter = ModelAdapter.of(model)
     _unpack_projections(adapter)
     check_finite(model)
@@ -163,16 +167,15 @@ def _run(
     return report
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name!r} is not a torch device: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentError_(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return device
+def _with_category(config: PruneConfig, device: torch.device) -> PruneConfig:
+    """Settle ``auto``: zeros pay only where a kernel uses them, so elsewhere only whole units go."""
+    if config.category != "auto":
+        return config
+    slow = select.kernel("sparse_linear", device) is reference.sparse_linear
+    wants_zeros = config.group is not None or config.structured_share is not None
+    category: Category = "structured" if slow and not wants_zeros else "composite"
+    logger.info("category auto: %s (sparse kernels %s on %s)", category, "missing" if slow else "present", device.type)
+    return replace(config, category=category)
 
 
 def _seqlen(config: PruneConfig, model: Any) -> int:
@@ -254,7 +257,8 @@ def _write(
     ranks.save(output.staging / "ranks.json")
     clock.lap("write", started)
     clock.seconds["total"] = time.perf_counter() - clock.started
-    output.publish(report)
+    (output.staging / "mosaic_report.json").write_text(json.dumps(report, indent=1))  # now with all seconds
+    output.publish()
 
 
 def _resume_hint(output: OutputDirectory | None, command: Sequence[str]) -> str:
