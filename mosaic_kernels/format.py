@@ -49,7 +49,7 @@ def mask_to_bits(mask: Tensor) -> Tensor:
     padded = torch.zeros(rows, bitmask_bytes(columns) * 8, dtype=torch.uint8, device=mask.device)
     padded[:, :columns] = mask
     weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=mask.device)
-    return (padded.view(rows, -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    return (padded.view(rows, bitmask_bytes(columns), 8) * weights).sum(-1, dtype=torch.uint8)
 
 
 def bits_to_mask(bits: Tensor, columns: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_kernels import ops
+from mosaic_kernels.errors import FormatError
 from mosaic_kernels.format import PackedWeight, RowIndex, bitmask_bytes
 from mosaic_kernels.ops.select import fast_sparse_linear
 
@@ -130,9 +131,9 @@ class MosaicLinear(nn.Linear):
         """Nothing to initialise: the values come from a checkpoint or a dense layer."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        had_index, self._index = self._index is not None, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._index = None
-        if not self.bitmask.is_meta:
+        if had_index and not self.bitmask.is_meta:  # not after to_empty(), whose bits are garbage
             self.build_index()
         return self
 
@@ -143,6 +144,11 @@ class MosaicLinear(nn.Linear):
             self.weight = _frozen(self.weight.new_empty(weight.shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._index = None
+        if not self.bitmask.is_meta:  # now rather than in forward(), which may run inside a compiled graph
+            try:
+                self.build_index(prefix.removesuffix("."))
+            except FormatError as error:
+                rest[-1].append(str(error))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}
