@@ -12,6 +12,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)  # busy machines are slow, not wrong
+settings.load_profile("repeatable")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
