@@ -93,13 +93,15 @@ class PruneConfig:
         if self.group is None:
             return
         n, m = self.group
-        fixed = 1 - n / m
+        fixed = (m - n) / m
+        if math.isclose(self.sparsity, fixed, abs_tol=1e-6):  # 1:3 removes 2/3, which nobody can type
+            object.__setattr__(self, "sparsity", fixed)
         if self.category == "structured":
             raise UsageError(f"pattern {self.pattern} sets single weights to zero; category structured removes units only")
         if self.category == "unstructured" and self.sparsity != fixed:
             raise UsageError(
-                f"pattern {self.pattern} removes exactly {fixed:g} of every projection, not {self.sparsity}: "
-                f"use --sparsity {fixed:g}, or --category composite to remove more"
+                f"pattern {self.pattern} removes exactly {fixed:.6g} of every projection, not {self.sparsity}: "
+                f"use --sparsity {fixed:.6g}, or --category composite to remove more"
             )
         if self.sparsity < fixed:
             raise UsageError(f"pattern {self.pattern} removes at least {fixed:g}, more than --sparsity {self.sparsity}")
