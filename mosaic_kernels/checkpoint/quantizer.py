@@ -68,7 +68,6 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
 class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts :class:`MosaicLinear` where packed weights go, before transformers fills them in."""
 
-    requires_calibration = True
     quantization_config: Any
 
     def validate_environment(self, *args: Any, **options: Any) -> None:
