@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from mosaic_kernels.info import collect, format_table, main
+from mosaic_kernels.ops import use_backend
+
+
+def test_json_and_table_say_the_same(capsys: Any) -> None:
+    assert main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main([]) == 0
+    table = capsys.readouterr().out
+    assert found["versions"]["torch"] == torch.__version__
+    for name, entry in found["backends"].items():
+        assert f"{name:<16}{entry['why_not'] or 'runs here'}" in table
+    assert f"cpu tensors     {found['active']['cpu']}" in table
+
+
+def test_the_active_backend_is_one_that_runs() -> None:
+    found = collect()
+    assert found["backends"][found["active"]["cpu"]]["why_not"] is None
+    assert found["backends"]["reference"]["why_not"] is None
+    assert found["cpu"]["threads"] == torch.get_num_threads()
+
+
+def test_a_forced_backend_that_cannot_run_is_explained() -> None:
+    with use_backend("reference"):
+        assert collect()["active"]["cpu"] == "reference"
+    with use_backend("triton"):
+        assert "backend 'triton' was forced but cannot run" in collect()["active"]["cpu"]
+
+
+def test_variables_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOSAIC_LOG_LEVEL", "debug")
+    monkeypatch.delenv("MOSAIC_CUDA", raising=False)
+    found = collect()
+    assert found["environment"]["MOSAIC_LOG_LEVEL"] == "debug"
+    assert "MOSAIC_CUDA" not in found["environment"]
+    assert "MOSAIC_LOG_LEVEL=debug" in format_table(found)
+
+
+def test_a_build_without_kernels_is_explained() -> None:
+    """Its main use: the native modules are missing."""
+    program = (
+        "import sys\n"
+        "sys.modules['mosaic_kernels._C_cpu'] = sys.modules['mosaic_kernels._C_cuda'] = None\n"
+        "from mosaic_kernels.info import main\n"
+        "sys.exit(main(['--json']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    found = json.loads(done.stdout)
+    assert "_C_cpu did not load" in found["backends"]["cpu"]["why_not"]
+    assert found["backends"]["cuda"]["why_not"]
+    assert found["active"]["cpu"] == "reference"
+    assert found["cpu"]["isa"] is None
