@@ -13,10 +13,12 @@ constexpr int64_t kInlineWork = 1 << 17;
 // Chunks per thread: enough that a worker that woke late still evens out, few enough to stay streams.
 constexpr int64_t kChunksPerThread = 8;
 constexpr int64_t kMinChunkWork = 1 << 15;
+constexpr int64_t kRowMultiple = 12;
 constexpr int64_t kLoadBytes = 64;
+constexpr int64_t kInlinePacking = 1 << 19;  // elements of x that the caller interleaves alone
 
-// The first row of chunk c when the nnz are cut into `chunks` equal parts; rows are cut in fours, so
-// that a kernel which takes rows four at a time groups them alike whatever the thread count.
+// The first row of chunk c when the nnz are cut into `chunks` equal parts, a multiple of the most rows
+// that a kernel takes at once.
 int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
   if (c <= 0) return 0;
   if (c >= chunks) return a.out_features;
@@ -33,7 +35,7 @@ int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
       high = middle;
     }
   }
-  return low / 4 * 4;
+  return low / kRowMultiple * kRowMultiple;
 }
 
 }  // namespace
@@ -45,15 +47,19 @@ Status sparse_linear(const LinearArgs& args) {
   if (args.rows == 0 || args.out_features == 0) return {};
   const KernelTable& table = kernels();
   const int kind = static_cast<int>(args.dtype);
-  LinearTask task{args, nullptr, std::max<int64_t>(0, args.nnz - kLoadBytes / item_size(args.dtype) + 1)};
-  if (args.dtype == DType::kFloat32) {
-    task.x32 = static_cast<const float*>(args.x);
-  } else if (table.wants_x32(args.dtype, args.rows)) {
-    const int64_t count = args.rows * args.in_features;
-    auto* x32 = static_cast<float*>(scratch(0, count * 4 + kLoadBytes));
-    if (!x32) return {Code::kUnavailable, "sparse_linear: out of memory"};
-    table.to_float[kind](args.x, x32, count);
-    task.x32 = x32;
+  LinearTask task{args, args.x, std::max<int64_t>(0, args.nnz - kLoadBytes / item_size(args.dtype) + 1)};
+  const int64_t padded = bitmask_words(args.in_features) * kWordBits;
+  const int x_size = table.packed_x_size(args.dtype);
+  if (args.rows > 1 || padded != args.in_features || x_size != item_size(args.dtype)) {
+    auto* packed = static_cast<char*>(scratch(0, args.rows * padded * x_size));
+    if (!packed) return {Code::kUnavailable, "sparse_linear: out of memory"};
+    const int threads = args.rows * padded > kInlinePacking ? args.threads : 1;
+    parallel_for(threads, (args.rows + kRowBlock - 1) / kRowBlock, [&](int64_t b) {
+      const int64_t n = b * kRowBlock;
+      table.pack_x[kind](static_cast<const char*>(args.x) + n * args.in_features * item_size(args.dtype),
+                         std::min(kRowBlock, args.rows - n), args.in_features, packed + n * padded * x_size);
+    });
+    task.x = packed;
   }
   const int64_t work = (args.nnz + args.out_features * bitmask_words(args.in_features)) * args.rows;
   int64_t chunks = 1;

@@ -10,9 +10,11 @@ namespace mosaic::MOSAIC_ISA {
 
 using namespace mosaic::cpu;
 
-bool wants_x32(DType dtype, int64_t rows);
 template <typename T>
 void linear(const LinearTask& task, int64_t begin, int64_t end);
+int packed_x_size(DType dtype);
+template <typename T>
+void pack_x(const void* x, int64_t rows, int64_t in_features, void* packed);
 
 template <typename T>
 int64_t pack_bits(const void* row, uint8_t* bits, int64_t columns);
@@ -20,8 +22,6 @@ void pack_values(int item_size, const void* row, const uint8_t* bits, void* valu
 void unpack(int item_size, const void* values, int64_t count, const uint8_t* bits, void* row, int64_t columns);
 int64_t count_bits(const uint8_t* bits, int64_t bytes);
 
-template <typename T>
-void convert_to_float(const void* from, float* to, int64_t count);
 template <typename T>
 double score_sum(const void* row, const float* norms, int64_t columns);
 template <typename T>

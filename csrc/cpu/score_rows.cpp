@@ -16,12 +16,6 @@ float score(T weight, float norm) {
 }  // namespace
 
 template <typename T>
-void convert_to_float(const void* from, float* to, int64_t count) {
-  const T* source = static_cast<const T*>(from);
-  for (int64_t i = 0; i < count; ++i) to[i] = to_float(source[i]);
-}
-
-template <typename T>
 double score_sum(const void* from, const float* norms, int64_t columns) {
   const T* row = static_cast<const T*>(from);
   double lanes[kLanes] = {};
@@ -67,7 +61,6 @@ void column_sums(const void* from, int64_t rows, int64_t stride, int64_t columns
 }
 
 #define MOSAIC_INSTANTIATE(T)                                                                             \
-  template void convert_to_float<T>(const void*, float*, int64_t);                                        \
   template double score_sum<T>(const void*, const float*, int64_t);                                       \
   template void count_outliers<T>(const void*, const float*, int64_t, const float*, int64_t, int64_t*);   \
   template void column_sums<T>(const void*, int64_t, int64_t, int64_t, double*);

@@ -10,9 +10,9 @@ namespace mosaic::MOSAIC_ISA {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
-                            wants_x32,
                             MOSAIC_EACH_DTYPE(linear),
-                            MOSAIC_EACH_DTYPE(convert_to_float),
+                            packed_x_size,
+                            MOSAIC_EACH_DTYPE(pack_x),
                             MOSAIC_EACH_DTYPE(pack_bits),
                             pack_values,
                             unpack,

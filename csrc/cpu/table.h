@@ -7,9 +7,14 @@
 
 namespace mosaic::cpu {
 
+// Rows of x go through the linear kernels in blocks of this many (the last one may be smaller).
+constexpr int64_t kRowBlock = 8;
+
 struct LinearTask {
   LinearArgs args;
-  const float* x32;     // x in fp32 where the level asked for it, else nullptr
+  // x interleaved block by block, [word][row of the block][32], columns past the last one zero; in the
+  // element type that packed_x_size tells. Block b starts at row 8 b of 32 * bitmask_words columns each.
+  const void* x;
   int64_t fast_values;  // a 64-byte load that starts below this index stays inside `values`
 };
 
@@ -23,9 +28,13 @@ constexpr int kRadixBins = 2048;
 
 struct KernelTable {
   const char* name;
-  bool (*wants_x32)(DType, int64_t rows);  // whether the linear kernel reads x from LinearTask::x32
+
+  // All rows of x against weight rows [begin, end).
   void (*linear[3])(const LinearTask&, int64_t begin, int64_t end);
-  void (*to_float[3])(const void* from, float* to, int64_t count);
+  // Bytes of an element of LinearTask::x: 4 (fp32), or 2 where the kernel multiplies x as it is.
+  int (*packed_x_size)(DType);
+  // Interleaves up to kRowBlock rows of x.
+  void (*pack_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed);
 
   // Bits of one row; returns its number of kept weights.
   int64_t (*pack_bits[3])(const void* row, uint8_t* bits, int64_t columns);
