@@ -48,11 +48,11 @@ def embed(adapter: ModelAdapter, tokens: Tensor) -> list[Batch]:
     device = next(adapter.model.parameters()).device
     per_batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
     batches = []
-    for part in tokens.split(per_batch):
+    for start in range(0, len(tokens), per_batch):
         seen: list[tuple[Tensor, dict[str, Any]]] = []
         with _recording(adapter, seen):
             body: Any = getattr(adapter.model, "base_model", adapter.model)
-            body(input_ids=part.to(device), use_cache=False)
+            body(input_ids=tokens[start : start + per_batch].to(device), use_cache=False)
         batches.append(Batch(seen[0][0], tuple(arguments for _, arguments in seen)))
     return batches
 
@@ -65,13 +65,17 @@ def _recording(adapter: ModelAdapter, seen: list[tuple[Tensor, dict[str, Any]]])
         seen.append((hidden_states, kwargs))
         return hidden_states
 
+    before = [vars(block.module).get("forward") for block in adapter.blocks]  # set where somebody else wraps it
     for block in adapter.blocks:
         block.module.forward = recorder  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for block in adapter.blocks:
-            del block.module.forward
+        for block, wrapper in zip(adapter.blocks, before, strict=True):
+            if wrapper is None:
+                del block.module.forward
+            else:
+                block.module.forward = wrapper  # type: ignore[method-assign]
 
 
 def _forward(block: Block, batch: Batch) -> Tensor:

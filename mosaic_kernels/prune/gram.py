@@ -83,6 +83,7 @@ def damped_cholesky(gram: Tensor, ridge: Tensor, damping: float, name: str) -> T
     """
     while damping <= MAX_DAMPING:
         damped = gram + torch.diag(damping * ridge)
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
             return factor
@@ -98,7 +99,7 @@ def mean_ridge(gram: Tensor) -> Tensor:
 
 
 def jacobi_ridge(gram: Tensor) -> Tensor:
-    """The diagonal itself, so that outlier features do not set everyone's ridge; dead features get the mean."""
+    """The diagonal itself, so that outlier features do not set everyone's ridge; dead ones get 1e-4 of the mean."""
     diagonal = gram.diagonal()
     floor = mean_ridge(gram) * 1e-4
     return torch.maximum(diagonal, floor)

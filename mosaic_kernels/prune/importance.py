@@ -61,14 +61,16 @@ class Ranks:
                 _with_float_keys(body["blocks"]),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is not a readable ranking ({error}); make one by a run without --ranks") from error
+            raise UsageError(f"{path} is not a readable ranking ({error}); a run without --ranks makes one") from error
         if body.get("schema") != RANKS_SCHEMA:
             raise UsageError(f"{path} has ranking schema {body.get('schema')}, this version reads {RANKS_SCHEMA}")
-        expected = set(adapter.sizes())
-        if set(ranks.projections) != expected or set(ranks.blocks) != {block.prefix for block in adapter.blocks}:
-            odd = sorted(set(ranks.projections) ^ expected)[:1] or sorted(ranks.blocks)[:1]
+        blocks = {block.prefix for block in adapter.blocks}
+        odd = sorted((set(ranks.projections) ^ set(adapter.sizes())) | (set(ranks.blocks) ^ blocks))
+        if odd:
             raise UsageError(f"{path} ranks another model (it differs at {odd[0]}): make one for this model")
         for name, ratios in (*ranks.projections.items(), *ranks.blocks.items()):
+            if not all(0 <= ratio <= 1 for ratio in ratios.values()):  # also refuses NaN
+                raise UsageError(f"{path} is damaged: an outlier ratio of {name} does not lie in [0, 1]; make it anew")
             if threshold not in ratios:
                 known = ", ".join(f"{known:g}" for known in sorted(ratios))
                 raise UsageError(f"{path} has no outlier threshold {threshold:g} for {name}; it has: {known}")
@@ -107,14 +109,14 @@ def rank(
     return Ranks(model, calibration, tokens, projections, blocks)
 
 
-def _projection_ratios(block: Block, norms: dict[str, Any], thresholds: Sequence[float]) -> dict[str, dict[float, float]]:
+def _projection_ratios(
+    block: Block, norms: dict[str, Any], thresholds: Sequence[float]
+) -> dict[str, dict[float, float]]:
     ratios = {}
     for name, norm in norms.items():
         weight = block.projection(name).weight.detach()
         _, counts = ops.outlier_stats(weight, norm, thresholds)
-        ratios[block.full_name(name)] = {
-            t: count / weight.numel() for t, count in zip(thresholds, counts, strict=True)
-        }
+        ratios[block.full_name(name)] = {t: count / weight.numel() for t, count in zip(thresholds, counts, strict=True)}
     return ratios
 
 
