@@ -65,7 +65,10 @@ def calibrate(source: str, tokenizer: Any, vocabulary: int, *, samples: int, seq
     if source == "random":
         return Calibration(torch.randint(vocabulary, (samples, seqlen), generator=generator), source)
     if tokenizer is None:
-        raise CalibrationError("the model directory has no tokenizer: add its files, or use --calibration random")
+        raise CalibrationError(
+            "calibration text needs a tokenizer: add its files to the model directory (in Python: pass tokenizer=), "
+            "or use --calibration random"
+        )
     tokens = _cached_tokens(Path(source), tokenizer) if _is_file(source) else _dataset_tokens(source, tokenizer)
     if tokens.numel() < seqlen:
         raise CalibrationError(
@@ -74,7 +77,7 @@ def calibrate(source: str, tokenizer: Any, vocabulary: int, *, samples: int, seq
         )
     if int(tokens.max()) >= vocabulary:
         raise CalibrationError(
-            f"the tokenizer makes token {int(tokens.max())} but the model knows {vocabulary}: they do not belong together"
+            f"the tokenizer makes token {int(tokens.max())} but the model knows {vocabulary}: one is of another model"
         )
     return Calibration(_draw(tokens, samples, seqlen, generator), source)
 
@@ -89,7 +92,7 @@ def _draw(tokens: Tensor, samples: int, seqlen: int, generator: torch.Generator)
     """Distinct non-overlapping windows at random; with too little text all there are, and a warning."""
     available = tokens.numel() // seqlen
     if available < samples:
-        logger.warning("the calibration text holds %d windows of %d tokens, not %d: using all", available, seqlen, samples)
+        logger.warning("the text holds %d windows of %d tokens, not %d: using all", available, seqlen, samples)
     spare = tokens.numel() - available * seqlen
     start = int(torch.randint(spare + 1, (), generator=generator))
     windows = tokens[start : start + available * seqlen].view(available, seqlen)
@@ -110,7 +113,8 @@ def _cached_tokens(path: Path, tokenizer: Any) -> Tensor:
     key.update((backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))).encode())
     cached = cache_directory() / f"tokens-{key.hexdigest()}.safetensors"
     with contextlib.suppress(OSError, SafetensorError, KeyError):
-        return load_file(cached)["tokens"]
+        cached_tokens: Tensor = load_file(cached)["tokens"]
+        return cached_tokens
     tokens = load_tokens(path, tokenizer)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
