@@ -54,7 +54,8 @@ class PruneConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in (("category", Category), ("policy", Policy), ("solver", SolverName), ("format", OutputFormat)):
+        choices = {"category": Category, "policy": Policy, "solver": SolverName, "format": OutputFormat}
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if not 0 <= self.sparsity < 1:  # also refuses NaN
@@ -97,7 +98,7 @@ class PruneConfig:
         if math.isclose(self.sparsity, fixed, abs_tol=1e-6):  # 1:3 removes 2/3, which nobody can type
             object.__setattr__(self, "sparsity", fixed)
         if self.category == "structured":
-            raise UsageError(f"pattern {self.pattern} sets single weights to zero; category structured removes units only")
+            raise UsageError(f"pattern {self.pattern} sets weights to zero; category structured removes units only")
         if self.category == "unstructured" and self.sparsity != fixed:
             raise UsageError(
                 f"pattern {self.pattern} removes exactly {fixed:.6g} of every projection, not {self.sparsity}: "

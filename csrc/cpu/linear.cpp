@@ -13,6 +13,8 @@ constexpr int64_t kInlineWork = 1 << 17;
 // Chunks per thread: enough that a worker that woke late still evens out, few enough to stay streams.
 constexpr int64_t kChunksPerThread = 8;
 constexpr int64_t kMinChunkWork = 1 << 15;
+// Several blocks of rows read a chunk of weights one after the other: it should stay in L2 meanwhile.
+constexpr int64_t kCachedBytes = 1 << 18;
 constexpr int64_t kRowMultiple = 12;
 constexpr int64_t kLoadBytes = 64;
 constexpr int64_t kInlinePacking = 1 << 19;  // elements of x that the caller interleaves alone
@@ -61,11 +63,12 @@ Status sparse_linear(const LinearArgs& args) {
     });
     task.x = packed;
   }
-  const int64_t work = (args.nnz + args.out_features * bitmask_words(args.in_features)) * args.rows;
+  const int64_t weights = args.nnz + args.out_features * bitmask_words(args.in_features);
   int64_t chunks = 1;
-  if (args.threads > 1 && work > kInlineWork) {
-    chunks = std::min(args.threads * kChunksPerThread, work / kMinChunkWork);
+  if (args.threads > 1 && weights * args.rows > kInlineWork) {
+    chunks = std::min(args.threads * kChunksPerThread, weights * args.rows / kMinChunkWork);
   }
+  if (args.rows > kRowBlock) chunks = std::max(chunks, weights * item_size(args.dtype) / kCachedBytes);
   parallel_for(args.threads, chunks, [&](int64_t c) {
     const int64_t begin = first_row(args, c, chunks), end = first_row(args, c + 1, chunks);
     if (begin < end) table.linear[kind](task, begin, end);

@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", metavar="DIR", help="where to write (needed unless --dry-run)")
 
     target = parser.add_argument_group("target")
-    target.add_argument("--sparsity", type=float, metavar="S", help="fraction of prunable parameters removed, 0 <= S < 1")
+    target.add_argument("--sparsity", type=float, metavar="S", help="fraction of parameters to remove, 0 <= S < 1")
     target.add_argument(
         "--category",
         choices=get_args(Category),
@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     method = parser.add_argument_group("method")
     method.add_argument("--policy", choices=get_args(Policy), help="how the budget is spread over projections")
-    method.add_argument("--outlier-threshold", type=float, metavar="A", help="an outlier's score exceeds A times the mean")
+    method.add_argument("--outlier-threshold", type=float, metavar="A", help="an outlier scores above A times the mean")
     method.add_argument("--max-deviation", type=float, metavar="L", help="half the spread of targets around S")
     method.add_argument("--solver", choices=get_args(SolverName), help="who chooses the zeros and the new values")
     method.add_argument("--ranks", metavar="FILE", help="reuse the ranks.json of an earlier run on this model")
@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     calibration.add_argument("--samples", type=int, help="calibration sequences")
     calibration.add_argument(
-        "--seqlen", type=int, help="tokens per sequence, also in evaluation (default: 2048, or the model's limit if lower)"
+        "--seqlen", type=int, help="tokens per sequence, also in evaluation (default: 2048, or the model's limit)"
     )
     calibration.add_argument("--seed", type=int)
 

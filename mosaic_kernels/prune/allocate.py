@@ -17,7 +17,7 @@ def fit_to_budget(
     """Integer counts that sum to ``budget`` exactly, as near to the wished sparsities as a common shift allows.
 
     Bisects the shift ``mu`` in ``sum n_p * clip(s_p + mu, lower, upper) = budget``, rounds down, and
-    hands what is left to the largest fractions (ties by name order).
+    hands what is left to the largest fractions (ties in the order of ``sizes``).
 
     Args:
         sizes: parameters of each projection.
@@ -83,7 +83,11 @@ def pod(sizes: Mapping[str, int], ratios: Mapping[str, float], budget: int, max_
 
 
 def owl(
-    sizes: Mapping[str, int], block_of: Mapping[str, str], ratios: Mapping[str, float], budget: int, max_deviation: float
+    sizes: Mapping[str, int],
+    block_of: Mapping[str, str],
+    ratios: Mapping[str, float],
+    budget: int,
+    max_deviation: float,
 ) -> dict[str, int]:
     """One target per block by its outlier ratio (OWL, arXiv 2310.05175), on an exact budget.
 

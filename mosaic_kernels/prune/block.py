@@ -10,7 +10,7 @@ import torch
 from mosaic_kernels.models import STAGES, Block
 from mosaic_kernels.prune.capture import Batch, collect
 from mosaic_kernels.prune.gram import InputStatistics
-from mosaic_kernels.prune.solvers import Solver, Target, solve
+from mosaic_kernels.prune.solvers import Solver, Target, keep_all, solve
 from mosaic_kernels.prune.structured import Units, remove_channels, remove_groups
 
 _QKV, _O, _GATE_UP, _DOWN = range(4)
@@ -35,9 +35,7 @@ def prune_block(
     Raises:
         NonFiniteError: an activation is NaN or infinite.
     """
-    targets = {
-        name: Target(zeros[block.full_name(name)], group) for stage in STAGES for name in stage
-    }
+    targets = {name: Target(zeros[block.full_name(name)], group) for stage in STAGES for name in stage}
     if units.groups:
         remove_groups(block, collect(block, batches, [_O], with_gram=True)[_O], units.groups)
     if solver.sequential:
@@ -50,6 +48,8 @@ def prune_block(
         found = collect(block, batches, range(len(STAGES)), with_gram=solver.with_gram)
         for stage, statistics in found.items():
             _solve_stage(block, stage, statistics, solver, targets)
+    if any(zeros.values()):
+        _keep_all(block, [name for name, target in targets.items() if not target.remove])
 
 
 def _solve_in_order(
@@ -69,3 +69,10 @@ def _solve_stage(
     for name in STAGES[stage]:
         weight = block.projection(name).weight
         weight.copy_(solve(solver, weight.detach(), statistics, targets[name], block.full_name(name)))
+
+
+@torch.no_grad()
+def _keep_all(block: Block, names: Sequence[str]) -> None:
+    for name in names:
+        weight = block.projection(name).weight
+        weight.copy_(keep_all(weight.detach()))

@@ -50,12 +50,13 @@ class Plan:
         kept_rows, kept_columns = self.shapes[name]
         return 1 - (kept_rows * kept_columns - self.zeros[name]) / (rows * columns)
 
-    def predicted_bytes(self, itemsize: int) -> int:
-        """Bytes of all prunable projections in the packed form."""
-        return sum(
-            o * i * itemsize if not self.zeros[name] else format.packed_bytes(o, i, o * i - self.zeros[name], itemsize)
-            for name, (o, i) in self.shapes.items()
-        )
+    def predicted_bytes(self, itemsize: int, *, packed: bool = True) -> int:
+        """Bytes of all prunable weights, without biases; packed where packing is the smaller form."""
+        total = 0
+        for name, (o, i) in self.shapes.items():
+            dense = o * i * itemsize
+            total += min(dense, format.packed_bytes(o, i, o * i - self.zeros[name], itemsize)) if packed else dense
+        return total
 
 
 def make_plan(adapter: ModelAdapter, ranks: Ranks | None, config: PruneConfig) -> Plan:

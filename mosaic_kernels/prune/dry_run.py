@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from mosaic_kernels.checkpoint.reader import load_skeleton
+from mosaic_kernels.cli import resolve_device
 from mosaic_kernels.config import DEFAULT_SEQLEN
 from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.prune.capture import TOKENS_PER_BATCH
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
-from mosaic_kernels.prune.pipeline import make_config
+from mosaic_kernels.prune.pipeline import make_config, settle_category
 from mosaic_kernels.prune.solvers import SOLVERS
 
 
@@ -28,6 +29,7 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
         Totals, bytes before and after, predicted peak host bytes, and per projection shape and zeros.
     """
     config = make_config(options)
+    config = settle_category(config, resolve_device(config.device))
     skeleton = load_skeleton(model, dtype=config.dtype)
     adapter = ModelAdapter.of(skeleton)
     ranks = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
@@ -35,7 +37,9 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
     plan = make_plan(adapter, ranks, config if known else replace(config, policy="uniform"))
     dtype = next(skeleton.parameters()).dtype
     dense = sum(p.numel() * p.element_size() for p in skeleton.parameters())
-    pruned = dense - plan.prunable * dtype.itemsize + plan.predicted_bytes(dtype.itemsize)
+    projections = plan.predicted_bytes(dtype.itemsize, packed=config.format == "mosaic")
+    pruned = dense - plan.prunable * dtype.itemsize + projections
+    pruned -= _lost_biases(adapter, plan) * dtype.itemsize
     seqlen = config.seqlen or min(DEFAULT_SEQLEN, getattr(skeleton.config, "max_position_embeddings", DEFAULT_SEQLEN))
     return {
         "model": model,
@@ -55,6 +59,15 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
             for name, shape in plan.shapes.items()
         },
     }
+
+
+def _lost_biases(adapter: ModelAdapter, plan: Plan) -> int:
+    """Biases that leave with their heads or channels."""
+    return sum(
+        layer.out_features - plan.shapes[block.full_name(name)][0]
+        for block, name, layer in adapter.projections()
+        if layer.bias is not None
+    )
 
 
 def _peak(
@@ -82,7 +95,8 @@ def describe(prediction: dict[str, Any]) -> str:
         f"model        {prediction['model']}",
         f"method       {prediction['category']}, policy {prediction['policy']} (targets: {prediction['targets']})",
         f"removes      {removed:,} of {prunable:,} prunable parameters ({removed / prunable:.2%})",
-        f"             {prediction['structured_removed']:,} in heads and channels, {prediction['unstructured_zeros']:,} as zeros",
+        f"             {prediction['structured_removed']:,} in heads and channels, "
+        f"{prediction['unstructured_zeros']:,} as zeros",
         f"bytes        {size['dense']:,} -> {size['pruned']:,} ({size['pruned'] / size['dense']:.1%})",
         f"peak memory  about {peak / 2**30:.2f} GiB on the host",
         "",

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from mosaic_kernels.checkpoint.directory import write_errors
 from mosaic_kernels.errors import UsageError
 from mosaic_kernels.models import PROJECTIONS, Block
 
@@ -30,7 +31,7 @@ class Journal:
         self.directory = directory
         state = directory / "run.json"
         if state.exists():
-            before = json.loads(state.read_text())
+            before = _read(state)
             changed = [key for key in fingerprint if before.get(key) != fingerprint[key]]
             if changed:
                 raise UsageError(
@@ -38,15 +39,11 @@ class Journal:
                     "or start afresh with --overwrite"
                 )
         else:
-            directory.mkdir(parents=True, exist_ok=True)
-            part = state.with_suffix(".part")
-            part.write_text(json.dumps(fingerprint, indent=1))
-            part.replace(state)
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks are finished."""
-        return len(list(self.directory.glob("block-*.safetensors")))
+            with write_errors(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                part = state.with_suffix(".part")
+                part.write_text(json.dumps(fingerprint, indent=1))
+                part.replace(state)
 
     def _path(self, block: Block) -> Path:
         return self.directory / f"block-{block.index:05d}.safetensors"
@@ -60,24 +57,35 @@ class Journal:
             if layer.bias is not None:
                 tensors[f"{name}.bias"] = layer.bias.detach().cpu().contiguous()
         part = self._path(block).with_suffix(".part")
-        save_file(tensors, part)
-        part.replace(self._path(block))
+        with write_errors(part):
+            save_file(tensors, part)
+            part.replace(self._path(block))
 
     def restore(self, block: Block) -> bool:
         """Put a finished block's projections back; false where the journal has none."""
         path = self._path(block)
         if not path.exists():
             return False
-        with safe_open(path, "pt") as tensors:
+        with safe_open(path, "pt") as tensors:  # copied: the file goes when the run is published
             names = set(tensors.keys())
             for name in PROJECTIONS:
                 old = block.projection(name)
-                weight = tensors.get_tensor(f"{name}.weight").to(old.weight.device)
+                weight = tensors.get_tensor(f"{name}.weight").to(old.weight.device, copy=True)
                 layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
                 layer.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
                 if f"{name}.bias" in names:
-                    bias = tensors.get_tensor(f"{name}.bias").to(old.weight.device)
+                    bias = tensors.get_tensor(f"{name}.bias").to(old.weight.device, copy=True)
                     layer.bias = nn.Parameter(bias, requires_grad=old.weight.requires_grad)
                 block.replace(name, layer.train(old.training))
         block.refresh_heads()
         return True
+
+
+def _read(state: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(state.read_text())
+        if isinstance(before, dict):
+            return before
+    except ValueError:
+        pass
+    raise UsageError(f"cannot resume: the journal {state} is damaged; start afresh with --overwrite")

@@ -24,7 +24,8 @@ from mosaic_kernels.errors import EnvironmentError_, Interrupted, UsageError
 from mosaic_kernels.evaluate.perplexity import Perplexity, perplexity
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
-from mosaic_kernels.ops import reference, select
+from mosaic_kernels.ops import reference
+from mosaic_kernels.ops.select import kernel
 from mosaic_kernels.prune.block import prune_block
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
@@ -55,6 +56,9 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[station] = self.seconds.get(station, 0.0) + now - since
         return now
+
+    def stop(self) -> None:
+        self.seconds["total"] = time.perf_counter() - self.started
 
 
 def prune(
@@ -103,7 +107,7 @@ def prune(
     except EnvironmentError_:
         raise  # finished blocks stay in the journal: --resume goes on once the cause is gone
     except Exception:
-        if output is not None:
+        if output is not None and not config.resume:  # a slip in a resumed run must not cost the finished blocks
             output.discard()
         raise
 
@@ -132,13 +136,15 @@ def _run(
     else:
         model = source
     model.eval()
-    config = _with_category(config, device)
+    config = settle_category(config, device)
     adapter = ModelAdapter.of(model)
     _unpack_projections(adapter)
     check_finite(model)
     name = str(source) if isinstance(source, (str, Path)) else str(model.config._name_or_path or "in-memory model")
     lap = clock.lap("load", clock.started)
 
+    if config.eval_text is not None and tokenizer is None:
+        raise UsageError("evaluation text needs a tokenizer: add its files to the model directory, or pass tokenizer=")
     eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)
     seqlen = _seqlen(config, model)
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -161,17 +167,18 @@ def _run(
         adapter, plan, ranks, config, command=command, model=name, seconds=clock.seconds,
         perplexities=_perplexities(config, dense, pruned),
     )  # fmt: skip
-    if output is not None:
+    if output is None:
+        clock.stop()
+    else:
         _write(adapter, tokenizer, plan, ranks, config, output, report, clock)
-    clock.seconds["total"] = time.perf_counter() - clock.started
     return report
 
 
-def _with_category(config: PruneConfig, device: torch.device) -> PruneConfig:
+def settle_category(config: PruneConfig, device: torch.device) -> PruneConfig:
     """Settle ``auto``: zeros pay only where a kernel uses them, so elsewhere only whole units go."""
     if config.category != "auto":
         return config
-    slow = select.kernel("sparse_linear", device) is reference.sparse_linear
+    slow = kernel("sparse_linear", device) is reference.sparse_linear
     wants_zeros = config.group is not None or config.structured_share is not None
     category: Category = "structured" if slow and not wants_zeros else "composite"
     logger.info("category auto: %s (sparse kernels %s on %s)", category, "missing" if slow else "present", device.type)
@@ -210,7 +217,9 @@ def _journal(
         return None
     options = {option: asdict(config)[option] for option in _RESULT_OPTIONS}
     ranks = None if config.ranks is None else config.ranks.read_text()
-    return Journal(output.journal, {"model": name, "calibration": calibration.digest, "ranks": ranks, **options})
+    samples, seqlen = calibration.tokens.shape
+    options |= {"samples": samples, "seqlen": seqlen, "calibration": calibration.digest}
+    return Journal(output.journal, {"model": name, "ranks": ranks, **options})
 
 
 def _prune_blocks(
@@ -256,7 +265,7 @@ def _write(
     )  # fmt: skip
     ranks.save(output.staging / "ranks.json")
     clock.lap("write", started)
-    clock.seconds["total"] = time.perf_counter() - clock.started
+    clock.stop()
     (output.staging / "mosaic_report.json").write_text(json.dumps(report, indent=1))  # now with all seconds
     output.publish()
 

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import platform
-import resource
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from mosaic_kernels.config import PruneConfig
+from mosaic_kernels.cli import peak_memory_bytes
+from mosaic_kernels.config import OutputFormat, PruneConfig
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.prune.composite import Plan
@@ -36,7 +36,7 @@ def make_report(
     ``seconds`` is kept by reference, so stations that end later still appear.
     """
     ratios = ranks.projection_ratios(config.outlier_threshold)
-    projections = {}
+    projections: dict[str, dict[str, Any]] = {}
     for block, name, layer in adapter.projections():
         full = block.full_name(name)
         rows, columns = plan.original_shapes[full]
@@ -49,7 +49,7 @@ def make_report(
             "sparsity": 1 - nnz / (rows * columns),
             "outlier_ratio": ratios[full],
         }
-    structured = plan.structured_removed
+    structured = plan.prunable - sum(o["shape"][0] * o["shape"][1] for o in projections.values())
     zeros = sum(o["shape"][0] * o["shape"][1] - o["nnz"] for o in projections.values())
     return {
         "schema": REPORT_SCHEMA,
@@ -68,13 +68,10 @@ def make_report(
         "structured_removed": structured,
         "unstructured_zeros": zeros,
         "projections": projections,
-        "bytes": {"dense": _dense_bytes(adapter, plan), "pruned": _parameter_bytes(adapter)},
+        "bytes": {"dense": _dense_bytes(adapter, plan), "pruned": _pruned_bytes(adapter, config.format)},
         "perplexity": perplexities,
         "seconds": seconds,
-        "peak_memory_bytes": {
-            "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "device": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
-        },
+        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
@@ -96,23 +93,26 @@ def _device(adapter: ModelAdapter) -> dict[str, Any]:
     return found
 
 
-def _parameter_bytes(adapter: ModelAdapter) -> int:
-    """Bytes a checkpoint stores: every parameter once, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in adapter.model.parameters())
+def _pruned_bytes(adapter: ModelAdapter, format: OutputFormat) -> int:
+    """Bytes a checkpoint stores: every parameter once, tied ones once; zeros too in format dense."""
+    stored = sum(p.nbytes for p in adapter.model.parameters())
+    for _, _, layer in adapter.projections():
+        if format == "dense" and isinstance(layer, MosaicLinear):
+            stored += layer.out_features * layer.in_features * layer.weight.element_size() - layer.packed.nbytes
+    return stored
 
 
 def _dense_bytes(adapter: ModelAdapter, plan: Plan) -> int:
     """Bytes of the same model before pruning."""
     parameters = dict(adapter.model.named_parameters())
-    bytes_ = sum(p.numel() * p.element_size() for p in parameters.values())
+    stored = sum(p.nbytes for p in parameters.values())
     for block, name, layer in adapter.projections():
         full = block.full_name(name)
-        own = [p for key, p in parameters.items() if key.startswith(f"{full}.")]
         rows, columns = plan.original_shapes[full]
         bias = rows if layer.bias is not None else 0
-        bytes_ += (rows * columns + bias) * layer.weight.element_size()
-        bytes_ -= sum(p.numel() * p.element_size() for p in own)
-    return bytes_
+        stored += (rows * columns + bias) * layer.weight.element_size()
+        stored -= sum(p.nbytes for key, p in parameters.items() if key.startswith(f"{full}."))
+    return stored
 
 
 def format_table(report: dict[str, Any]) -> str:
@@ -123,14 +123,16 @@ def format_table(report: dict[str, Any]) -> str:
         f"method         {report['category']}, policy {report['policy']}, solver {report['solver']}",
         f"removed        {report['removed_parameters']:,} of {report['prunable_parameters']:,} prunable parameters "
         f"({report['sparsity']:.2%})",
-        f"               {report['structured_removed']:,} in heads and channels, {report['unstructured_zeros']:,} as zeros",
+        f"               {report['structured_removed']:,} in heads and channels, "
+        f"{report['unstructured_zeros']:,} as zeros",
         f"bytes          {dense:,} -> {pruned:,} ({pruned / dense:.1%})",
     ]
     if report["removed_difference"]:
         lines.insert(4, f"               {report['removed_difference']:+,} from the exact budget")
     if report["perplexity"] is not None:
         found = report["perplexity"]
-        lines.append(f"perplexity     {found['dense']:.2f} -> {found['pruned']:.2f} on {found['tokens']:,} tokens of {found['text']}")
+        change = f"{found['dense']:.2f} -> {found['pruned']:.2f}"
+        lines.append(f"perplexity     {change} on {found['tokens']:,} tokens of {found['text']}")
     spent = ", ".join(f"{station} {seconds:.1f}" for station, seconds in report["seconds"].items())
     lines.append(f"seconds        {spent}")
     return "\n".join(lines)

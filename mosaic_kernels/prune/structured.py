@@ -76,7 +76,8 @@ def plan_units(shapes: list[BlockShape], budget: int, multiple: int, *, at_most:
         # Only where the channels are used up do further groups go, the last blocks first: the first
         # blocks' heads are the dearest.
         able = [i for i, s in enumerate(shapes) if groups[i] < s.groups - 1]
-        if not able or missing < shapes[able[-1]].group_parameters:
+        step = shapes[able[-1]].group_parameters if able else 0
+        if not able or (missing < step if at_most else 2 * missing <= step):
             return [Units(g, c) for g, c in zip(groups, channels, strict=True)]
         most = min(groups[i] for i in able)
         groups[max(i for i in able if groups[i] == most)] += 1
@@ -87,7 +88,9 @@ def _plan_channels(shapes: list[BlockShape], budget: int, multiple: int, *, at_m
     total = sum(s.channels * s.channel_parameters for s in shapes)
     share = max(0.0, budget / max(1, total))
     options = [_channel_counts(s.channels, multiple) for s in shapes]
-    chosen = [max(i for i, count in enumerate(o) if count <= share * s.channels) for o, s in zip(options, shapes, strict=True)]
+    chosen = [
+        max(i for i, count in enumerate(o) if count <= share * s.channels) for o, s in zip(options, shapes, strict=True)
+    ]
     removed = sum(o[i] * s.channel_parameters for o, i, s in zip(options, chosen, shapes, strict=True))
     # The last blocks take the further steps first, at most one each per round.
     progress = True
@@ -132,10 +135,10 @@ def select_units(weight: Tensor, gram: Tensor, unit: int, remove: int, name: str
     batch = max(1, -(-remove // SWEEP_STEPS))
     while remove:
         losses = _unit_losses(weight, inverse, unit).masked_fill(~kept, torch.inf)
-        gone = losses.argsort(stable=True)[: min(batch, remove)]
+        gone = _cheapest(weight, inverse, losses, unit, min(batch, remove))
         kept[gone] = False
         remove -= gone.numel()
-        columns = (gone.unsqueeze(1) * unit + torch.arange(unit, device=weight.device)).flatten()
+        columns = _columns(gone, unit)
         solved = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
         weight -= weight[:, columns] @ solved
         inverse -= inverse[:, columns] @ solved
@@ -154,11 +157,38 @@ def _unit_losses(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
     units = weight.shape[1] // unit
     blocks = torch.stack([inverse[u : u + unit, u : u + unit] for u in range(0, units * unit, unit)])
     columns = weight.T.reshape(units, unit, -1)
-    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+    losses: Tensor = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+    return losses
+
+
+def _cheapest(weight: Tensor, inverse: Tensor, losses: Tensor, unit: int, count: int) -> Tensor:
+    """Indices of at most ``count`` units, at least one, that may go in one batch.
+
+    Units that stand in for each other are cheap alone and dear together. So twice as many candidates
+    are put in the order of their loss, and the loss of each *given that the ones before it are gone*
+    comes from one Cholesky factor, ``C_SS = L Lᵀ``: it is the squared norm of its rows in ``L⁻¹ W_Sᵀ``.
+    Whoever is now dearer than the last candidate was alone waits for a later batch.
+    """
+    if count == 1:
+        return losses.argmin(0, keepdim=True)
+    order = losses.argsort(stable=True)[: min(2 * count, int(losses.isfinite().sum()))]
+    columns = _columns(order, unit)
+    factor, info = torch.linalg.cholesky_ex(inverse[columns][:, columns])
+    if int(info):
+        return order[:1]
+    given = torch.linalg.solve_triangular(factor, weight[:, columns].T, upper=False).square().sum(1)
+    fits = given.view(-1, unit).sum(1) <= losses[order[-1]]
+    fits[0] = True
+    return order[fits][:count]
+
+
+def _columns(units: Tensor, unit: int) -> Tensor:
+    """The features of these units."""
+    return (units.unsqueeze(1) * unit + torch.arange(unit, device=units.device)).flatten()
 
 
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, name: str) -> Tensor:
-    """Least-squares consumer on the kept features: ``argmin ‖W X − W' X_K‖²``, damped towards ``W_K``.
+    """Least-squares consumer on the kept features: ``argmin ‖W X - W' X_K‖²``, damped towards ``W_K``.
 
     Args:
         weight: ``[out, features]`` fp32.
@@ -221,5 +251,6 @@ def _like(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer with this weight and bias that otherwise is as ``layer``."""
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     new.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-    new.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=layer.weight.requires_grad)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach(), requires_grad=layer.weight.requires_grad)
     return new.train(layer.training)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.solvers.scores import magnitude, wanda
 from mosaic_kernels.prune.solvers.sparsegpt import sparsegpt
 from mosaic_kernels.prune.solvers.target import Target
 
-__all__ = ["SOLVERS", "Solver", "Target", "solve"]
+__all__ = ["SOLVERS", "Solver", "Target", "keep_all", "solve"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,22 @@ def solve(solver: Solver, weight: Tensor, statistics: InputStatistics, target: T
         weight: ``[out, in]``, any floating dtype; the result has the same.
         statistics: of this projection's inputs.
         name: the projection, for messages.
+
+    Raises:
+        NonFiniteError: a solved weight is too large for its dtype.
     """
     if not target.remove:
-        return weight.clone()
+        return keep_all(weight)
     solved, keep = solver.run(weight.float(), statistics, target, name)
-    return _round(solved, keep, weight.dtype)
+    rounded = _round(solved, keep, weight.dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise NonFiniteError(f"{name}: the solved weights overflow {weight.dtype}; run with --dtype float32")
+    return rounded
+
+
+def keep_all(weight: Tensor) -> Tensor:
+    """The weight without zeros: those it came with would add to the zeros that are planned elsewhere."""
+    return _round(weight, torch.ones_like(weight, dtype=torch.bool), weight.dtype)
 
 
 def _round(weight: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,6 +72,5 @@ def _round(weight: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     survives flushing of denormals (fp16: its smallest subnormal), so that counts stay exact.
     """
     rounded = torch.where(keep, weight, 0).to(dtype)
-    info = torch.finfo(dtype)
-    smallest = info.smallest_subnormal if dtype == torch.float16 else info.tiny
+    smallest = 2**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
     return torch.where(keep & (rounded == 0), torch.full_like(rounded, smallest), rounded)

@@ -56,4 +56,5 @@ def inverse_factor(gram: Tensor, name: str, damping: float = DAMPING) -> Tensor:
     flipped = gram.flip(0, 1)
     lower = damped_cholesky(flipped, mean_ridge(gram), damping, name)
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+    upper: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+    return upper
