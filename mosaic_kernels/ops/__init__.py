@@ -41,8 +41,8 @@ _SCHEMAS = {
 }
 
 _select.register(_select.Backend("cuda", ("cuda",), cuda.KERNELS, cuda.why_not))
-_select.register(_select.Backend("triton", ("cuda",), triton.KERNELS, triton.why_not))
 _select.register(_select.Backend("cpu", ("cpu",), cpu.KERNELS, cpu.why_not))
+_select.register(_select.Backend("triton", triton.DEVICES, triton.KERNELS, triton.why_not))
 _select.register(
     _select.Backend(
         "reference", ("cpu", "cuda"), {op: getattr(reference, op) for op in _SCHEMAS}, lambda: None
