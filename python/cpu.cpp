@@ -25,24 +25,25 @@ void call(const char* op, Status (*run)(const Args&), const Args& args) {
   raise_unless_ok(status, op);
 }
 
-void sparse_linear(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias, uintptr_t out,
-                   int64_t rows, int64_t in_features, int64_t out_features, int64_t nnz, int dtype, int threads) {
+void sparse_linear(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias,
+                   uintptr_t out, int64_t rows, int64_t in_features, int64_t out_features, int64_t nnz,
+                   int dtype, int threads) {
   call("sparse_linear", cpu::sparse_linear,
-       LinearArgs{address<void>(x), address<void>(values), address<uint32_t>(words), address<int64_t>(offsets),
-                  address<void>(bias), address<void>(out), rows, in_features, out_features, nnz, DType(dtype),
-                  threads});
+       LinearArgs{address<void>(x), address<void>(values), address<uint32_t>(words),
+                  address<int64_t>(offsets), address<void>(bias), address<void>(out), rows, in_features,
+                  out_features, nnz, DType(dtype), threads});
 }
 
-void pack_bits(uintptr_t weight, uintptr_t bitmask, uintptr_t offsets, int64_t rows, int64_t columns, int dtype,
-               int threads) {
+void pack_bits(uintptr_t weight, uintptr_t bitmask, uintptr_t offsets, int64_t rows, int64_t columns,
+               int dtype, int threads) {
   call("pack", cpu::pack_bits,
-       PackBitsArgs{address<void>(weight), address<uint8_t>(bitmask), address<int64_t>(offsets), rows, columns,
-                    DType(dtype), threads});
+       PackBitsArgs{address<void>(weight), address<uint8_t>(bitmask), address<int64_t>(offsets), rows,
+                    columns, DType(dtype), threads});
 }
 
 template <Status (*kRun)(const PackValuesArgs&)>
-void pack_or_unpack(uintptr_t weight, uintptr_t values, uintptr_t bitmask, int64_t bitmask_stride, uintptr_t offsets,
-                    int64_t rows, int64_t columns, int64_t nnz, int dtype, int threads) {
+void pack_or_unpack(uintptr_t weight, uintptr_t values, uintptr_t bitmask, int64_t bitmask_stride,
+                    uintptr_t offsets, int64_t rows, int64_t columns, int64_t nnz, int dtype, int threads) {
   call("pack", kRun,
        PackValuesArgs{address<void>(weight), address<void>(values), address<uint8_t>(bitmask), bitmask_stride,
                       address<int64_t>(offsets), rows, columns, nnz, DType(dtype), threads});
@@ -51,8 +52,9 @@ void pack_or_unpack(uintptr_t weight, uintptr_t values, uintptr_t bitmask, int64
 void outlier_stats(uintptr_t weight, uintptr_t norms, uintptr_t alphas, uintptr_t total, uintptr_t counts,
                    int64_t rows, int64_t columns, int64_t alpha_count, int dtype, int threads) {
   call("outlier_stats", cpu::outlier_stats,
-       OutlierArgs{address<void>(weight), address<float>(norms), address<double>(alphas), address<double>(total),
-                   address<int64_t>(counts), rows, columns, alpha_count, DType(dtype), threads});
+       OutlierArgs{address<void>(weight), address<float>(norms), address<double>(alphas),
+                   address<double>(total), address<int64_t>(counts), rows, columns, alpha_count, DType(dtype),
+                   threads});
 }
 
 void column_square_sums(uintptr_t x, uintptr_t sums, int64_t rows, int64_t columns, int dtype, int threads) {
@@ -60,17 +62,18 @@ void column_square_sums(uintptr_t x, uintptr_t sums, int64_t rows, int64_t colum
        ColumnSumsArgs{address<void>(x), address<double>(sums), rows, columns, DType(dtype), threads});
 }
 
-void select(uintptr_t scores, uintptr_t keep, uintptr_t mask, int64_t rows, int64_t columns, int scope, int threads) {
+void select(uintptr_t scores, uintptr_t keep, uintptr_t mask, int64_t rows, int64_t columns, int scope,
+            int threads) {
   call("select", cpu::select,
-       SelectArgs{address<float>(scores), address<int64_t>(keep), address<uint8_t>(mask), rows, columns, Scope(scope),
-                  threads});
+       SelectArgs{address<float>(scores), address<int64_t>(keep), address<uint8_t>(mask), rows, columns,
+                  Scope(scope), threads});
 }
 
-void obs_block(uintptr_t weight, uintptr_t factor, uintptr_t keep, uintptr_t errors, int64_t rows, int64_t block,
-               int64_t n, int64_t m, int threads) {
+void obs_block(uintptr_t weight, uintptr_t factor, uintptr_t keep, uintptr_t errors, int64_t rows,
+               int64_t block, int64_t n, int64_t m, int threads) {
   call("select", cpu::obs_block,
-       ObsArgs{address<float>(weight), address<float>(factor), address<uint8_t>(keep), address<float>(errors), rows,
-               block, n, m, threads});
+       ObsArgs{address<float>(weight), address<float>(factor), address<uint8_t>(keep), address<float>(errors),
+               rows, block, n, m, threads});
 }
 
 }  // namespace

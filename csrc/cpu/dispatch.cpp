@@ -55,8 +55,9 @@ Cpu detect() {
   const struct {
     bool present;
     const char* name;
-  } names[] = {{has_avx2, "avx2"}, {fma, "fma"},         {f16c, "f16c"},        {bmi, "bmi2"},
-               {base512, "avx512"}, {vbmi2, "avx512_vbmi2"}, {bf16, "avx512_bf16"}, {vnni, "avx512_vnni"}};
+  } names[] = {{has_avx2, "avx2"},    {fma, "fma"},         {f16c, "f16c"},
+               {bmi, "bmi2"},         {base512, "avx512"},  {vbmi2, "avx512_vbmi2"},
+               {bf16, "avx512_bf16"}, {vnni, "avx512_vnni"}};
   for (const auto& feature : names) {
     if (!feature.present) continue;
     if (cpu.features[0]) std::strcat(cpu.features, " ");

@@ -14,6 +14,7 @@
 #include <immintrin.h>
 
 #include "cpu/rows.h"
+#include "cpu/thread_pool.h"
 
 namespace mosaic::MOSAIC_ISA {
 namespace {
@@ -39,6 +40,8 @@ struct Traits<BFloat16> {
   static Word expand_within(uint32_t bits, const BFloat16* values) {
     return _mm512_maskz_expand_epi16(bits, _mm512_maskz_loadu_epi16(bits_below(popcount(bits)), values));
   }
+  static Word load(const X* panel) { return _mm512_loadu_si512(panel); }
+  static void save(X* panel, Word w) { _mm512_storeu_si512(panel, w); }
   static __m512 dot(__m512 sum, Word w, const X* x) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
   }
@@ -58,7 +61,13 @@ struct Traits<Half> {
     return widen(_mm512_maskz_expand_epi16(bits, in_register(_mm512_loadu_si512(values))));
   }
   static Word expand_within(uint32_t bits, const Half* values) {
-    return widen(_mm512_maskz_expand_epi16(bits, _mm512_maskz_loadu_epi16(bits_below(popcount(bits)), values)));
+    return widen(
+        _mm512_maskz_expand_epi16(bits, _mm512_maskz_loadu_epi16(bits_below(popcount(bits)), values)));
+  }
+  static Word load(const X* panel) { return {_mm512_loadu_ps(panel), _mm512_loadu_ps(panel + 16)}; }
+  static void save(X* panel, const Word& w) {
+    _mm512_storeu_ps(panel, w.low);
+    _mm512_storeu_ps(panel + 16, w.high);
   }
   static __m512 dot(__m512 sum, const Word& w, const X* x) {
     sum = _mm512_fmadd_ps(w.low, _mm512_loadu_ps(x), sum);
@@ -67,10 +76,7 @@ struct Traits<Half> {
 };
 
 template <>
-struct Traits<float> {
-  using X = float;
-  using Word = Traits<Half>::Word;
-
+struct Traits<float> : Traits<Half> {
   static Word expand(uint32_t bits, const float* values) {
     const __mmask16 first = bits & 0xffff, second = bits >> 16;
     return {_mm512_maskz_expand_ps(first, in_register(_mm512_loadu_ps(values))),
@@ -82,7 +88,6 @@ struct Traits<float> {
     return {_mm512_maskz_expand_ps(first, _mm512_maskz_loadu_ps(in_first, values)),
             _mm512_maskz_expand_ps(second, _mm512_maskz_loadu_ps(in_second, values + popcount(first)))};
   }
-  static __m512 dot(__m512 sum, const Word& w, const X* x) { return Traits<Half>::dot(sum, w, x); }
 };
 
 // The lanes of four vectors added up: a transpose that adds, 13 instructions for four sums.
@@ -95,25 +100,54 @@ __m128 horizontal_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
-// R weight rows from `row` on and N rows of x from `first` on. kWithin: never load past the last value
-// of a word, for the rows whose end is less than a full load from the end of the values.
-template <typename T, int R, int N, bool kWithin>
-void multiply(const LinearTask& task, int64_t row, int64_t first, const typename Traits<T>::X* x) {
+// Where R weight rows come from: expand() gives the next word of row r.
+//
+// Values: straight from the packed values. kWithin: never load past the last value of a word, for the
+// rows whose end is less than a full load from the end of the values.
+template <typename T, int R, bool kWithin>
+struct Values {
+  // The values R rows on are asked for at the pace of this block, into L2: 20 GB/s on one core, where a
+  // fixed 3 KB ahead into L1 reached 13 to 17 (4096x11008 and 11008x4096, Zen 4, Nov 2026).
+  Values(const LinearArgs& a, int64_t row)
+      : words(bitmask_words(a.in_features)), bits(a.words + row * words) {
+    for (int r = 0; r < R; ++r) {
+      const int64_t next_block = row + R + r < a.out_features ? row + R + r : a.out_features;
+      value[r] = static_cast<const T*>(a.values) + a.offsets[row + r];
+      ahead[r] = a.offsets[next_block] - a.offsets[row + r];
+    }
+  }
+  typename Traits<T>::Word next(int r, int64_t w) {
+    const uint32_t word = bits[r * words + w];
+    const T* from = value[r];
+    value[r] += popcount(word);
+    if (kWithin) return Traits<T>::expand_within(word, from);
+    _mm_prefetch(reinterpret_cast<const char*>(from + ahead[r]), _MM_HINT_T1);
+    return Traits<T>::expand(word, from);
+  }
+
+  int64_t words;
+  const uint32_t* bits;
+  const T* value[R];
+  int64_t ahead[R];
+};
+
+// Panel: from words expanded before, [word][R][32].
+template <typename T, int R>
+struct Panel {
+  typename Traits<T>::Word next(int r, int64_t w) const {
+    return Traits<T>::load(panel + (w * R + r) * kWordBits);
+  }
+  const typename Traits<T>::X* panel;
+};
+
+// R weight rows from `row` on and N rows of x from `first` on.
+template <typename T, int R, int N, typename Source>
+void multiply(const LinearTask& task, Source weights, int64_t row, int64_t first) {
   using D = Traits<T>;
   static_assert(R <= 4 && R * N <= 24, "the sums, R weights and one x must fit 32 registers");
   const LinearArgs& a = task.args;
   const int64_t words = bitmask_words(a.in_features);
-  const uint32_t* bits = a.words + row * words;
-
-  // The values R rows on are asked for at the pace of this block, into L2: 20 GB/s on one core, where a
-  // fixed 3 KB ahead into L1 reached 13 to 17 (4096x11008 and 11008x4096, Zen 4, Nov 2026).
-  const T* value[R];
-  int64_t ahead[R];
-  for (int r = 0; r < R; ++r) {
-    const int64_t next_block = row + R + r < a.out_features ? row + R + r : a.out_features;
-    value[r] = static_cast<const T*>(a.values) + a.offsets[row + r];
-    ahead[r] = a.offsets[next_block] - a.offsets[row + r];
-  }
+  const auto* x = static_cast<const typename D::X*>(task.x) + first * words * kWordBits;
 
   __m512 sum[4][N];
   for (int r = 0; r < 4; ++r)
@@ -121,12 +155,7 @@ void multiply(const LinearTask& task, int64_t row, int64_t first, const typename
 
   for (int64_t w = 0; w < words; ++w, x += N * kWordBits) {
     typename D::Word weight[R];
-    for (int r = 0; r < R; ++r) {
-      const uint32_t word = bits[r * words + w];
-      if (!kWithin) _mm_prefetch(reinterpret_cast<const char*>(value[r] + ahead[r]), _MM_HINT_T1);
-      weight[r] = kWithin ? D::expand_within(word, value[r]) : D::expand(word, value[r]);
-      value[r] += popcount(word);
-    }
+    for (int r = 0; r < R; ++r) weight[r] = weights.next(r, w);
     for (int n = 0; n < N; ++n)
       for (int r = 0; r < R; ++r) sum[r][n] = D::dot(sum[r][n], weight[r], x + n * kWordBits);
   }
@@ -140,25 +169,73 @@ void multiply(const LinearTask& task, int64_t row, int64_t first, const typename
   }
 }
 
-// N rows of x against weight rows [begin, end).
+// Weight rows [begin, end) and N rows of x.
 template <typename T, int N, bool kWithin>
-void multiply_rows(const LinearTask& task, int64_t begin, int64_t end, int64_t first) {
-  using X = typename Traits<T>::X;
-  const X* x = static_cast<const X*>(task.x) + first * bitmask_words(task.args.in_features) * kWordBits;
+void multiply_values(const LinearTask& task, int64_t begin, int64_t end, int64_t first) {
   constexpr int kRows = kWithin ? 1 : N <= 6 ? 4 : 3;
   int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) multiply<T, kRows, N, kWithin>(task, row, first, x);
-  for (; row < end; ++row) multiply<T, 1, N, kWithin>(task, row, first, x);
+  for (; row + kRows <= end; row += kRows) {
+    multiply<T, kRows, N>(task, Values<T, kRows, kWithin>(task.args, row), row, first);
+  }
+  for (; row < end; ++row) multiply<T, 1, N>(task, Values<T, 1, kWithin>(task.args, row), row, first);
 }
 
-template <typename T, bool kWithin>
-void multiply_rows(const LinearTask& task, int64_t begin, int64_t end, int64_t first, int64_t count) {
-  using Run = void (*)(const LinearTask&, int64_t, int64_t, int64_t);
-  static constexpr Run kRun[kRowBlock] = {
-      multiply_rows<T, 1, kWithin>, multiply_rows<T, 2, kWithin>, multiply_rows<T, 3, kWithin>,
-      multiply_rows<T, 4, kWithin>, multiply_rows<T, 5, kWithin>, multiply_rows<T, 6, kWithin>,
-      multiply_rows<T, 7, kWithin>, multiply_rows<T, 8, kWithin>};
-  kRun[count - 1](task, begin, end, first);
+constexpr int kPanelRows = 3;
+
+// `groups` groups of three weight rows and N rows of x.
+template <typename T, int N>
+void multiply_panel(const LinearTask& task, const typename Traits<T>::X* panel, int64_t row, int64_t groups,
+                    int64_t first) {
+  const int64_t stride = bitmask_words(task.args.in_features) * kPanelRows * kWordBits;
+  for (int64_t g = 0; g < groups; ++g) {
+    multiply<T, kPanelRows, N>(task, Panel<T, kPanelRows>{panel + g * stride}, row + g * kPanelRows, first);
+  }
+}
+
+template <typename T>
+void expand_panel(const LinearTask& task, int64_t row, int64_t groups, typename Traits<T>::X* panel) {
+  const int64_t words = bitmask_words(task.args.in_features);
+  for (int64_t g = 0; g < groups; ++g) {
+    Values<T, kPanelRows, false> weights(task.args, row + g * kPanelRows);
+    for (int64_t w = 0; w < words; ++w) {
+      for (int r = 0; r < kPanelRows; ++r, panel += kWordBits) Traits<T>::save(panel, weights.next(r, w));
+    }
+  }
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls run(Count<N>()) for the N rows of x that are left.
+template <typename Run>
+void with_row_count(int64_t rows, const Run& run) {
+  switch (rows) {
+    case 1:
+      return run(Count<1>());
+    case 2:
+      return run(Count<2>());
+    case 3:
+      return run(Count<3>());
+    case 4:
+      return run(Count<4>());
+    case 5:
+      return run(Count<5>());
+    case 6:
+      return run(Count<6>());
+    case 7:
+      return run(Count<7>());
+    default:
+      return run(Count<8>());
+  }
+}
+
+template <typename Run>
+void for_each_block(int64_t rows, const Run& run) {
+  for (int64_t n = 0; n < rows; n += kRowBlock) {
+    with_row_count(rows - n, [&](auto count) { run(n, count); });
+  }
 }
 
 // The first row of [begin, end) from which a full load might pass the end of the values.
@@ -167,16 +244,34 @@ int64_t first_guarded_row(const LinearTask& task, int64_t begin, int64_t end) {
   return end;
 }
 
+// From this many rows on, expanding a weight once and reading it back beats expanding it for every
+// block of rows.
+constexpr int64_t kPanelMinRows = 24;
+constexpr int64_t kPanelBytes = 3 << 17;  // of 1 MB L2; the rest is for a block of x
+
 }  // namespace
 
 template <typename T>
 void linear(const LinearTask& task, int64_t begin, int64_t end) {
+  using X = typename Traits<T>::X;
   const int64_t guarded = first_guarded_row(task, begin, end), rows = task.args.rows;
-  for (int64_t n = 0; n < rows; n += kRowBlock) {
-    const int64_t count = rows - n < kRowBlock ? rows - n : kRowBlock;
-    multiply_rows<T, false>(task, begin, guarded, n, count);
-    multiply_rows<T, true>(task, guarded, end, n, count);
+  const int64_t group_size = bitmask_words(task.args.in_features) * kWordBits * kPanelRows;
+  if (rows >= kPanelMinRows && guarded - begin >= kPanelRows) {
+    int64_t groups = kPanelBytes / (group_size * sizeof(X));
+    if (groups < 1) groups = 1;
+    X* panel = static_cast<X*>(scratch(1, groups * group_size * sizeof(X)));
+    for (; panel && begin + kPanelRows <= guarded; begin += groups * kPanelRows) {
+      if (begin + groups * kPanelRows > guarded) groups = (guarded - begin) / kPanelRows;
+      expand_panel<T>(task, begin, groups, panel);
+      for_each_block(rows, [&](int64_t n, auto count) {
+        multiply_panel<T, decltype(count)::value>(task, panel, begin, groups, n);
+      });
+    }
   }
+  for_each_block(rows, [&](int64_t n, auto count) {
+    multiply_values<T, decltype(count)::value, false>(task, begin, guarded, n);
+    multiply_values<T, decltype(count)::value, true>(task, guarded, end, n);
+  });
 }
 
 template void linear<float>(const LinearTask&, int64_t, int64_t);

@@ -13,7 +13,8 @@ void linear(const LinearTask& task, int64_t begin, int64_t end) {
     for (int64_t n = 0; n < a.rows; ++n) {
       const int64_t block = n / kRowBlock * kRowBlock;
       const int64_t stride = (a.rows - block < kRowBlock ? a.rows - block : kRowBlock) * kWordBits;
-      const float* x = static_cast<const float*>(task.x) + block * words * kWordBits + (n - block) * kWordBits;
+      const float* x =
+          static_cast<const float*>(task.x) + block * words * kWordBits + (n - block) * kWordBits;
       const T* value = static_cast<const T*>(a.values) + a.offsets[r];
       float sum = 0;
       for (int64_t w = 0; w < words; ++w, x += stride) {

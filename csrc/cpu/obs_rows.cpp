@@ -20,7 +20,8 @@ constexpr int kGroup = 8;
 
 // Applies errors [0, known) to columns [first, first + G).
 template <int G>
-void catch_up(Lanes* weight, const Lanes* errors, const float* factor, int64_t block, int64_t first, int64_t known) {
+void catch_up(Lanes* weight, const Lanes* errors, const float* factor, int64_t block, int64_t first,
+              int64_t known) {
   Lanes sums[G];
   for (int g = 0; g < G; ++g) sums[g] = weight[first + g];
   for (int64_t i = 0; i < known; ++i) {
@@ -31,9 +32,10 @@ void catch_up(Lanes* weight, const Lanes* errors, const float* factor, int64_t b
   for (int g = 0; g < G; ++g) weight[first + g] = sums[g];
 }
 
-void catch_up(Lanes* weight, const Lanes* errors, const float* factor, int64_t block, int64_t first, int64_t last,
-              int64_t known) {
-  for (; first + kGroup <= last; first += kGroup) catch_up<kGroup>(weight, errors, factor, block, first, known);
+void catch_up(Lanes* weight, const Lanes* errors, const float* factor, int64_t block, int64_t first,
+              int64_t last, int64_t known) {
+  for (; first + kGroup <= last; first += kGroup)
+    catch_up<kGroup>(weight, errors, factor, block, first, known);
   for (; first < last; ++first) catch_up<1>(weight, errors, factor, block, first, known);
 }
 

@@ -11,7 +11,9 @@ namespace {
 
 constexpr int64_t kChunkColumns = 1 << 16;  // weights in one chunk: 128 KB of bf16
 
-int64_t rows_per_chunk(int64_t columns) { return std::max<int64_t>(1, kChunkColumns / std::max<int64_t>(1, columns)); }
+int64_t rows_per_chunk(int64_t columns) {
+  return std::max<int64_t>(1, kChunkColumns / std::max<int64_t>(1, columns));
+}
 
 template <typename Body>
 void for_each_row(int threads, int64_t rows, int64_t columns, const Body& body) {
@@ -58,10 +60,12 @@ Status unpack(const PackValuesArgs& a) {
   const KernelTable& table = kernels();
   const int size = item_size(a.dtype);
   const int64_t mask_bytes = bitmask_bytes(a.columns);
-  for_each_row(a.threads, a.rows, a.columns,
-               [&](int64_t r) { a.offsets[r + 1] = table.count_bits(a.bitmask + r * a.bitmask_stride, mask_bytes); });
+  for_each_row(a.threads, a.rows, a.columns, [&](int64_t r) {
+    a.offsets[r + 1] = table.count_bits(a.bitmask + r * a.bitmask_stride, mask_bytes);
+  });
   accumulate(a.offsets, a.rows);
-  if (a.offsets[a.rows] != a.nnz) return invalid("unpack: the bitmask counts another number of weights than are stored");
+  if (a.offsets[a.rows] != a.nnz)
+    return invalid("unpack: the bitmask counts another number of weights than are stored");
   for_each_row(a.threads, a.rows, a.columns, [&](int64_t r) {
     table.unpack(size, at(a.values, a.offsets[r] * size), a.offsets[r + 1] - a.offsets[r],
                  a.bitmask + r * a.bitmask_stride, at(a.weight, r * a.columns * size), a.columns);

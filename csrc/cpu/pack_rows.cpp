@@ -57,7 +57,8 @@ template int64_t pack_bits<float>(const void*, uint8_t*, int64_t);
 template int64_t pack_bits<BFloat16>(const void*, uint8_t*, int64_t);
 template int64_t pack_bits<Half>(const void*, uint8_t*, int64_t);
 
-void pack_values(int item_size, const void* row, const uint8_t* bits, void* values, int64_t, int64_t columns) {
+void pack_values(int item_size, const void* row, const uint8_t* bits, void* values, int64_t,
+                 int64_t columns) {
   if (item_size == 4) {
     compact(static_cast<const uint32_t*>(row), bits, static_cast<uint32_t*>(values), columns);
   } else {

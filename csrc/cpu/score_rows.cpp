@@ -60,9 +60,9 @@ void column_sums(const void* from, int64_t rows, int64_t stride, int64_t columns
   }
 }
 
-#define MOSAIC_INSTANTIATE(T)                                                                             \
-  template double score_sum<T>(const void*, const float*, int64_t);                                       \
-  template void count_outliers<T>(const void*, const float*, int64_t, const float*, int64_t, int64_t*);   \
+#define MOSAIC_INSTANTIATE(T)                                                                           \
+  template double score_sum<T>(const void*, const float*, int64_t);                                     \
+  template void count_outliers<T>(const void*, const float*, int64_t, const float*, int64_t, int64_t*); \
   template void column_sums<T>(const void*, int64_t, int64_t, int64_t, double*);
 MOSAIC_INSTANTIATE(float)
 MOSAIC_INSTANTIATE(BFloat16)

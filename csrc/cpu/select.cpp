@@ -81,7 +81,8 @@ Status select_matrix(const SelectArgs& a) {
     pass.prefix = prefix;
     std::memset(bins, 0, (slices + 1) * kRadixBins * sizeof(uint32_t));
     parallel_for(a.threads, slices, [&](int64_t s) {
-      if (!table.radix_count(a.scores + first(s), first(s + 1) - first(s), pass, bins + s * kRadixBins)) finite = false;
+      if (!table.radix_count(a.scores + first(s), first(s + 1) - first(s), pass, bins + s * kRadixBins))
+        finite = false;
     });
     if (!finite) return kNonFinite;
     for (int64_t s = 0; s < slices; ++s) {
