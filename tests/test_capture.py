@@ -16,6 +16,8 @@ from mosaic_kernels.models import STAGES, ModelAdapter
 from mosaic_kernels.prune import capture
 from mosaic_kernels.prune.capture import advance, collect, collect_and_advance, embed
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Every architecture as it is, and those with a window that is shorter than the sequences; in the
 # second one only some blocks have it, so masks differ from block to block.
 MODELS = {

@@ -16,6 +16,8 @@ from mosaic_kernels.models import STAGES, ModelAdapter
 from mosaic_kernels.prune.capture import embed
 from mosaic_kernels.prune.importance import DEFAULT_THRESHOLDS, Ranks, rank
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = torch.randint(96, (4, 16), generator=torch.Generator().manual_seed(1))
 THRESHOLDS = (1.5, 3.0, 5.0)
 # scores carry the rounding of norm, product and mean; each is 2^-24, and the mean one per level of its sum

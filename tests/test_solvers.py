@@ -15,6 +15,8 @@ from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.solvers import SOLVERS, Target, keep_all, solve
 from mosaic_kernels.prune.solvers.sparsegpt import inverse_factor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}
 

@@ -149,18 +149,25 @@ void multiply(const LinearTask& task, Source weights, int64_t row, int64_t first
   const int64_t words = bitmask_words(a.in_features);
   const auto* x = static_cast<const typename D::X*>(task.x) + first * words * kWordBits;
 
+  // Every loop over r and n is unrolled in full: an index that is not constant puts the sums in memory.
   __m512 sum[4][N];
+#pragma GCC unroll 4
   for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[r][n] = _mm512_setzero_ps();
 
   for (int64_t w = 0; w < words; ++w, x += N * kWordBits) {
     typename D::Word weight[R];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) weight[r] = weights.next(r, w);
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sum[r][n] = D::dot(sum[r][n], weight[r], x + n * kWordBits);
   }
 
   const T* bias = static_cast<const T*>(a.bias);
+#pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     float sums[4];
     _mm_storeu_ps(sums, horizontal_sums(sum[0][n], sum[1][n], sum[2][n], sum[3][n]));
