@@ -44,9 +44,7 @@ _select.register(_select.Backend("cuda", ("cuda",), cuda.KERNELS, cuda.why_not))
 _select.register(_select.Backend("cpu", ("cpu",), cpu.KERNELS, cpu.why_not))
 _select.register(_select.Backend("triton", triton.DEVICES, triton.KERNELS, triton.why_not))
 _select.register(
-    _select.Backend(
-        "reference", ("cpu", "cuda"), {op: getattr(reference, op) for op in _SCHEMAS}, lambda: None
-    )
+    _select.Backend("reference", ("cpu", "cuda"), {op: getattr(reference, op) for op in _SCHEMAS}, lambda: None)
 )
 
 
@@ -192,7 +190,9 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
         f"x has {x.shape[-1] if x.dim() else 0} features but this projection takes {columns}",
     )
     _require(x.dtype == packed.values.dtype, f"x is {x.dtype} but the packed values are {packed.values.dtype}")
-    _require(x.device == packed.values.device, f"x is on {x.device} but the packed values are on {packed.values.device}")
+    _require(
+        x.device == packed.values.device, f"x is on {x.device} but the packed values are on {packed.values.device}"
+    )
     if bias is not None:
         _require(list(bias.shape) == [rows], f"bias must be [{rows}], got {list(bias.shape)}")
         _require(bias.dtype == x.dtype, f"bias is {bias.dtype} but x is {x.dtype}")
@@ -219,7 +219,10 @@ def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float])
     Raises:
         KernelError: a shape or dtype does not fit.
     """
-    _require(weight.dim() == 2 and weight.dtype in VALUE_DTYPES, f"weight must be 2-D fp32, bf16 or fp16, got {weight.dtype} {list(weight.shape)}")
+    _require(
+        weight.dim() == 2 and weight.dtype in VALUE_DTYPES,
+        f"weight must be 2-D fp32, bf16 or fp16, got {weight.dtype} {list(weight.shape)}",
+    )
     _require(
         list(column_norms.shape) == [weight.shape[1]],
         f"column_norms must be [{weight.shape[1]}], got {list(column_norms.shape)}",
@@ -230,7 +233,10 @@ def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float])
 
 def column_square_sums(x: Tensor) -> Tensor:
     """Sum of squares of each feature: ``float64 [features]`` of ``x [..., features]`` (fp32, bf16, fp16)."""
-    _require(x.dim() >= 2 and x.dtype in VALUE_DTYPES, f"x must be [..., features] in fp32, bf16 or fp16, got {x.dtype} {list(x.shape)}")
+    _require(
+        x.dim() >= 2 and x.dtype in VALUE_DTYPES,
+        f"x must be [..., features] in fp32, bf16 or fp16, got {x.dtype} {list(x.shape)}",
+    )
     sums: Tensor = torch.ops.mosaic.column_square_sums(x)
     return sums
 
@@ -257,7 +263,10 @@ def select(scores: Tensor, keep: int | Tensor | tuple[int, int], scope: str = "m
         >>> ops.select(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 1).tolist()
         [[False, True, False, False]]
     """
-    _require(scores.dim() == 2 and scores.dtype == torch.float32, f"scores must be 2-D fp32, got {scores.dtype} {list(scores.shape)}")
+    _require(
+        scores.dim() == 2 and scores.dtype == torch.float32,
+        f"scores must be 2-D fp32, got {scores.dtype} {list(scores.shape)}",
+    )
     _require(scope in ("matrix", "row", "group"), f"scope must be 'matrix', 'row' or 'group', got {scope!r}")
     rows, columns = scores.shape
     counts = torch.as_tensor(keep, dtype=torch.int64, device="cpu").reshape(-1)
@@ -280,7 +289,9 @@ def select(scores: Tensor, keep: int | Tensor | tuple[int, int], scope: str = "m
     return mask
 
 
-def obs_block(weight: Tensor, factor: Tensor, keep: Tensor | None = None, *, n: int = 0, m: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def obs_block(
+    weight: Tensor, factor: Tensor, keep: Tensor | None = None, *, n: int = 0, m: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """One block of the optimal-brain-surgeon sweep over columns (SparseGPT, arXiv 2301.00774).
 
     Args:
@@ -297,7 +308,10 @@ def obs_block(weight: Tensor, factor: Tensor, keep: Tensor | None = None, *, n: 
         KernelError: shapes or dtypes do not fit, or neither a mask nor a pattern was given.
     """
     rows, block = weight.shape
-    _require(weight.dtype == factor.dtype == torch.float32, f"obs_block computes in fp32, got {weight.dtype} and {factor.dtype}")
+    _require(
+        weight.dtype == factor.dtype == torch.float32,
+        f"obs_block computes in fp32, got {weight.dtype} and {factor.dtype}",
+    )
     _require(list(factor.shape) == [block, block], f"factor must be [{block}, {block}], got {list(factor.shape)}")
     _require((keep is None) == (m > 0), "give either a keep mask or a pattern n of m")
     _require(m == 0 or (0 <= n <= m and block % m == 0), f"cannot keep {n} of every {m} in a block of {block} columns")
@@ -306,5 +320,3 @@ def obs_block(weight: Tensor, factor: Tensor, keep: Tensor | None = None, *, n: 
     _require(keep.shape == weight.shape and keep.dtype == torch.bool, f"keep must be bool {list(weight.shape)}")
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.mosaic.obs_block(weight, factor, keep, n, m)
     return result
-
-
