@@ -62,7 +62,11 @@ def main() -> None:
     size = sum(p.numel() for p in dense.parameters())
     rows = [
         ("parameters", f"{size:,}", f"{size - report['removed_parameters']:,}"),
-        ("checkpoint bytes", f"{checkpoint_bytes(HERE / 'tiny-llama'):,}", f"{checkpoint_bytes(arguments.output_dir):,}"),
+        (
+            "checkpoint bytes",
+            f"{checkpoint_bytes(HERE / 'tiny-llama'):,}",
+            f"{checkpoint_bytes(arguments.output_dir):,}",
+        ),
         ("perplexity", f"{report['perplexity']['dense']:.2f}", f"{report['perplexity']['pruned']:.2f}"),
         ("decode tokens/s", f"{dense_speed.decode_tokens_per_s:.1f}", f"{pruned_speed.decode_tokens_per_s:.1f}"),
         ("prefill tokens/s", f"{dense_speed.prefill_tokens_per_s:.0f}", f"{pruned_speed.prefill_tokens_per_s:.0f}"),
@@ -70,10 +74,13 @@ def main() -> None:
     print(f"{'':<18}{'dense':>14}{'pruned':>14}")
     for name, before, after in rows:
         print(f"{name:<18}{before:>14}{after:>14}")
-    print(f"\nremoved {report['removed_parameters']:,} of {report['prunable_parameters']:,} projection weights: ", end="")
-    print(f"{report['structured_removed']:,} in whole units, {report['unstructured_zeros']:,} as zeros")
+    print(
+        f"\nremoved {report['removed_parameters']:,} of {report['prunable_parameters']:,} projection weights: "
+        f"{report['structured_removed']:,} in whole units, {report['unstructured_zeros']:,} as zeros"
+    )
     print(f"\ndense : {generate(dense, tokenizer)}\npruned: {generate(pruned, tokenizer)}")
-    print(f"\nwritten to {arguments.output_dir} in {report['seconds']['total']:.0f} s with {torch.get_num_threads()} threads")
+    seconds, threads = report["seconds"]["total"], torch.get_num_threads()
+    print(f"\nwritten to {arguments.output_dir} in {seconds:.0f} s with {threads} threads")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ class PackedWeight:
         rows, columns = self.shape
         if self.values.dim() != 1 or self.values.dtype not in VALUE_DTYPES:
             raise FormatError(
-                f"packed values must be 1-D fp32, bf16 or fp16, got {self.values.dtype} of shape {list(self.values.shape)}"
+                f"packed values must be 1-D fp32, bf16 or fp16, "
+                f"got {self.values.dtype} of shape {list(self.values.shape)}"
             )
         expected = [rows, bitmask_bytes(columns)]
         if self.bitmask.dtype != torch.uint8 or list(self.bitmask.shape) != expected:

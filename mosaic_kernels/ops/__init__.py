@@ -99,7 +99,7 @@ def _(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Ten
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, words, offsets, bias, in_features = inputs
+    _, values, words, _, bias, in_features = inputs
     if any(t is not None and t.requires_grad for t in (values, bias)):
         raise KernelError(
             "sparse_linear is differentiable in its activations only; call .requires_grad_(False) on the packed "

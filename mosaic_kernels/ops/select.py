@@ -111,7 +111,8 @@ def fast_sparse_linear(
     The operator's dispatch costs several microseconds; a decode step of a small model is hundreds of
     such calls. The kernels check their arguments themselves, so nothing is lost.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() and x.requires_grad or type(x) is not torch.Tensor:
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    if recorded or torch.compiler.is_compiling() or type(x) is not torch.Tensor:
         out: torch.Tensor = torch.ops.mosaic.sparse_linear(x, values, words, offsets, bias, in_features)
         return out
     direct: torch.Tensor = kernel("sparse_linear", x.device)(x, values, words, offsets, bias, in_features)
