@@ -1,30 +1,127 @@
 // SPDX-License-Identifier: Apache-2.0
-// Portable C++: one weight row after the other, its set bits in order.
-#include "cpu/rows.h"
+// Row bitmap times activations with AVX2. There is no expand instruction: eight columns at a time, their
+// byte of the bitmap picks a shuffle that moves the next values into place and zeros the rest.
+//
+//     byte of bits ── table ──> shuffle ── 16 or 32 bytes of values ──> 8 weights ── widen ──> fp32
+//
+// Bound by the shuffles and loads at one row, by the multiply-adds from four rows up.
+#include <immintrin.h>
+
+#include "cpu/linear_blocks.h"
 
 namespace mosaic::MOSAIC_ISA {
+namespace {
+
+constexpr int kLanes = 8;
+
+// For each byte of bits the source of every lane, counted in values; 0x80 where the bit is clear.
+struct Shuffles {
+  alignas(64) uint8_t lane[256][8];     // for 32-bit values
+  alignas(64) uint8_t halves[256][16];  // for 16-bit values, as pairs of bytes
+
+  constexpr Shuffles() : lane(), halves() {
+    for (int bits = 0; bits < 256; ++bits) {
+      uint8_t source = 0;
+      for (int i = 0; i < 8; ++i) {
+        const bool kept = (bits >> i) & 1;
+        lane[bits][i] = kept ? source : 0x80;
+        halves[bits][2 * i] = kept ? 2 * source : 0x80;
+        halves[bits][2 * i + 1] = kept ? 2 * source + 1 : 0x80;
+        source += kept;
+      }
+    }
+  }
+};
+constexpr Shuffles kShuffles;
+
+__m128i expand_16bit(uint32_t byte, const void* values) {
+  const __m128i shuffle = _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.halves[byte]));
+  return _mm_shuffle_epi8(_mm_loadu_si128(static_cast<const __m128i*>(values)), shuffle);
+}
+
+__m256 expand(uint32_t byte, const BFloat16* values) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(expand_16bit(byte, values)), 16));
+}
+
+__m256 expand(uint32_t byte, const Half* values) { return _mm256_cvtph_ps(expand_16bit(byte, values)); }
+
+__m256 expand(uint32_t byte, const float* values) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.lane[byte]));
+  const __m256i lane = _mm256_cvtepi8_epi32(bytes);  // negative where the bit is clear
+  const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lane);
+  return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lane, 31)), moved);
+}
+
+float horizontal_sum(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// R weight rows from `row` on and N rows of x from `first` on. kWithin: never load past the last value
+// of a row, for the rows whose end is less than a full load from the end of the values.
+template <typename T, int R, int N, bool kWithin>
+void multiply(const LinearTask& task, int64_t row, int64_t first) {
+  static_assert(R * N <= 8, "the sums, a weight and its shuffle must fit 16 registers");
+  const LinearArgs& a = task.args;
+  const int64_t words = bitmask_words(a.in_features);
+  const float* x = static_cast<const float*>(task.x) + first * words * kWordBits;
+  const uint32_t* bits = a.words + row * words;
+  const T* value[R];
+  for (int r = 0; r < R; ++r) value[r] = static_cast<const T*>(a.values) + a.offsets[row + r];
+
+  __m256 sum[R][N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[r][n] = _mm256_setzero_ps();
+
+  for (int64_t w = 0; w < words; ++w, x += N * kWordBits) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const uint32_t word = bits[r * words + w];
+      T copy[kWithin ? kWordBits + kLanes : 1];
+      const T* from = value[r];
+      if (kWithin) {
+        std::memcpy(copy, from, popcount(word) * sizeof(T));
+        from = copy;
+      }
+#pragma GCC unroll 4
+      for (int q = 0; q < kWordBits / kLanes; ++q) {
+        const uint32_t byte = (word >> (q * kLanes)) & 0xff;
+        const __m256 weight = expand(byte, from);
+        from += popcount(byte);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+          sum[r][n] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x + n * kWordBits + q * kLanes), sum[r][n]);
+        }
+      }
+      value[r] += popcount(word);
+    }
+  }
+
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    float sums[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sums[r] = horizontal_sum(sum[r][n]);
+    store_sums<T>(a, row, first + n, sums, R);
+  }
+}
+
+}  // namespace
 
 template <typename T>
 void linear(const LinearTask& task, int64_t begin, int64_t end) {
-  const LinearArgs& a = task.args;
-  const int64_t words = bitmask_words(a.in_features);
-  const T* bias = static_cast<const T*>(a.bias);
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t n = 0; n < a.rows; ++n) {
-      const int64_t block = n / kRowBlock * kRowBlock;
-      const int64_t stride = (a.rows - block < kRowBlock ? a.rows - block : kRowBlock) * kWordBits;
-      const float* x =
-          static_cast<const float*>(task.x) + block * words * kWordBits + (n - block) * kWordBits;
-      const T* value = static_cast<const T*>(a.values) + a.offsets[r];
-      float sum = 0;
-      for (int64_t w = 0; w < words; ++w, x += stride) {
-        for (uint32_t bits = a.words[r * words + w]; bits; bits &= bits - 1) {
-          sum += to_float(*value++) * x[__builtin_ctz(bits)];
-        }
-      }
-      store(bias ? sum + to_float(bias[r]) : sum, static_cast<T*>(a.out) + n * a.out_features + r);
-    }
-  }
+  const int64_t guarded = first_guarded_row(task, begin, end);
+  for_each_block(task.args.rows, [&](int64_t first, auto count) {
+    constexpr int N = decltype(count)::value;
+    constexpr int kRows = N <= 2 ? 4 : N <= 4 ? 2 : 1;
+    int64_t row = begin;
+    for (; row + kRows <= guarded; row += kRows) multiply<T, kRows, N, false>(task, row, first);
+    for (; row < guarded; ++row) multiply<T, 1, N, false>(task, row, first);
+    for (; row < end; ++row) multiply<T, 1, N, true>(task, row, first);
+  });
 }
 
 template void linear<float>(const LinearTask&, int64_t, int64_t);

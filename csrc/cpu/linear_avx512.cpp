@@ -13,7 +13,7 @@
 // a row of x gives the same bits alone and in a batch, on one thread and on many.
 #include <immintrin.h>
 
-#include "cpu/rows.h"
+#include "cpu/linear_blocks.h"
 #include "cpu/thread_pool.h"
 
 namespace mosaic::MOSAIC_ISA {
@@ -166,13 +166,11 @@ void multiply(const LinearTask& task, Source weights, int64_t row, int64_t first
       for (int r = 0; r < R; ++r) sum[r][n] = D::dot(sum[r][n], weight[r], x + n * kWordBits);
   }
 
-  const T* bias = static_cast<const T*>(a.bias);
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     float sums[4];
     _mm_storeu_ps(sums, horizontal_sums(sum[0][n], sum[1][n], sum[2][n], sum[3][n]));
-    T* out = static_cast<T*>(a.out) + (first + n) * a.out_features + row;
-    for (int r = 0; r < R; ++r) store(bias ? sums[r] + to_float(bias[row + r]) : sums[r], out + r);
+    store_sums<T>(a, row, first + n, sums, R);
   }
 }
 
@@ -208,47 +206,6 @@ void expand_panel(const LinearTask& task, int64_t row, int64_t groups, typename 
       for (int r = 0; r < kPanelRows; ++r, panel += kWordBits) Traits<T>::save(panel, weights.next(r, w));
     }
   }
-}
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// Calls run(Count<N>()) for the N rows of x that are left.
-template <typename Run>
-void with_row_count(int64_t rows, const Run& run) {
-  switch (rows) {
-    case 1:
-      return run(Count<1>());
-    case 2:
-      return run(Count<2>());
-    case 3:
-      return run(Count<3>());
-    case 4:
-      return run(Count<4>());
-    case 5:
-      return run(Count<5>());
-    case 6:
-      return run(Count<6>());
-    case 7:
-      return run(Count<7>());
-    default:
-      return run(Count<8>());
-  }
-}
-
-template <typename Run>
-void for_each_block(int64_t rows, const Run& run) {
-  for (int64_t n = 0; n < rows; n += kRowBlock) {
-    with_row_count(rows - n, [&](auto count) { run(n, count); });
-  }
-}
-
-// The first row of [begin, end) from which a full load might pass the end of the values.
-int64_t first_guarded_row(const LinearTask& task, int64_t begin, int64_t end) {
-  while (end > begin && task.args.offsets[end] >= task.fast_values) --end;
-  return end;
 }
 
 // From this many rows on, expanding a weight once and reading it back beats expanding it for every
