@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mosaic_kernels.checkpoint.directory import write_errors
 from mosaic_kernels.errors import UsageError
 from mosaic_kernels.models import PROJECTIONS, Block
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -62,21 +65,24 @@ class Journal:
             part.replace(self._path(block))
 
     def restore(self, block: Block) -> bool:
-        """Put a finished block's projections back; false where the journal has none."""
+        """Put a finished block's projections back; false where the journal has none, or a damaged one."""
         path = self._path(block)
         if not path.exists():
             return False
-        with safe_open(path, "pt") as tensors:  # copied: the file goes when the run is published
-            names = set(tensors.keys())
-            for name in PROJECTIONS:
-                old = block.projection(name)
-                weight = tensors.get_tensor(f"{name}.weight").to(old.weight.device, copy=True)
-                layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-                layer.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
-                if f"{name}.bias" in names:
-                    bias = tensors.get_tensor(f"{name}.bias").to(old.weight.device, copy=True)
-                    layer.bias = nn.Parameter(bias, requires_grad=old.weight.requires_grad)
-                block.replace(name, layer.train(old.training))
+        try:
+            tensors = load_file(path)  # views of the file, which goes when the run is published: copied below
+        except SafetensorError:  # a power cut may come between the name and the content
+            logger.warning("%s: %s is damaged; the block is solved again", block.prefix, path.name)
+            return False
+        for name in PROJECTIONS:
+            old = block.projection(name)
+            place, trains = old.weight.device, old.weight.requires_grad
+            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            layer.weight = nn.Parameter(weight.to(place, copy=True), requires_grad=trains)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.to(place, copy=True), requires_grad=trains)
+            block.replace(name, layer.train(old.training))
         block.refresh_heads()
         return True
 

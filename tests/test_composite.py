@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: units and zeros that add up to the budget, for any options and shapes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import random_model
+
+from mosaic_kernels.config import PruneConfig
+from mosaic_kernels.errors import UsageError
+from mosaic_kernels.format import packed_bytes
+from mosaic_kernels.models import PROJECTIONS, ModelAdapter
+from mosaic_kernels.prune.composite import Plan, make_plan
+from mosaic_kernels.prune.importance import Ranks
+
+ADAPTER = ModelAdapter.of(random_model("qwen2", intermediate_size=100, num_attention_heads=6, num_key_value_heads=3))
+
+
+def ranks(adapter: ModelAdapter = ADAPTER) -> Ranks:
+    """Outlier ratios that differ from projection to projection."""
+    by_projection = {name: {5.0: 0.001 * (i * 7 % 11)} for i, name in enumerate(adapter.sizes())}
+    by_block = {block.prefix: {5.0: 0.001 * (block.index * 2 % 3)} for block in adapter.blocks}
+    return Ranks("m", "c", 1, by_projection, by_block)
+
+
+def require_consistent(plan: Plan, adapter: ModelAdapter = ADAPTER) -> None:
+    assert plan.prunable == adapter.prunable_parameters
+    assert plan.structured_removed + sum(plan.zeros.values()) == plan.removed
+    assert plan.shapes.keys() == plan.zeros.keys() == plan.original_shapes.keys() == set(adapter.sizes())
+    for block, units in zip(adapter.blocks, plan.units, strict=True):
+        shapes = {name: plan.shapes[block.full_name(name)] for name in PROJECTIONS}
+        kv = (block.key_value_heads - units.groups) * block.head_dim
+        q = kv * block.query_heads // block.key_value_heads
+        assert shapes["self_attn.k_proj"] == shapes["self_attn.v_proj"] == (kv, 64)
+        assert shapes["self_attn.q_proj"] == (q, 64) == shapes["self_attn.o_proj"][::-1]
+        width = block.channels - units.channels
+        assert shapes["mlp.gate_proj"] == shapes["mlp.up_proj"] == (width, 64) == shapes["mlp.down_proj"][::-1]
+    for name, (rows, columns) in plan.shapes.items():
+        assert 0 <= plan.zeros[name] <= rows * columns
+    weighted = sum(plan.target(name) * o * i for name, (o, i) in plan.original_shapes.items())
+    assert weighted == pytest.approx(plan.removed, rel=1e-12)
+
+
+@given(
+    st.floats(0, 1, exclude_max=True),
+    st.sampled_from(["unstructured", "composite", "auto"]),
+    st.sampled_from(["uniform", "owl", "pod"]),
+    st.floats(0, 1) | st.none(),
+    st.sampled_from([1, 8, 32]),
+)
+def test_the_budget_is_met_exactly(
+    sparsity: float, category: Any, policy: Any, part: float | None, multiple: int
+) -> None:
+    share = None if part is None or category == "unstructured" else part * sparsity
+    config = PruneConfig(
+        sparsity=sparsity, category=category, policy=policy, structured_share=share, channel_multiple=multiple
+    )
+    plan = make_plan(ADAPTER, ranks(), config)
+    require_consistent(plan)
+    assert plan.removed == plan.budget == round(sparsity * ADAPTER.prunable_parameters)
+    assert plan.structured_removed <= round(config.share * plan.prunable)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.sampled_from([1, 8, 32]))
+def test_structured_removes_units_only(sparsity: float, multiple: int) -> None:
+    plan = make_plan(ADAPTER, None, PruneConfig(sparsity=sparsity, category="structured", channel_multiple=multiple))
+    require_consistent(plan)
+    assert not any(plan.zeros.values())
+    # half a step of channels, unless as many units are gone as may go
+    gone_at_most = all(u.groups == 2 and 100 - u.channels <= multiple for u in plan.units)
+    step = 3 * 64 * multiple
+    assert 2 * abs(plan.removed - plan.budget) <= step or gone_at_most
+
+
+def test_nothing_is_removed_at_zero() -> None:
+    for category in ("unstructured", "structured", "composite"):
+        plan = make_plan(ADAPTER, ranks(), PruneConfig(sparsity=0, category=category))
+        assert plan.removed == 0
+        assert plan.shapes == plan.original_shapes
+
+
+def test_the_default_share_is_a_third() -> None:
+    plan = make_plan(ADAPTER, ranks(), PruneConfig(sparsity=0.6))
+    missing = 0.2 * plan.prunable - plan.structured_removed
+    assert 0 <= missing < 3 * 64 * 8  # one step of channels
+    assert plan.structured_removed > 0
+
+
+def test_policies_differ_and_rank_as_they_say() -> None:
+    found = ranks()
+    plans = {
+        policy: make_plan(ADAPTER, found, PruneConfig(category="unstructured", policy=policy))
+        for policy in ("uniform", "owl", "pod", "mosaic-reference")
+    }
+    assert len({tuple(plan.zeros.values()) for plan in plans.values()}) == 4
+    ratios = found.projection_ratios(5.0)
+    targets = [plans["pod"].target(name) for name in sorted(ratios, key=ratios.__getitem__)]
+    slack = 1 / min(ADAPTER.sizes().values())
+    assert all(a >= b - 2 * slack for a, b in itertools.pairwise(targets))
+    assert plans["mosaic-reference"].removed != plans["mosaic-reference"].budget
+
+
+@pytest.mark.parametrize("policy", ["owl", "pod", "mosaic-reference"])
+def test_a_policy_that_ranks_needs_ranks(policy: Any) -> None:
+    with pytest.raises(UsageError, match=rf"policy {policy} needs a ranking"):
+        make_plan(ADAPTER, None, PruneConfig(policy=policy))
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("2:4", 0.7), ("1:4", 0.8)])
+def test_a_pattern_takes_its_share_of_every_projection(pattern: str, sparsity: float) -> None:
+    n, m = map(int, pattern.split(":"))
+    plan = make_plan(ADAPTER, None, PruneConfig(pattern=pattern, sparsity=sparsity))
+    require_consistent(plan)
+    for name, (rows, columns) in plan.shapes.items():
+        assert plan.zeros[name] * m == rows * columns * (m - n)
+    # whole units come in steps, of which a pattern leaves n of m weights
+    assert 0 <= plan.budget - plan.removed < 3 * 64 * 8 * n / m
+    if sparsity == (m - n) / m:
+        assert plan.removed == plan.budget
+
+
+def test_a_pattern_that_does_not_fit_names_the_projection() -> None:
+    odd = ModelAdapter.of(random_model("llama", intermediate_size=42))
+    with pytest.raises(UsageError, match=r"2:4 needs a multiple of 4 .*model.layers.0.mlp.down_proj has 42"):
+        make_plan(odd, None, PruneConfig(category="unstructured", pattern="2:4"))
+
+
+def test_bytes_are_those_of_the_smaller_form() -> None:
+    plan = make_plan(ADAPTER, None, PruneConfig(category="unstructured", policy="uniform", sparsity=0.02))
+    dense = 2 * plan.prunable
+    # 2 % zeros save less than the bits cost: 1/16 in bf16
+    assert plan.predicted_bytes(2) == dense == plan.predicted_bytes(2, packed=False)
+    plan = make_plan(ADAPTER, None, PruneConfig(policy="uniform", sparsity=0.6))
+    packed = sum(packed_bytes(o, i, o * i - plan.zeros[name], 2) for name, (o, i) in plan.shapes.items())
+    assert plan.predicted_bytes(2) == packed
+    assert plan.predicted_bytes(2, packed=False) == 2 * (plan.prunable - plan.structured_removed)
+
+
+def test_the_plan_is_in_the_order_of_the_model() -> None:
+    plan = make_plan(ADAPTER, ranks(), PruneConfig())
+    assert list(plan.shapes) == list(ADAPTER.sizes())
+    assert all(re.fullmatch(r"model\.layers\.\d\.(self_attn|mlp)\.\w+_proj", name) for name in plan.zeros)
