@@ -18,6 +18,7 @@ from mosaic_kernels.format import packed_bytes
 from mosaic_kernels.models import PROJECTIONS, ModelAdapter
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
+from mosaic_kernels.prune.structured import BlockShape, Units, plan_units
 
 ADAPTER = ModelAdapter.of(random_model("qwen2", intermediate_size=100, num_attention_heads=6, num_key_value_heads=3))
 
@@ -146,3 +147,78 @@ def test_the_plan_is_in_the_order_of_the_model() -> None:
     plan = make_plan(ADAPTER, ranks(), PruneConfig())
     assert list(plan.shapes) == list(ADAPTER.sizes())
     assert all(re.fullmatch(r"model\.layers\.\d\.(self_attn|mlp)\.\w+_proj", name) for name in plan.zeros)
+
+
+def lost(shapes: list[BlockShape], units: list[Units]) -> int:
+    return sum(
+        u.groups * s.group_parameters + u.channels * s.channel_parameters for u, s in zip(units, shapes, strict=True)
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[list[BlockShape], int, int]:
+    hidden, head_dim, queries = draw(st.integers(1, 64)), draw(st.sampled_from([4, 16, 32])), draw(st.integers(1, 4))
+    one = BlockShape(
+        draw(st.integers(1, 8)), draw(st.integers(1, 200)), (2 * queries + 2) * head_dim * hidden, 3 * hidden
+    )
+    shapes = [one] * draw(st.integers(1, 6))
+    total = sum(s.groups * s.group_parameters + s.channels * s.channel_parameters for s in shapes)
+    return shapes, round(draw(st.floats(0, 1, exclude_max=True)) * total), draw(st.sampled_from([1, 2, 8, 64]))
+
+
+def possible(shape: BlockShape, multiple: int) -> list[int]:
+    """Numbers of channels that may go from a block of the dense width or less."""
+    return [0, *(shape.channels - kept for kept in range(shape.channels - 1, 0, -1) if kept % multiple == 0)]
+
+
+@given(plans())
+def test_composite_plans_never_remove_too_much(plan: tuple[list[BlockShape], int, int]) -> None:
+    shapes, budget, multiple = plan
+    units = plan_units(shapes, budget, multiple, at_most=True)
+    missing = budget - lost(shapes, units)
+    assert missing >= 0
+    for u, s in zip(units, shapes, strict=True):
+        assert 0 <= u.groups < s.groups
+        assert u.channels in possible(s, multiple)
+    # what is missing is less than any step that is left
+    for u, s in zip(units, shapes, strict=True):
+        more = [c for c in possible(s, multiple) if c > u.channels]
+        assert not more or missing < (more[0] - u.channels) * s.channel_parameters
+
+
+@given(plans())
+def test_structured_plans_come_nearest(plan: tuple[list[BlockShape], int, int]) -> None:
+    """No block could take or give back a step of channels, or give up another group, and come nearer."""
+    shapes, budget, multiple = plan
+    units = plan_units(shapes, budget, multiple, at_most=False)
+    missing = budget - lost(shapes, units)
+    for u, s in zip(units, shapes, strict=True):
+        assert 0 <= u.groups < s.groups
+        options = possible(s, multiple)
+        assert u.channels in options
+        at = options.index(u.channels)
+        for other in (*options[max(0, at - 1) : at], *options[at + 1 : at + 2]):
+            assert abs(missing - (other - u.channels) * s.channel_parameters) >= abs(missing)
+        if u.groups + 1 < s.groups:
+            assert abs(missing - s.group_parameters) >= abs(missing)
+
+
+@given(plans())
+def test_blocks_are_treated_alike(plan: tuple[list[BlockShape], int, int]) -> None:
+    """Blocks of one shape differ by one group and one step of channels at most."""
+    shapes, budget, multiple = plan
+    units = plan_units(shapes, budget, multiple, at_most=True)
+    assert max(u.groups for u in units) - min(u.groups for u in units) <= 1
+    options = possible(shapes[0], multiple)
+    places = [options.index(u.channels) for u in units]
+    assert max(places) - min(places) <= 1
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 16, 64])
+def test_widths_are_multiples(multiple: int) -> None:
+    shapes = [BlockShape(4, 704, 6 * 32 * 256, 3 * 256)] * 6
+    for share in (0.05, 0.25, 0.6):
+        total = sum(s.groups * s.group_parameters + s.channels * s.channel_parameters for s in shapes)
+        for at_most in (True, False):
+            for u in plan_units(shapes, round(share * total), multiple, at_most=at_most):
+                assert (704 - u.channels) % multiple == 0

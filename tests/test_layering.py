@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of the house: imports point down, csrc stands alone, files stay short."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mosaic_kernels"
+
+# A module may import what stands on its own level or below; the package's __init__ ties it all together.
+LEVELS = {
+    "errors": 0, "config": 0,
+    "format": 1, "text": 1, "cli": 1,
+    "ops": 2, "_C_cpu": 2, "_C_cuda": 2,
+    "linear": 3,
+    "models": 4,
+    "checkpoint": 5, "evaluate": 5, "export": 5,
+    "prune": 6, "deploy": 6,
+    "report": 7, "info": 7, "profile": 7,
+}  # fmt: skip
+MAY_IMPORT_TRANSFORMERS = ("models", "checkpoint", "prune.calibration", "evaluate")
+MAY_IMPORT_TRITON = ("ops.triton",)
+MOST_LINES = {".py": 400, ".cpp": 600, ".cu": 600, ".h": 600, ".cuh": 600}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NATIVE = sorted(p for folder in ("csrc", "python") for p in (ROOT / folder).rglob("*") if p.suffix in MOST_LINES)
+SCRIPTS = sorted(p for folder in ("tests", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py"))
+OURS = [*MODULES, *NATIVE, *SCRIPTS, ROOT / "setup.py"]
+
+
+def dotted(path: Path) -> str:
+    """``prune.solvers.target`` of ``mosaic_kernels/prune/solvers/target.py``; empty for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(path: Path, source: str | None = None) -> set[str]:
+    """Absolute names of everything a file imports, wherever it does so."""
+    found: set[str] = set()
+    package = ["mosaic_kernels", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text() if source is None else source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                found.add(node.args[0].value)
+    return found
+
+
+def level(module: str) -> int:
+    first = module.partition(".")[0]
+    assert first in LEVELS, f"mosaic_kernels/{first} has no level: give it one in LEVELS"
+    return LEVELS[first]
+
+
+def within(module: str, places: tuple[str, ...]) -> bool:
+    return any(module == place or module.startswith(place + ".") for place in places)
+
+
+def upward(path: Path, source: str | None = None) -> list[str]:
+    own = dotted(path)
+    names = (name.partition(".") for name in imports(path, source))
+    ours = (rest for top, _, rest in names if top == "mosaic_kernels")
+    # ``from mosaic_kernels import x`` takes submodule x; names of the package itself are its __init__'s affair
+    return sorted(name for name in ours if name.partition(".")[0] in LEVELS and level(name) > level(own))
+
+
+def outside(path: Path, source: str | None = None) -> list[str]:
+    """Imports that only other modules may make."""
+    own, tops = dotted(path), {name.partition(".")[0] for name in imports(path, source)}
+    found = []
+    if "transformers" in tops and not within(own, MAY_IMPORT_TRANSFORMERS):
+        found.append("transformers")
+    if "triton" in tops and not within(own, MAY_IMPORT_TRITON):
+        found.append("triton")
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if dotted(p)], ids=dotted)
+def test_imports_point_down(path: Path) -> None:
+    assert level(dotted(path)) >= 0
+    assert not upward(path)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: dotted(path) or "__init__")
+def test_only_their_places_import_transformers_and_triton(path: Path) -> None:
+    assert not outside(path)
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if dotted(p)], ids=dotted)
+def test_our_package_is_imported_by_its_parts(path: Path) -> None:
+    """``import mosaic_kernels`` inside the package would hide what is needed, and make circles."""
+    assert "mosaic_kernels" not in imports(path)
+    names = {name.removeprefix("mosaic_kernels.") for name in imports(path) if name.startswith("mosaic_kernels.")}
+    public = {name for name in names if name.partition(".")[0] not in LEVELS}
+    assert public <= {"__version__"}
+
+
+@pytest.mark.parametrize("path", [p for p in NATIVE if "csrc" in p.parts], ids=lambda path: path.name)
+def test_csrc_stands_alone(path: Path) -> None:
+    included = re.findall(r'^\s*#\s*include\s*[<"]([^">]+)', path.read_text(), flags=re.MULTILINE)
+    assert not [name for name in included if re.match(r"(torch|ATen|c10|pybind11|Python\.h|pyconfig|numpy)", name)]
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_and_licensed(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= MOST_LINES[path.suffix]
+    assert not lines or "SPDX-License-Identifier: Apache-2.0" in "\n".join(lines[:2])
+
+
+def test_the_checks_see_what_they_look_for() -> None:
+    """A rule that finds nothing in a file that breaks it would pass for ever."""
+    linear = PACKAGE / "linear.py"
+    assert upward(linear, "from mosaic_kernels.prune import capture") == ["prune.capture"]
+    assert upward(linear, "def f():\n    from mosaic_kernels import models") == ["models"]
+    assert upward(linear, "from .models import Block") == ["models.Block"]
+    assert upward(linear, "import importlib\nimportlib.import_module('mosaic_kernels.checkpoint')") == ["checkpoint"]
+    assert upward(linear, "from mosaic_kernels.format import PackedWeight") == []
+    assert upward(PACKAGE / "prune" / "solvers" / "target.py", "from ...report import html") == ["report.html"]
+    assert outside(linear, "import transformers") == ["transformers"]
+    assert outside(PACKAGE / "prune" / "gram.py", "from triton.language import load") == ["triton"]
+    assert outside(PACKAGE / "ops" / "triton" / "linear.py", "import triton") == []
+    with pytest.raises(AssertionError, match="has no level"):
+        level("novelty.things")
