@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -23,15 +24,9 @@ def register_with_transformers() -> None:
 
 
 def _register_quantizer() -> None:
-    from transformers.quantizers import auto
-
-    from mosaic_kernels.checkpoint.quantizer import MosaicConfig, MosaicQuantizer
-
-    method = MosaicConfig.METHOD
-    if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # registering twice raises
-        auto.register_quantization_config(method)(MosaicConfig)
-    if method not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantizer(method)(MosaicQuantizer)
+    # The module registers its classes at its end; importing it is all there is to do, also where its own
+    # first import of transformers is what brought us here.
+    importlib.import_module("mosaic_kernels.checkpoint.quantizer")
 
 
 def _guard_lora_merge() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -148,3 +149,14 @@ def _require_tensors(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+def _register() -> None:
+    method = MosaicConfig.METHOD
+    if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # registering twice raises
+        auto.register_quantization_config(method)(MosaicConfig)
+    if method not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(method)(MosaicQuantizer)
+
+
+_register()
