@@ -71,9 +71,11 @@ def words_from_bits(bits: Tensor) -> Tensor:
 
 def row_offsets(bits: Tensor) -> Tensor:
     """``int64 [rows + 1]``: where each row's values begin, and after the last one the nnz."""
-    table = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8, device=bits.device)
+    pairs = bits - ((bits >> 1) & 0x55)  # population count inside each byte: of 2, 4, then 8 bits
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    counts = ((fours + (fours >> 4)) & 0x0F).sum(1, dtype=torch.int64)
     offsets = torch.zeros(bits.shape[0] + 1, dtype=torch.int64, device=bits.device)
-    torch.cumsum(table[bits.int()].sum(1, dtype=torch.int64), 0, out=offsets[1:])
+    torch.cumsum(counts, 0, out=offsets[1:])
     return offsets
 
 

@@ -79,7 +79,7 @@ class MosaicLinear(nn.Linear):
         layer = cls(columns, rows, bias=False, device="meta", dtype=packed.values.dtype)
         layer.weight, layer.bitmask = _frozen(packed.values), _frozen(packed.bitmask)
         layer.bias = None if bias is None else _frozen(bias.detach())  # type: ignore[assignment]
-        layer.build_index()
+        layer._index = (layer.bitmask, packed.index())
         return layer
 
     @property

@@ -22,7 +22,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    # the models here are small: on a busy 2-core machine a second thread made the suite 5 times slower
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,6 +43,7 @@ def _same_random_numbers() -> None:
 def one_thread() -> Iterator[None]:
     """For many small operations: two threads on busy cores wait for each other at every one of them."""
     before = torch.get_num_threads()
+    # the models here are small: on a busy 2-core machine a second thread made the suite 5 times slower
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

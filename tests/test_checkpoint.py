@@ -371,9 +371,11 @@ class TestLora:
         assert all(torch.equal(p, packed[name]) for name, p in model.named_parameters() if not p.requires_grad)
 
     def test_transformers_lets_its_trainer_train(self, model: Any) -> None:
-        from transformers.trainer_utils import validate_quantization_for_training
+        from transformers import trainer_utils
 
-        validate_quantization_for_training(model)
+        if not hasattr(trainer_utils, "validate_quantization_for_training"):
+            pytest.skip("before 5.10 or so the check is a part of Trainer's constructor")
+        trainer_utils.validate_quantization_for_training(model)
 
     @pytest.mark.parametrize("safe", [False, True])
     def test_does_not_merge_into_packed_weights(self, model: Any, safe: bool) -> None:

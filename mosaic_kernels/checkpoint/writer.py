@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from mosaic_kernels import ops
 from mosaic_kernels.checkpoint import autoload
 from mosaic_kernels.checkpoint.card import model_card, public_name
 from mosaic_kernels.checkpoint.directory import OutputDirectory, require_space, write_errors
 from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
 from mosaic_kernels.checkpoint.progress import bars_on_terminals_only
-from mosaic_kernels.format import packed_bytes
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
 
@@ -39,9 +39,9 @@ def pack_model(adapter: ModelAdapter) -> None:
 
     for block, name, layer in adapter.projections():
         if not isinstance(layer, MosaicLinear):
-            shape, nnz = (layer.out_features, layer.in_features), int(layer.weight.count_nonzero())
-            if packed_bytes(*shape, nnz, layer.weight.element_size()) < layer.weight.nbytes:
-                block.replace(name, MosaicLinear.from_linear(layer))
+            packed = ops.pack(layer.weight.detach())
+            if packed.nbytes < layer.weight.nbytes:
+                block.replace(name, MosaicLinear.from_packed(packed, layer.bias).train(layer.training))
     model: Any = adapter.model
     model.config.quantization_config = MosaicConfig.of(adapter)
 
