@@ -44,15 +44,6 @@ MOSAIC_HD void store(float v, Half* to) {
   std::memcpy(&to->bits, &half, 2);
 }
 
-// The bits of a value without its sign: zero exactly for both zeros.
-MOSAIC_HD uint32_t magnitude(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  return bits & 0x7fffffffu;
-}
-MOSAIC_HD uint32_t magnitude(BFloat16 v) { return v.bits & 0x7fffu; }
-MOSAIC_HD uint32_t magnitude(Half v) { return v.bits & 0x7fffu; }
-
 // Up to four bytes of a canonical row as one word; never reads past the row.
 MOSAIC_HD uint32_t load_word(const uint8_t* bits, int64_t bytes_left) {
   uint32_t word = 0;

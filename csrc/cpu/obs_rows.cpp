@@ -7,14 +7,13 @@
 //
 // in groups of columns whose sums stay in registers: a load of error[i] serves all of them. Bound by
 // the block * block / 2 multiply-adds per row.
+#include "cpu/lanes.h"
 #include "cpu/rows.h"
 
 namespace mosaic::MOSAIC_ISA {
 namespace {
 
-constexpr int kLanes = static_cast<int>(kObsLanes);
-using Lanes = float __attribute__((vector_size(kLanes * 4)));
-using Flags = int32_t __attribute__((vector_size(kLanes * 4)));
+static_assert(kLanes == kObsLanes, "the driver sizes the tile for these lanes");
 
 constexpr int kGroup = 8;
 

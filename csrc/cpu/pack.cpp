@@ -36,10 +36,11 @@ char* at(void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; }
 }  // namespace
 
 Status pack_bits(const PackBitsArgs& a) {
-  const auto run = kernels().pack_bits[static_cast<int>(a.dtype)];
-  const int64_t row_bytes = a.columns * item_size(a.dtype), mask_bytes = bitmask_bytes(a.columns);
+  const auto run = kernels().pack_bits;
+  const int size = item_size(a.dtype);
+  const int64_t row_bytes = a.columns * size, mask_bytes = bitmask_bytes(a.columns);
   for_each_row(a.threads, a.rows, a.columns, [&](int64_t r) {
-    a.offsets[r + 1] = run(at(a.weight, r * row_bytes), a.bitmask + r * mask_bytes, a.columns);
+    a.offsets[r + 1] = run(size, at(a.weight, r * row_bytes), a.bitmask + r * mask_bytes, a.columns);
   });
   accumulate(a.offsets, a.rows);
   return {};
@@ -67,8 +68,8 @@ Status unpack(const PackValuesArgs& a) {
   if (a.offsets[a.rows] != a.nnz)
     return invalid("unpack: the bitmask counts another number of weights than are stored");
   for_each_row(a.threads, a.rows, a.columns, [&](int64_t r) {
-    table.unpack(size, at(a.values, a.offsets[r] * size), a.offsets[r + 1] - a.offsets[r],
-                 a.bitmask + r * a.bitmask_stride, at(a.weight, r * a.columns * size), a.columns);
+    table.unpack(size, at(a.values, a.offsets[r] * size), a.bitmask + r * a.bitmask_stride,
+                 at(a.weight, r * a.columns * size), a.columns);
   });
   return {};
 }

@@ -16,12 +16,10 @@ int packed_x_size(DType dtype);
 template <typename T>
 void pack_x(const void* x, int64_t rows, int64_t in_features, void* packed);
 
-template <typename T>
-int64_t pack_bits(const void* row, uint8_t* bits, int64_t columns);
+int64_t pack_bits(int item_size, const void* row, uint8_t* bits, int64_t columns);
 void pack_values(int item_size, const void* row, const uint8_t* bits, void* values, int64_t count,
                  int64_t columns);
-void unpack(int item_size, const void* values, int64_t count, const uint8_t* bits, void* row,
-            int64_t columns);
+void unpack(int item_size, const void* values, const uint8_t* bits, void* row, int64_t columns);
 int64_t count_bits(const uint8_t* bits, int64_t bytes);
 
 template <typename T>

@@ -1,31 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Statistics of one row or column block. Written for the vectoriser: plain loops over small arrays of
-// lanes, compiled once for each instruction set. Bound by reading the weight.
+// Statistics of one row or column block, bound by reading it.
+#include "cpu/lanes.h"
 #include "cpu/rows.h"
 
 namespace mosaic::MOSAIC_ISA {
-namespace {
-
-constexpr int kLanes = 16;
-
-template <typename T>
-float score(T weight, float norm) {
-  return __builtin_fabsf(to_float(weight)) * norm;
-}
-
-}  // namespace
 
 template <typename T>
 double score_sum(const void* from, const float* norms, int64_t columns) {
   const T* row = static_cast<const T*>(from);
-  double lanes[kLanes] = {};
+  Doubles lanes[2] = {};
   int64_t j = 0;
   for (; j + kLanes <= columns; j += kLanes) {
-    for (int i = 0; i < kLanes; ++i) lanes[i] += static_cast<double>(score(row[j + i], norms[j + i]));
+    add_to(lanes, absolute(load_lanes(row + j)) * load_lanes(norms + j));
   }
   double sum = 0;
-  for (; j < columns; ++j) sum += static_cast<double>(score(row[j], norms[j]));
-  for (const double lane : lanes) sum += lane;
+  for (; j < columns; ++j) sum += static_cast<double>(__builtin_fabsf(to_float(row[j])) * norms[j]);
+  for (int i = 0; i < kLanes / 2; ++i) sum += lanes[0][i] + lanes[1][i];
   return sum;
 }
 
@@ -33,27 +23,42 @@ template <typename T>
 void count_outliers(const void* from, const float* norms, int64_t columns, const float* thresholds,
                     int64_t alpha_count, int64_t* counts) {
   const T* row = static_cast<const T*>(from);
-  // Blocks keep the scores of 512 weights in L1 while every threshold passes over them.
+  // The scores of 512 weights stay in L1 while every threshold passes over them.
   constexpr int64_t kBlock = 512;
-  float scores[kBlock];
+  alignas(64) float scores[kBlock];
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t count = columns - first < kBlock ? columns - first : kBlock;
-    for (int64_t i = 0; i < count; ++i) scores[i] = score(row[first + i], norms[first + i]);
+    const int64_t whole = count / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      store_lanes(scores + i, absolute(load_lanes(row + first + i)) * load_lanes(norms + first + i));
+    }
+    for (int64_t i = whole; i < count; ++i) {
+      scores[i] = __builtin_fabsf(to_float(row[first + i])) * norms[first + i];
+    }
     for (int64_t k = 0; k < alpha_count; ++k) {
-      const float threshold = thresholds[k];
-      int32_t above = 0;
-      for (int64_t i = 0; i < count; ++i) above += scores[i] > threshold;
-      counts[k] += above;
+      Flags above = {};
+      for (int64_t i = 0; i < whole; i += kLanes) above -= load_lanes(scores + i) > thresholds[k];
+      for (int i = 0; i < kLanes; ++i) counts[k] += above[i];
+      for (int64_t i = whole; i < count; ++i) counts[k] += scores[i] > thresholds[k];
     }
   }
 }
 
 template <typename T>
 void column_sums(const void* from, int64_t rows, int64_t stride, int64_t columns, double* sums) {
+  using Unaligned = double __attribute__((vector_size(kLanes * 4), aligned(8)));
   const T* x = static_cast<const T*>(from);
   for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
   for (int64_t r = 0; r < rows; ++r, x += stride) {
-    for (int64_t j = 0; j < columns; ++j) {
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      Doubles squares[2] = {};
+      add_to(squares, load_lanes(x + j));
+      auto* to = reinterpret_cast<Unaligned*>(sums + j);
+      to[0] += squares[0] * squares[0];
+      to[1] += squares[1] * squares[1];
+    }
+    for (; j < columns; ++j) {
       const double v = static_cast<double>(to_float(x[j]));
       sums[j] += v * v;
     }

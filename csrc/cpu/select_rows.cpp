@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Top-k by radix: a float's bits, suitably flipped, order like the float, so the k-th largest key is
 // found digit by digit from counts, and ties follow the order of the index.
+#include "cpu/lanes.h"
 #include "cpu/rows.h"
 
 namespace mosaic::MOSAIC_ISA {
@@ -14,26 +15,58 @@ uint32_t key_of(float score) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+Bits keys_of(Lanes scores) {
+  const Bits bits = (Bits)(scores + 0.0f);
+  const Bits negative = (Bits)((Flags)bits >> 31);
+  return bits ^ (negative | 0x80000000u);
+}
+
 bool all_finite(const float* scores, int64_t count) {
-  uint32_t bad = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, scores + i, 4);
-    bad |= (bits & 0x7f800000u) == 0x7f800000u;
+  Flags bad = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    bad |= ((Bits)load_lanes(scores + i) & 0x7f800000u) == 0x7f800000u;
   }
-  return bad == 0;
+  bool finite = mask_of(bad) == 0;
+  for (; i < count; ++i) finite &= __builtin_isfinite(scores[i]);
+  return finite;
+}
+
+// The first digit of every key. Neighbouring scores often share a bin, and an increment waits for the
+// one before it: two sets of bins take turns.
+void count_first_digit(const float* scores, int64_t count, int shift, uint32_t* bins) {
+  uint32_t other[kRadixBins] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    uint32_t digits[kLanes];
+    const Bits keys = keys_of(load_lanes(scores + i)) >> shift;
+    std::memcpy(digits, &keys, sizeof digits);
+    for (int k = 0; k < kLanes; k += 2) {
+      ++bins[digits[k]];
+      ++other[digits[k + 1]];
+    }
+  }
+  for (; i < count; ++i) ++bins[key_of(scores[i]) >> shift];
+  for (int b = 0; b < kRadixBins; ++b) bins[b] += other[b];
 }
 
 }  // namespace
 
 bool radix_count(const float* scores, int64_t count, RadixPass pass, uint32_t* bins) {
-  const uint32_t digit_mask = (1u << pass.width) - 1;
   const int above = pass.shift + pass.width;
   if (above == 32) {  // the first pass: every key counts, and this is where NaN and Inf are found
-    for (int64_t i = 0; i < count; ++i) ++bins[key_of(scores[i]) >> pass.shift];
+    count_first_digit(scores, count, pass.shift, bins);
     return all_finite(scores, count);
   }
-  for (int64_t i = 0; i < count; ++i) {
+  const uint32_t digit_mask = (1u << pass.width) - 1;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Bits keys = keys_of(load_lanes(scores + i));
+    for (uint32_t hits = mask_of((keys >> above) == pass.prefix); hits; hits &= hits - 1) {
+      ++bins[(key_of(scores[i + __builtin_ctz(hits)]) >> pass.shift) & digit_mask];
+    }
+  }
+  for (; i < count; ++i) {
     const uint32_t key = key_of(scores[i]);
     if (key >> above == pass.prefix) ++bins[(key >> pass.shift) & digit_mask];
   }
@@ -41,16 +74,55 @@ bool radix_count(const float* scores, int64_t count, RadixPass pass, uint32_t* b
 }
 
 void mark_top(const float* scores, int64_t count, uint32_t threshold, int64_t ties, uint8_t* mask) {
-  for (int64_t i = 0; i < count; ++i) mask[i] = key_of(scores[i]) > threshold;
-  for (int64_t i = 0; ties > 0 && i < count; ++i) {
-    if (key_of(scores[i]) != threshold) continue;
-    mask[i] = 1;
-    --ties;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Bits keys = keys_of(load_lanes(scores + i));
+    const Bytes kept = __builtin_convertvector((Bits)(keys > threshold), Bytes) & 1;
+    std::memcpy(mask + i, &kept, sizeof kept);
+    for (uint32_t equal = mask_of(keys == threshold); equal && ties; equal &= equal - 1, --ties) {
+      mask[i + __builtin_ctz(equal)] = 1;
+    }
+  }
+  for (; i < count; ++i) {
+    const uint32_t key = key_of(scores[i]);
+    mask[i] = key > threshold || (key == threshold && ties-- > 0);
   }
 }
 
+namespace {
+
+// m a power of two up to 16: every lane meets the m - 1 others of its group by rotation.
+void mark_small_groups(const float* scores, int64_t count, int64_t n, int m, uint8_t* mask) {
+  Flags source[kLanes], wraps[kLanes];
+  for (int s = 1; s < m; ++s) {
+    for (int i = 0; i < kLanes; ++i) {
+      const int place = i & (m - 1);
+      source[s][i] = (i - place) | ((place + s) & (m - 1));
+      wraps[s][i] = place + s >= m ? -1 : 0;  // the other one has the lower index and wins a tie
+    }
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t left = count - i < kLanes ? count - i : kLanes;
+    Lanes own = {};
+    std::memcpy(&own, scores + i, left * sizeof(float));
+    Flags rank = {};
+    for (int s = 1; s < m; ++s) {
+      const Lanes other = __builtin_shuffle(own, source[s]);
+      rank -= (other > own) | ((other == own) & wraps[s]);
+    }
+    const Bytes kept = __builtin_convertvector((Bits)(rank < static_cast<int32_t>(n)), Bytes) & 1;
+    std::memcpy(mask + i, &kept, left);
+  }
+}
+
+}  // namespace
+
 bool mark_groups(const float* scores, int64_t groups, int64_t n, int64_t m, uint8_t* mask) {
   if (!all_finite(scores, groups * m)) return false;
+  if (m <= kLanes && (m & (m - 1)) == 0) {
+    mark_small_groups(scores, groups * m, n, static_cast<int>(m), mask);
+    return true;
+  }
   for (int64_t g = 0; g < groups; ++g, scores += m, mask += m) {
     for (int64_t i = 0; i < m; ++i) {
       int64_t rank = 0;

@@ -37,12 +37,11 @@ struct KernelTable {
   void (*pack_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed);
 
   // Bits of one row; returns its number of kept weights.
-  int64_t (*pack_bits[3])(const void* row, uint8_t* bits, int64_t columns);
+  int64_t (*pack_bits)(int item_size, const void* row, uint8_t* bits, int64_t columns);
   // The kept weights of one row to `values`, which has room for `count` and not one more.
   void (*pack_values)(int item_size, const void* row, const uint8_t* bits, void* values, int64_t count,
                       int64_t columns);
-  void (*unpack)(int item_size, const void* values, int64_t count, const uint8_t* bits, void* row,
-                 int64_t columns);
+  void (*unpack)(int item_size, const void* values, const uint8_t* bits, void* row, int64_t columns);
   int64_t (*count_bits)(const uint8_t* bits, int64_t bytes);
 
   double (*score_sum[3])(const void* row, const float* norms, int64_t columns);

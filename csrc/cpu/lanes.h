@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen fp32 lanes in the compiler's own vectors: one zmm, two ymm or four xmm registers, so that a
+// kernel written once is vector code on every instruction set.
+#pragma once
+
+#include "cpu/numeric.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace mosaic::MOSAIC_ISA {
+
+using namespace mosaic::cpu;
+
+constexpr int kLanes = 16;
+using Lanes = float __attribute__((vector_size(kLanes * 4)));
+using Flags = int32_t __attribute__((vector_size(kLanes * 4)));  // -1 where true
+using Bits = uint32_t __attribute__((vector_size(kLanes * 4)));
+using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+using Doubles = double __attribute__((vector_size(kLanes * 4)));  // half as many lanes
+
+MOSAIC_HD Lanes load_lanes(const float* from) {
+  Lanes v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+MOSAIC_HD Lanes load_lanes(const BFloat16* from) {
+  uint16_t __attribute__((vector_size(kLanes * 2))) narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  return (Lanes)(__builtin_convertvector(narrow, Bits) << 16);
+}
+
+MOSAIC_HD Lanes load_lanes(const Half* from) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  Lanes v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(from[i]);
+  return v;
+#endif
+}
+
+MOSAIC_HD void store_lanes(float* to, Lanes v) { std::memcpy(to, &v, sizeof v); }
+
+MOSAIC_HD Lanes absolute(Lanes v) { return (Lanes)((Bits)v & 0x7fffffffu); }
+
+MOSAIC_HD Lanes broadcast(float v) { return v - Lanes{}; }
+
+// Bit i is set where lane i is true.
+MOSAIC_HD uint32_t mask_of(Flags flags) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)flags);
+#elif defined(__AVX2__)
+  __m256 halves[2];
+  std::memcpy(halves, &flags, sizeof flags);
+  return static_cast<uint32_t>(_mm256_movemask_ps(halves[0])) |
+         static_cast<uint32_t>(_mm256_movemask_ps(halves[1])) << 8;
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= (static_cast<uint32_t>(flags[i]) & 1u) << i;
+  return mask;
+#endif
+}
+
+// Adds sixteen floats to eight doubles, pairs of them to one.
+MOSAIC_HD void add_to(Doubles* sums, Lanes v) {
+  using Eight = float __attribute__((vector_size(kLanes * 2)));
+  Eight halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  sums[0] += __builtin_convertvector(halves[0], Doubles);
+  sums[1] += __builtin_convertvector(halves[1], Doubles);
+}
+
+MOSAIC_HD bool finite_bits(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
+
+}  // namespace mosaic::MOSAIC_ISA
