@@ -1,16 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random models of every supported architecture, and crude ways to prune them."""
+"""Random models of every supported architecture, crude ways to prune them, and saving and loading."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from mosaic_kernels.checkpoint.writer import pack_model, write_checkpoint
 from mosaic_kernels.models import ModelAdapter
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
+REPORT = {
+    "prunable_parameters": 1000,
+    "removed_parameters": 600,
+    "sparsity": 0.6,
+    "structured_removed": 200,
+    "unstructured_zeros": 400,
+    "category": "composite",
+    "policy": "pod",
+    "solver": "wanda",
+    "seed": 7,
+    "versions": {"mosaic-kernels": "0.1.0", "torch": "2.13.0"},
+    "command": ["python", "-m", "mosaic_kernels.prune", "/home/me/model", "--sparsity", "0.6"],
+    "bytes": {"dense": 4 << 20, "pruned": 2 << 20},
+    "perplexity": {"text": "/home/me/text.txt", "tokens": 510, "dense": 9.5, "pruned": 11.25},
+}
 
 
 def random_model(kind: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Any:
@@ -61,6 +78,44 @@ def cut_block(adapter: ModelAdapter, index: int, *, query: int, key_value: int, 
     for name, count in (("self_attn.o_proj", query * block.head_dim), ("mlp.down_proj", channels)):
         block.replace(name, _slice(block.projection(name), columns=count))
     block.refresh_heads()
+
+
+def save(
+    adapter: ModelAdapter,
+    directory: Path,
+    *,
+    format: Literal["mosaic", "dense"] = "mosaic",
+    tokenizer: Any = None,
+    source: str = "some/model",
+    **options: Any,
+) -> Path:
+    """Write a checkpoint as the pipeline does."""
+    original = {name: (64, 64) for name in shapes(adapter)}
+    report = {**REPORT, "projections": {name: {"nnz": 2048} for name in original}}
+    write_checkpoint(
+        adapter, directory, tokenizer=tokenizer, report=report, original_shapes=original, source=source, format=format,
+        **options,
+    )  # fmt: skip
+    return directory
+
+
+def composite(kind: str = "llama", *, pack: bool = True, **settings: Any) -> ModelAdapter:
+    """Blocks with different heads and widths, and zeros everywhere but in o_proj."""
+    adapter = ModelAdapter.of(random_model(kind, **settings))
+    cut_block(adapter, 0, query=2, key_value=2, channels=33)
+    cut_block(adapter, 2, query=2, key_value=1, channels=40)
+    for part in ("q_proj", "k_proj", "v_proj", "mlp"):
+        zero_weights(adapter, 0.5, only=part)
+    if pack:
+        pack_model(adapter)
+    return adapter
+
+
+def load(directory: Path, **options: Any) -> Any:
+    """What a user's ``from_pretrained`` gives."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
 
 
 def shapes(adapter: ModelAdapter) -> dict[str, tuple[int, int]]:

@@ -6,70 +6,19 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from small_models import KINDS, cut_block, logits, prompt, random_model, shapes, zero_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from small_models import KINDS, composite, cut_block, load, logits, prompt, random_model, save, shapes, zero_weights
 
 import mosaic_kernels as mk
 from mosaic_kernels.checkpoint.reader import load_model
-from mosaic_kernels.checkpoint.writer import pack_model, write_checkpoint
+from mosaic_kernels.checkpoint.writer import pack_model
 from mosaic_kernels.errors import UsageError
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
-
-REPORT = {
-    "prunable_parameters": 1000,
-    "removed_parameters": 600,
-    "sparsity": 0.6,
-    "structured_removed": 200,
-    "unstructured_zeros": 400,
-    "category": "composite",
-    "policy": "pod",
-    "solver": "wanda",
-    "seed": 7,
-    "versions": {"mosaic-kernels": "0.1.0", "torch": "2.13.0"},
-    "command": ["python", "-m", "mosaic_kernels.prune", "/home/me/model", "--sparsity", "0.6"],
-    "bytes": {"dense": 4 << 20, "pruned": 2 << 20},
-    "perplexity": {"text": "/home/me/text.txt", "tokens": 510, "dense": 9.5, "pruned": 11.25},
-}
-
-
-def save(
-    adapter: ModelAdapter,
-    directory: Path,
-    *,
-    format: Literal["mosaic", "dense"] = "mosaic",
-    tokenizer: Any = None,
-    source: str = "some/model",
-    **options: Any,
-) -> Path:
-    original = {name: (64, 64) for name in shapes(adapter)}
-    report = {**REPORT, "projections": {name: {"nnz": 2048} for name in original}}
-    write_checkpoint(
-        adapter, directory, tokenizer=tokenizer, report=report, original_shapes=original, source=source, format=format,
-        **options,
-    )  # fmt: skip
-    return directory
-
-
-def composite(kind: str = "llama", *, pack: bool = True, **settings: Any) -> ModelAdapter:
-    """Blocks with different heads and widths, and zeros everywhere but in o_proj."""
-    adapter = ModelAdapter.of(random_model(kind, **settings))
-    cut_block(adapter, 0, query=2, key_value=2, channels=33)
-    cut_block(adapter, 2, query=2, key_value=1, channels=40)
-    for part in ("q_proj", "k_proj", "v_proj", "mlp"):
-        zero_weights(adapter, 0.5, only=part)
-    if pack:
-        pack_model(adapter)
-    return adapter
-
-
-def load(directory: Path, **options: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory, **options)
 
 
 def config_of(directory: Path) -> dict[str, Any]:
@@ -343,54 +292,6 @@ def test_registering_again_is_harmless() -> None:
 
     register_with_transformers()
     register_with_transformers()
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
-class TestLora:
-    """Adapters of PEFT on packed layers."""
-
-    @pytest.fixture
-    def model(self, tmp_path: Path) -> Any:
-        peft = pytest.importorskip("peft")
-        base = load(save(composite(), tmp_path))
-        return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "o_proj"]))
-
-    def test_trains(self, model: Any) -> None:
-        packed = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-        assert any("lora_A" in name and "up_proj" in name for name, p in model.named_parameters() if p.requires_grad)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
-        model.train()
-        losses = []
-        for _ in range(3):
-            loss = model(input_ids=prompt(), labels=prompt()).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-        assert losses[2] < losses[0]
-        assert all(torch.equal(p, packed[name]) for name, p in model.named_parameters() if not p.requires_grad)
-
-    def test_transformers_lets_its_trainer_train(self, model: Any) -> None:
-        from transformers import trainer_utils
-
-        if not hasattr(trainer_utils, "validate_quantization_for_training"):
-            pytest.skip("before 5.10 or so the check is a part of Trainer's constructor")
-        trainer_utils.validate_quantization_for_training(model)
-
-    @pytest.mark.parametrize("safe", [False, True])
-    def test_does_not_merge_into_packed_weights(self, model: Any, safe: bool) -> None:
-        with pytest.raises(UsageError, match=r"cannot be merged into packed.*dequantize"):
-            model.merge_and_unload(safe_merge=safe)
-
-    def test_merges_into_dense_weights(self, tmp_path: Path) -> None:
-        peft = pytest.importorskip("peft")
-        base = load(save(composite(), tmp_path)).dequantize()
-        before = base.model.layers[1].mlp.up_proj.weight.detach().clone()
-        model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
-        update = model.base_model.model.model.layers[1].mlp.up_proj.get_delta_weight("default")
-        after = model.merge_and_unload().model.layers[1].mlp.up_proj.weight
-        assert update.norm() > 0
-        assert torch.equal(after, before + update)
 
 
 def test_real_model(tiny_llama: Path, tmp_path: Path, tokenizer: Any) -> None:

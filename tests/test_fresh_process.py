@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import cut_block, logits, prompt, random_model, zero_weights
-from test_checkpoint import composite, load, save
+from small_models import composite, cut_block, load, logits, prompt, random_model, save, zero_weights
 
 from mosaic_kernels.checkpoint.writer import pack_model
 from mosaic_kernels.models import ModelAdapter

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import logits, random_model, shapes
-from test_checkpoint import composite, load, save
+from small_models import composite, load, logits, random_model, save, shapes
 
 from mosaic_kernels.checkpoint.reader import check_finite, load_model, load_skeleton
 from mosaic_kernels.errors import (

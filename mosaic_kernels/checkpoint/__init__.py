@@ -17,7 +17,7 @@ def register_with_transformers() -> None:
     """Let ``from_pretrained`` read checkpoints whose ``quant_method`` is ``mosaic``; calls may repeat.
 
     Where transformers is not imported yet, this waits until it is: its part that keeps the register
-    takes 1.9 s of 3.5 s (2-core x86-64, October 2025), which users of the layers alone need not pay.
+    takes 1.9 s of 3.5 s (2-core x86-64, November 2026), which users of the layers alone need not pay.
     """
     _when_imported("transformers.quantizers.auto", _register_quantizer)
     _when_imported("peft.tuners.lora.layer", _guard_lora_merge)
