@@ -33,7 +33,8 @@ def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float])
     scores = weight.float().abs() * column_norms.float()
     total = scores.sum(dtype=torch.float64)
     thresholds = torch.tensor(alphas, dtype=torch.float64, device=weight.device) * (total / max(1, scores.numel()))
-    return total, torch.tensor([int((scores > t.float()).sum()) for t in thresholds], dtype=torch.int64)
+    counts = [int((scores > t.float()).sum()) for t in thresholds]
+    return total, torch.tensor(counts, dtype=torch.int64, device=weight.device)
 
 
 def column_square_sums(x: Tensor) -> Tensor:

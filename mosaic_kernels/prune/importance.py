@@ -104,33 +104,29 @@ def rank(
     for block in adapter.blocks:
         statistics, current = collect_and_advance(block, current, with_gram=False)
         norms = {name: statistics[stage].column_norms for stage, names in enumerate(STAGES) for name in names}
-        projections |= _projection_ratios(block, norms, thresholds)
-        blocks[block.prefix] = _block_ratios(block, norms, thresholds)
+        ratios, blocks[block.prefix] = _outlier_ratios(block, norms, thresholds)
+        projections |= ratios
     return Ranks(model, calibration, tokens, projections, blocks)
 
 
-def _projection_ratios(
+def _outlier_ratios(
     block: Block, norms: dict[str, Any], thresholds: Sequence[float]
-) -> dict[str, dict[float, float]]:
-    ratios = {}
-    for name, norm in norms.items():
-        weight = block.projection(name).weight.detach()
-        _, counts = ops.outlier_stats(weight, norm, thresholds)
-        ratios[block.full_name(name)] = {t: count / weight.numel() for t, count in zip(thresholds, counts, strict=True)}
-    return ratios
-
-
-def _block_ratios(block: Block, norms: dict[str, Any], thresholds: Sequence[float]) -> dict[float, float]:
-    """OWL's view: one mean and one threshold for all projections of a block (arXiv 2310.05175)."""
+) -> tuple[dict[str, dict[float, float]], dict[float, float]]:
+    """Ratios of every projection and, in OWL's view (arXiv 2310.05175), of the block as one matrix with one mean."""
     weights = {name: block.projection(name).weight.detach() for name in norms}
-    sums = {name: ops.outlier_stats(weight, norms[name], ())[0] for name, weight in weights.items()}
+    projections, totals = {}, {}
+    for name, weight in weights.items():
+        totals[name], counts = ops.outlier_stats(weight, norms[name], thresholds)
+        projections[block.full_name(name)] = {
+            t: count / weight.numel() for t, count in zip(thresholds, counts, strict=True)
+        }
     size = sum(weight.numel() for weight in weights.values())
-    mean = sum(sums.values()) / size
+    mean = sum(totals.values()) / size
     outliers = [0] * len(thresholds)
     for name, weight in weights.items():
-        own_mean = sums[name] / weight.numel()
+        own_mean = totals[name] / weight.numel()
         if own_mean == 0:
             continue  # a projection without any score has no outlier either
         _, counts = ops.outlier_stats(weight, norms[name], [t * mean / own_mean for t in thresholds])
         outliers = [total + count for total, count in zip(outliers, counts, strict=True)]
-    return {t: count / size for t, count in zip(thresholds, outliers, strict=True)}
+    return projections, {t: count / size for t, count in zip(thresholds, outliers, strict=True)}
