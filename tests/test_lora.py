@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import composite, load, prompt, save
+from small_models import composite, load, logits, prompt, save
 
 from mosaic_kernels.errors import UsageError
 
@@ -62,3 +62,14 @@ def test_merges_into_dense_weights(tmp_path: Path) -> None:
     after = model.merge_and_unload().model.layers[1].mlp.up_proj.weight
     assert update.norm() > 0
     assert torch.equal(after, before + update)
+
+
+def test_adapters_of_transformers_own_integration_save_and_load(tmp_path: Path) -> None:
+    base = save(composite(), tmp_path / "base")
+    model = load(base)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    assert {file.suffix for file in (tmp_path / "adapter").iterdir()} <= {".json", ".safetensors", ".md"}
+    again = load(base)
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(again), logits(model))

@@ -32,30 +32,12 @@ bool all_finite(const float* scores, int64_t count) {
   return finite;
 }
 
-// The first digit of every key. Neighbouring scores often share a bin, and an increment waits for the
-// one before it: two sets of bins take turns.
-void count_first_digit(const float* scores, int64_t count, int shift, uint32_t* bins) {
-  uint32_t other[kRadixBins] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    uint32_t digits[kLanes];
-    const Bits keys = keys_of(load_lanes(scores + i)) >> shift;
-    std::memcpy(digits, &keys, sizeof digits);
-    for (int k = 0; k < kLanes; k += 2) {
-      ++bins[digits[k]];
-      ++other[digits[k + 1]];
-    }
-  }
-  for (; i < count; ++i) ++bins[key_of(scores[i]) >> shift];
-  for (int b = 0; b < kRadixBins; ++b) bins[b] += other[b];
-}
-
 }  // namespace
 
 bool radix_count(const float* scores, int64_t count, RadixPass pass, uint32_t* bins) {
   const int above = pass.shift + pass.width;
   if (above == 32) {  // the first pass: every key counts, and this is where NaN and Inf are found
-    count_first_digit(scores, count, pass.shift, bins);
+    for (int64_t i = 0; i < count; ++i) ++bins[key_of(scores[i]) >> pass.shift];
     return all_finite(scores, count);
   }
   const uint32_t digit_mask = (1u << pass.width) - 1;
@@ -101,18 +83,24 @@ void mark_small_groups(const float* scores, int64_t count, int64_t n, int m, uin
       wraps[s][i] = place + s >= m ? -1 : 0;  // the other one has the lower index and wins a tie
     }
   }
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t left = count - i < kLanes ? count - i : kLanes;
-    Lanes own = {};
-    std::memcpy(&own, scores + i, left * sizeof(float));
+  const auto keep = [&](Lanes own) {
     Flags rank = {};
     for (int s = 1; s < m; ++s) {
       const Lanes other = __builtin_shuffle(own, source[s]);
       rank -= (other > own) | ((other == own) & wraps[s]);
     }
-    const Bytes kept = __builtin_convertvector((Bits)(rank < static_cast<int32_t>(n)), Bytes) & 1;
-    std::memcpy(mask + i, &kept, left);
+    return __builtin_convertvector((Bits)(rank < static_cast<int32_t>(n)), Bytes) & 1;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Bytes kept = keep(load_lanes(scores + i));
+    std::memcpy(mask + i, &kept, sizeof kept);
   }
+  if (i == count) return;
+  Lanes last = {};
+  std::memcpy(&last, scores + i, (count - i) * sizeof(float));
+  const Bytes kept = keep(last);
+  std::memcpy(mask + i, &kept, count - i);
 }
 
 }  // namespace

@@ -76,7 +76,7 @@ class OutputDirectory:
                 self.path.rename(self._aside)
             try:
                 self.staging.rename(self.path)
-            except OSError:
+            except BaseException:
                 self._recover()
                 raise
             _sync(self.path.parent)

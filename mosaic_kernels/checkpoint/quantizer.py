@@ -94,6 +94,8 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Bring the description up to date before saving; ``None``: the model's own tensors are written."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is written
+            return None, {}
         old = self.quantization_config
         new = MosaicConfig.of(ModelAdapter.of(model), format=old.format, provenance=old.provenance)
         self.quantization_config = model.config.quantization_config = new
