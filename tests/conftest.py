@@ -70,3 +70,34 @@ def tokenizer(tiny_llama: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def dense_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """Directory of a small random Llama in bf16 that understands the example's tokenizer."""
+    from small_models import random_model
+
+    path = tmp_path_factory.mktemp("dense") / "llama"
+    random_model(vocab_size=4096, dtype=torch.bfloat16).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call the prune command in an empty directory: ``run("MODEL", "--output-dir", "out")``."""
+    from prune_runs import Result
+
+    from mosaic_kernels.prune.__main__ import main
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("logging.raiseExceptions", False)  # transformers logs to the stderr of the first test
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def call(*arguments: str | Path) -> Result:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return call

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prune_runs import digests, kept_weights, stopped_at
 from small_models import KINDS, logits, random_model
 
 import mosaic_kernels as mk
@@ -27,27 +25,6 @@ from mosaic_kernels.prune import pipeline
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = {"calibration": "random", "samples": 4, "seqlen": 16}
-
-
-def kept_weights(adapter: ModelAdapter) -> int:
-    """Non-zero weights, counted in the dense form."""
-    return sum(
-        int((layer.to_dense() if isinstance(layer, MosaicLinear) else layer).weight.count_nonzero())
-        for _, _, layer in adapter.projections()
-    )
-
-
-def digests(directory: Path, pattern: str = "*.safetensors") -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.glob(pattern))}
-
-
-@pytest.fixture(scope="session")
-def dense_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A small random Llama in bf16 with the example's tokenizer."""
-    path = tmp_path_factory.mktemp("dense")
-    random_model(vocab_size=4096, dtype=torch.bfloat16).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 # Every category, solver, dtype and sparsity; policies and architectures take turns.
@@ -244,7 +221,7 @@ def test_a_pruned_model_can_be_pruned_again(dense_dir: Path, tmp_path: Path) -> 
 
 
 def test_a_model_object_needs_no_directory_but_a_path_does(dense_dir: Path) -> None:
-    with pytest.raises(UsageError, match="output_dir is needed"):
+    with pytest.raises(UsageError, match=r"--output-dir DIR\) is needed"):
         mk.prune(dense_dir, **QUICK)
 
 
@@ -287,21 +264,6 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(pipeline, "prune_block", watched)
     return seen
-
-
-@contextmanager
-def stopped_at(index: int, error: type[BaseException] = KeyboardInterrupt) -> Iterator[None]:
-    """Block ``index`` raises instead of being solved."""
-    inner = pipeline.prune_block
-
-    def stop(block: Any, *args: Any) -> None:
-        if block.index == index:
-            raise error
-        inner(block, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "prune_block", stop)
-        yield
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])

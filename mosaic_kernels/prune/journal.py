@@ -18,6 +18,8 @@ from mosaic_kernels.models import PROJECTIONS, Block
 
 logger = logging.getLogger(__name__)
 
+_BLOCK_FILE = "block-{}.safetensors"
+
 
 class Journal:
     """Finished blocks under one directory; every file appears by rename.
@@ -49,7 +51,7 @@ class Journal:
                 part.replace(state)
 
     def _path(self, block: Block) -> Path:
-        return self.directory / f"block-{block.index:05d}.safetensors"
+        return self.directory / _BLOCK_FILE.format(f"{block.index:05d}")
 
     def record(self, block: Block) -> None:
         """Write the projections of a finished block."""
@@ -85,6 +87,11 @@ class Journal:
             block.replace(name, layer.train(old.training))
         block.refresh_heads()
         return True
+
+
+def has_blocks(directory: Path) -> bool:
+    """Whether the journal in ``directory`` holds a finished block."""
+    return any(directory.glob(_BLOCK_FILE.format("*")))
 
 
 def _read(state: Path) -> dict[str, Any]:

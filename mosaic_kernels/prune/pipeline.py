@@ -31,7 +31,7 @@ from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import DEFAULT_THRESHOLDS, Ranks, rank
-from mosaic_kernels.prune.journal import Journal
+from mosaic_kernels.prune.journal import Journal, has_blocks
 from mosaic_kernels.prune.report import make_report
 from mosaic_kernels.prune.solvers import SOLVERS
 from mosaic_kernels.text import load_tokens
@@ -96,7 +96,7 @@ def prune(
     """
     config = make_config(options)
     if output_dir is None and isinstance(model, (str, Path)):
-        raise UsageError("output_dir is needed to prune a model given by path")
+        raise UsageError("output_dir (--output-dir DIR) is needed to prune a model given by path")
     output = None
     if output_dir is not None:
         output = OutputDirectory(Path(output_dir), overwrite=config.overwrite, resume=config.resume)
@@ -104,10 +104,10 @@ def prune(
         return _run(model, tokenizer, config, output, list(command))
     except KeyboardInterrupt:
         raise Interrupted(_resume_hint(output, command)) from None
-    except EnvironmentError_:
-        raise  # finished blocks stay in the journal: --resume goes on once the cause is gone
-    except Exception:
-        if output is not None and not config.resume:  # a slip in a resumed run must not cost the finished blocks
+    except Exception as error:
+        # Finished blocks stay where the fault is the machine's, and where a slip in a resumed run would cost them.
+        worth_keeping = config.resume or isinstance(error, EnvironmentError_)
+        if output is not None and not (worth_keeping and has_blocks(output.journal)):
             output.discard()
         raise
 
