@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sixteen fp32 lanes in the compiler's own vectors: one zmm, two ymm or four xmm registers, so that a
-// kernel written once is vector code on every instruction set.
+// As many fp32 lanes as a register holds, in the compiler's own vectors, so that a kernel written once
+// is vector code on every instruction set. (Wider vectors than registers are taken apart lane by lane.)
 #pragma once
 
 #include "cpu/numeric.h"
@@ -13,7 +13,13 @@ namespace mosaic::MOSAIC_ISA {
 
 using namespace mosaic::cpu;
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
 using Lanes = float __attribute__((vector_size(kLanes * 4)));
 using Flags = int32_t __attribute__((vector_size(kLanes * 4)));  // -1 where true
 using Bits = uint32_t __attribute__((vector_size(kLanes * 4)));
@@ -35,6 +41,8 @@ MOSAIC_HD Lanes load_lanes(const BFloat16* from) {
 MOSAIC_HD Lanes load_lanes(const Half* from) {
 #if defined(__AVX512F__)
   return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return (Lanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
   Lanes v;
   for (int i = 0; i < kLanes; ++i) v[i] = to_float(from[i]);
@@ -53,10 +61,7 @@ MOSAIC_HD uint32_t mask_of(Flags flags) {
 #if defined(__AVX512DQ__)
   return _mm512_movepi32_mask((__m512i)flags);
 #elif defined(__AVX2__)
-  __m256 halves[2];
-  std::memcpy(halves, &flags, sizeof flags);
-  return static_cast<uint32_t>(_mm256_movemask_ps(halves[0])) |
-         static_cast<uint32_t>(_mm256_movemask_ps(halves[1])) << 8;
+  return _mm256_movemask_ps((__m256)flags);
 #else
   uint32_t mask = 0;
   for (int i = 0; i < kLanes; ++i) mask |= (static_cast<uint32_t>(flags[i]) & 1u) << i;
@@ -64,10 +69,10 @@ MOSAIC_HD uint32_t mask_of(Flags flags) {
 #endif
 }
 
-// Adds sixteen floats to eight doubles, pairs of them to one.
+// Adds the lanes to two vectors of doubles.
 MOSAIC_HD void add_to(Doubles* sums, Lanes v) {
-  using Eight = float __attribute__((vector_size(kLanes * 2)));
-  Eight halves[2];
+  using HalfLanes = float __attribute__((vector_size(kLanes * 2)));
+  HalfLanes halves[2];
   std::memcpy(halves, &v, sizeof v);
   sums[0] += __builtin_convertvector(halves[0], Doubles);
   sums[1] += __builtin_convertvector(halves[1], Doubles);

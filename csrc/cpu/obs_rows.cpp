@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// SparseGPT's sweep over the columns of one block. Rows never meet, so 16 of them run in the lanes of a
-// vector and the block lives transposed in L1: [column][lane], weights and errors 8 KB each at 128
-// columns. Column j is brought up to date only when the sweep reaches it,
+// SparseGPT's sweep over the columns of one block. Rows never meet, so each lane of a vector sweeps one
+// of its own, and the block lives transposed in L1: [column][lane], weights and errors 8 KB each at 128
+// columns and 16 lanes. Column j is brought up to date only when the sweep reaches it,
 //
 //     w[j] -= sum over i < j of error[i] * factor[i][j],
 //
@@ -13,7 +13,7 @@
 namespace mosaic::MOSAIC_ISA {
 namespace {
 
-static_assert(kLanes == kObsLanes, "the driver sizes the tile for these lanes");
+static_assert(kLanes <= kObsLanes, "the driver sizes the tile for that many lanes");
 
 constexpr int kGroup = 8;
 

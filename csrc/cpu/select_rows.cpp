@@ -73,7 +73,7 @@ void mark_top(const float* scores, int64_t count, uint32_t threshold, int64_t ti
 
 namespace {
 
-// m a power of two up to 16: every lane meets the m - 1 others of its group by rotation.
+// m a power of two up to the lanes: every lane meets the m - 1 others of its group by rotation.
 void mark_small_groups(const float* scores, int64_t count, int64_t n, int m, uint8_t* mask) {
   Flags source[kLanes], wraps[kLanes];
   for (int s = 1; s < m; ++s) {

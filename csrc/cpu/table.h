@@ -60,7 +60,7 @@ struct KernelTable {
   bool (*obs_rows)(const ObsArgs&, int64_t begin, int64_t end, float* tile);
 };
 
-constexpr int64_t kObsLanes = 16;
+constexpr int64_t kObsLanes = 16;  // rows of a tile, at most
 inline int64_t obs_tile_floats(int64_t block) { return 3 * block * kObsLanes; }
 
 const KernelTable& kernels();
