@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-def why_not() -> str | None: ...
-def sparse_linear(
+def linear_decode(
     x: int,
     values: int,
     words: int,
@@ -12,17 +11,43 @@ def sparse_linear(
     out_features: int,
     nnz: int,
     dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def pack_bits(
+    weight: int,
+    values: int,
+    words: int,
+    counts: int,
+    offsets: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def pack_values(
+    weight: int,
+    values: int,
+    words: int,
+    counts: int,
+    offsets: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    device: int,
     stream: int,
 ) -> None: ...
 def unpack(
     weight: int,
     values: int,
-    bitmask: int,
-    bitmask_stride: int,
+    words: int,
+    counts: int,
     offsets: int,
     rows: int,
     columns: int,
-    nnz: int,
     dtype: int,
+    device: int,
     stream: int,
 ) -> None: ...
+def why_not(device: int) -> str | None: ...

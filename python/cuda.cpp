@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// mosaic_kernels._C_cuda: addresses, sizes and a stream in, exceptions out.
-#include "mosaic/cuda.h"
-
+// mosaic_kernels._C_cuda: device addresses, sizes and a stream in, exceptions out. Importing it calls
+// nothing of CUDA. A launch does not wait for the device, so the GIL is kept.
 #include <pybind11/pybind11.h>
 
+#include "mosaic/kernels.h"
 #include "status.h"
 
 namespace py = pybind11;
@@ -16,9 +16,9 @@ T* address(uintptr_t p) {
   return reinterpret_cast<T*>(p);
 }
 
-void sparse_linear(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias,
+void linear_decode(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias,
                    uintptr_t out, int64_t rows, int64_t in_features, int64_t out_features, int64_t nnz,
-                   int dtype, uintptr_t stream) {
+                   int dtype, int device, uintptr_t stream) {
   const LinearArgs args{address<void>(x),
                         address<void>(values),
                         address<uint32_t>(words),
@@ -31,30 +31,36 @@ void sparse_linear(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t off
                         nnz,
                         DType(dtype),
                         0};
-  raise_unless_ok(cuda::sparse_linear(args, address<CUstream_st>(stream)), "sparse_linear");
+  raise_unless_ok(cuda::linear_decode(args, {address<void>(stream), device}), "sparse_linear");
 }
 
-void unpack(uintptr_t weight, uintptr_t values, uintptr_t bitmask, int64_t bitmask_stride, uintptr_t offsets,
-            int64_t rows, int64_t columns, int64_t nnz, int dtype, uintptr_t stream) {
-  const PackValuesArgs args{address<void>(weight),
+template <Status (*kRun)(const cuda::PackArgs&, cuda::Launch)>
+void pack(uintptr_t weight, uintptr_t values, uintptr_t words, uintptr_t counts, uintptr_t offsets,
+          int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
+  const cuda::PackArgs args{address<void>(weight),
                             address<void>(values),
-                            address<uint8_t>(bitmask),
-                            bitmask_stride,
+                            address<uint32_t>(words),
+                            address<int64_t>(counts),
                             address<int64_t>(offsets),
                             rows,
                             columns,
-                            nnz,
-                            DType(dtype),
-                            0};
-  raise_unless_ok(cuda::unpack(args, address<CUstream_st>(stream)), "unpack");
+                            DType(dtype)};
+  raise_unless_ok(kRun(args, {address<void>(stream), device}), "pack");
 }
 
 }  // namespace
 }  // namespace mosaic::python
 
 PYBIND11_MODULE(_C_cuda, m) {
+  using namespace mosaic;
+  using namespace mosaic::python;
   m.doc() = "CUDA kernels of mosaic_kernels; call them through mosaic_kernels.ops";
-  m.def("why_not", mosaic::cuda::why_not);
-  m.def("sparse_linear", mosaic::python::sparse_linear);
-  m.def("unpack", mosaic::python::unpack);
+  m.def("linear_decode", python::linear_decode);
+  m.def("pack_bits", pack<cuda::pack_bits>);
+  m.def("pack_values", pack<cuda::pack_values>);
+  m.def("unpack", pack<cuda::unpack>);
+  m.def("why_not", [](int device) -> py::object {
+    const char* reason = cuda::why_not(device);
+    return reason ? py::object(py::str(reason)) : py::object(py::none());
+  });
 }

@@ -1,58 +1,82 @@
 // SPDX-License-Identifier: Apache-2.0
-// Unpacking into a dense weight: the path of many rows, which then multiply with cuBLAS.
-//
-// One warp owns one row and walks it byte by byte of its bitmask, 32 columns at a time; lane c writes column
-// 32 w + c, so dense stores are whole runs. Bound by the dense bytes written.
-#include "cuda/launch.cuh"
-#include "mosaic/cuda.h"
+// Packing and unpacking, one warp per row, 32 columns a step: lane l owns column l of the word, so a
+// word is one ballot and a value's place one masked popcount. Bound by reading or writing the weight.
+#include "launch.cuh"
 
 namespace mosaic::cuda {
 namespace {
 
-constexpr int kWarpsPerBlock = 4;
+constexpr int kWarps = 4;
 
-// The 32 bits that begin at column 32 * w; a row's bytes need not fill whole words.
-__device__ __forceinline__ uint32_t load_word(const uint8_t* bits, int64_t bytes, int64_t w) {
-  uint32_t word = 0;
-#pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    if (w * 4 + b < bytes) word |= uint32_t(bits[w * 4 + b]) << (8 * b);
-  }
-  return word;
+__device__ __forceinline__ bool is_zero(float v) { return (__float_as_uint(v) & 0x7fffffffu) == 0; }
+__device__ __forceinline__ bool is_zero(__nv_bfloat16 v) { return (__bfloat16_as_ushort(v) & 0x7fffu) == 0; }
+__device__ __forceinline__ bool is_zero(__half v) { return (__half_as_ushort(v) & 0x7fffu) == 0; }
+
+__device__ __forceinline__ int64_t row_of_warp() {
+  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpLanes;
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
-    unpack_rows(T* __restrict__ weight, const T* __restrict__ values, const uint8_t* __restrict__ bitmask, int64_t stride,
-                const int64_t* __restrict__ offsets, int64_t rows, int64_t columns) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t row = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (row >= rows) return;
-
-  const uint8_t* bits = bitmask + row * stride;
-  int64_t base = offsets[row];
-  for (int64_t w = 0; w < bitmask_words(columns); ++w) {
-    const uint32_t word = load_word(bits, bitmask_bytes(columns), w);
+__global__ void bits_kernel(const PackArgs a) {
+  const int lane = threadIdx.x % kWarpLanes;
+  const int64_t row = row_of_warp(), words = bitmask_words(a.columns);
+  if (row >= a.rows) return;
+  const T* weight = static_cast<const T*>(a.weight) + row * a.columns;
+  int64_t count = 0;
+  for (int64_t w = 0; w < words; ++w) {
     const int64_t column = w * kWordBits + lane;
-    if (column < columns) {
-      weight[row * columns + column] = is_kept(word, lane) ? values[base + rank(word, lane)] : from_float<T>(0.0f);
-    }
-    base += popcount(word);
+    const bool kept = column < a.columns && !is_zero(weight[column]);
+    const uint32_t word = __ballot_sync(kFullWarp, kept);
+    if (lane == 0) a.words[row * words + w] = word;
+    count += popcount(word);
   }
+  if (lane == 0) a.counts[row] = count;
+}
+
+template <typename T, bool kUnpack>
+__global__ void values_kernel(const PackArgs a) {
+  const int lane = threadIdx.x % kWarpLanes;
+  const int64_t row = row_of_warp(), words = bitmask_words(a.columns);
+  if (row >= a.rows) return;
+  T* weight = static_cast<T*>(a.weight) + row * a.columns;
+  T* values = static_cast<T*>(a.values) + a.offsets[row];
+  for (int64_t w = 0; w < words; ++w) {
+    const uint32_t word = a.words[row * words + w];
+    const int64_t column = w * kWordBits + lane;
+    T* value = values + rank(word, lane);
+    if (kUnpack && column < a.columns) weight[column] = is_kept(word, lane) ? *value : from_float<T>(0.0f);
+    if (!kUnpack && is_kept(word, lane)) *value = weight[column];
+    values += popcount(word);
+  }
+}
+
+template <typename Kernel>
+Status launch(const PackArgs& a, Launch where, Kernel kernel) {
+  const auto blocks = static_cast<unsigned>((a.rows + kWarps - 1) / kWarps);
+  kernel<<<blocks, kWarps * kWarpLanes, 0, static_cast<cudaStream_t>(where.stream)>>>(a);
+  return launch_status();
 }
 
 }  // namespace
 
-Status unpack(const PackValuesArgs& a, cudaStream_t stream) {
-  if (a.rows == 0 || a.columns == 0) return {};
-  return with_type(a.dtype, [&](auto type) {
-    using T = decltype(type);
-    const unsigned blocks = unsigned((a.rows + kWarpsPerBlock - 1) / kWarpsPerBlock);
-    unpack_rows<T><<<blocks, kWarpsPerBlock * kWarp, 0, stream>>>(static_cast<T*>(a.weight),
-                                                                  static_cast<const T*>(a.values), a.bitmask,
-                                                                  a.bitmask_stride, a.offsets, a.rows, a.columns);
-    return launched();
-  });
+Status pack_bits(const PackArgs& a, Launch where) {
+  if (a.rows == 0) return {};
+  const DeviceScope device(where.device);
+  return with_type(a.dtype, [&](auto element) { return launch(a, where, bits_kernel<decltype(element)>); });
+}
+
+Status pack_values(const PackArgs& a, Launch where) {
+  if (a.rows == 0) return {};
+  const DeviceScope device(where.device);
+  return with_type(a.dtype,
+                   [&](auto element) { return launch(a, where, values_kernel<decltype(element), false>); });
+}
+
+Status unpack(const PackArgs& a, Launch where) {
+  if (a.rows == 0) return {};
+  const DeviceScope device(where.device);
+  return with_type(a.dtype,
+                   [&](auto element) { return launch(a, where, values_kernel<decltype(element), true>); });
 }
 
 }  // namespace mosaic::cuda

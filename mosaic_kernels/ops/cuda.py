@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA backend. Importing it touches no GPU; the first call that needs to know probes for one."""
+"""The CUDA backend. Importing it touches no GPU; ``why_not`` probes for one when it is first asked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic_kernels.errors import KernelError
-from mosaic_kernels.format import row_offsets
+from mosaic_kernels.format import bitmask_bytes, bitmask_words, row_offsets, words_from_bits
 
 try:
     from mosaic_kernels import _C_cuda
@@ -23,6 +23,11 @@ else:
 
 __all__ = ["KERNELS", "why_not"]
 
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# From here on the weight is unpacked into scratch memory and cuBLAS multiplies; at 16 rows the decode
+# kernel reads the packed weight twice, about the bytes of the dense one.
+_MAX_DECODE_ROWS = 16
+
 
 @functools.cache
 def why_not() -> str | None:
@@ -31,68 +36,90 @@ def why_not() -> str | None:
         return _IMPORT_ERROR
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    reason: str | None = _C_cuda.why_not()
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    reason: str | None = _C_cuda.why_not(torch.cuda.current_device())
     return reason
 
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-# Beyond this many rows the dense product of an unpacked weight is expected to be faster. A guess from
-# the kernel's arithmetic (it reads x once per output feature), not a measurement.
-_DECODE_ROWS = 16
+def _where(tensor: Tensor) -> tuple[int, int]:
+    """The device's index and its current stream."""
+    stream = torch.cuda.current_stream(tensor.device)
+    return stream.device_index, stream.cuda_stream
 
 
 def _sparse_linear(
     x: Tensor, values: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None, in_features: int
 ) -> Tensor:
-    if x.shape[-1] != in_features:
-        raise KernelError(f"x has {x.shape[-1]} features but this projection takes {in_features}")
+    shape = x.shape
+    if shape[-1] != in_features:
+        raise KernelError(f"x has {shape[-1]} features but this projection takes {in_features}")
     if x.dtype is not values.dtype:
         raise KernelError(f"x is {x.dtype} but the packed values are {values.dtype}")
-    rows = x.shape[:-1].numel()
-    if rows > _DECODE_ROWS:
-        return F.linear(x, _unpack_rows(values, words.view(torch.uint8), offsets, in_features), bias)
+    if not x.device == values.device == words.device == offsets.device:
+        raise KernelError(f"x is on {x.device} but the packed values are on {values.device}")
+    rows = shape[:-1].numel()
+    if rows > _MAX_DECODE_ROWS:
+        return F.linear(x, _unpack_words(values, words, offsets, in_features), bias)
     x = x.contiguous()
-    out = x.new_empty((*x.shape[:-1], words.shape[0]))
-    with torch.cuda.device(x.device):
-        _C_cuda.sparse_linear(
-            x.data_ptr(),
-            values.data_ptr(),
-            words.data_ptr(),
-            offsets.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            rows,
-            in_features,
-            words.shape[0],
-            values.numel(),
-            _DTYPES[x.dtype],
-            torch.cuda.current_stream(x.device).cuda_stream,
-        )
+    out = x.new_empty((*shape[:-1], words.shape[0]))
+    _C_cuda.linear_decode(
+        x.data_ptr(),
+        values.data_ptr(),
+        words.data_ptr(),
+        offsets.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows,
+        in_features,
+        words.shape[0],
+        values.numel(),
+        _DTYPES[x.dtype],
+        *_where(x),
+    )
     return out
 
 
-def _unpack_rows(values: Tensor, bitmask: Tensor, offsets: Tensor, in_features: int) -> Tensor:
-    weight = values.new_empty(bitmask.shape[0], in_features)
-    with torch.cuda.device(values.device):
-        _C_cuda.unpack(
-            weight.data_ptr(),
-            values.data_ptr(),
-            bitmask.data_ptr(),
-            bitmask.stride(0),
-            offsets.data_ptr(),
-            bitmask.shape[0],
-            in_features,
-            values.numel(),
-            _DTYPES[values.dtype],
-            torch.cuda.current_stream(values.device).cuda_stream,
-        )
+def _unpack_words(values: Tensor, words: Tensor, offsets: Tensor, in_features: int) -> Tensor:
+    weight = values.new_empty(words.shape[0], in_features)
+    _C_cuda.unpack(
+        weight.data_ptr(),
+        values.data_ptr(),
+        words.data_ptr(),
+        0,
+        offsets.data_ptr(),
+        words.shape[0],
+        in_features,
+        _DTYPES[values.dtype],
+        *_where(values),
+    )
     return weight
 
 
 def _unpack(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     bitmask = bitmask.contiguous()
-    return _unpack_rows(values.contiguous(), bitmask, row_offsets(bitmask), in_features)
+    words, offsets = words_from_bits(bitmask), row_offsets(bitmask)
+    return _unpack_words(values.contiguous(), words, offsets, in_features)
 
 
-KERNELS: dict[str, Callable[..., Any]] = {"sparse_linear": _sparse_linear, "unpack": _unpack}
+def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    weight = weight.contiguous()
+    rows, columns = weight.shape
+    words = weight.new_empty((rows, bitmask_words(columns)), dtype=torch.int32)
+    counts = weight.new_empty(rows, dtype=torch.int64)
+    offsets = weight.new_zeros(rows + 1, dtype=torch.int64)
+    shape_and_where = (rows, columns, _DTYPES[weight.dtype], *_where(weight))
+    _C_cuda.pack_bits(weight.data_ptr(), 0, words.data_ptr(), counts.data_ptr(), 0, *shape_and_where)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    values = weight.new_empty(int(offsets[-1]))  # the one wait: the result's size is on the device
+    _C_cuda.pack_values(
+        weight.data_ptr(), values.data_ptr(), words.data_ptr(), 0, offsets.data_ptr(), *shape_and_where
+    )
+    return values, words.view(torch.uint8)[:, : bitmask_bytes(columns)].contiguous()
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "sparse_linear": _sparse_linear,
+    "pack": _pack,
+    "unpack": _unpack,
+}

@@ -46,4 +46,35 @@ MOSAIC_HD bool is_kept(uint32_t word, uint32_t bit) { return (word >> bit) & 1u;
 // Where column `bit` of a word has its value, counted from the first value of that word.
 MOSAIC_HD int rank(uint32_t word, uint32_t bit) { return popcount(word & bits_below(bit)); }
 
+// How a GPU warp walks a row of the row bitmap: 32 words (1024 columns) at a time, of which lane i loads
+// word i; an exclusive sum of the words' counts tells each word's first value. Then 16 steps of two words
+// (64 columns), in which lane l owns columns 2 l and 2 l + 1:
+//
+//     word      low                       high
+//     lane      0  1  2  ...  15          16 17 ... 31
+//     columns   01 23 45 ... 30,31        32,33 ... 62,63
+//
+// The CUDA kernels and their host emulation (cpu/warp_emulation.cpp) both call this.
+constexpr int kWarpLanes = 32;
+constexpr int kStepWords = 2;
+constexpr int kStepColumns = kStepWords * kWordBits;
+
+struct LanePair {
+  bool first, second;  // which of the two columns are kept
+  int first_value;     // where their values are, counted from the first of the 32 words' values
+  int second_value;
+};
+
+MOSAIC_HD LanePair lane_pair(uint32_t low, uint32_t high, int first_value_of_low, int lane) {
+  const bool in_high = lane >= kWarpLanes / 2;
+  const uint32_t word = in_high ? high : low;
+  const uint32_t bit = 2u * (static_cast<uint32_t>(lane) % (kWarpLanes / 2));
+  LanePair pair;
+  pair.first = is_kept(word, bit);
+  pair.second = is_kept(word, bit + 1);
+  pair.first_value = first_value_of_low + (in_high ? popcount(low) : 0) + rank(word, bit);
+  pair.second_value = pair.first_value + (pair.first ? 1 : 0);
+  return pair;
+}
+
 }  // namespace mosaic

@@ -112,5 +112,41 @@ const char* isa();                  // the level in use: "scalar", "avx2" or "av
 const char* features();             // what the processor offers, for `python -m mosaic_kernels.info`
 Status set_isa(const char* level);  // a level this processor has; for tests and measurements
 
+// The CUDA decode kernel's walk over the row bitmap, lane by lane in a plain loop; fp32 only, for tests.
+Status emulate_linear_decode(const LinearArgs&);
+
 }  // namespace cpu
+
+// Pointers are to device memory; `stream` is a cudaStream_t of device `device`. Nothing is allocated,
+// nothing waits for the device, and `threads` is not read.
+namespace cuda {
+
+struct Launch {
+  void* stream;
+  int device;
+};
+
+// Up to any number of rows, meant for few: every 8 rows of x read the weight once.
+Status linear_decode(const LinearArgs&, Launch);
+
+// weight [rows, columns] <-> words [rows, bitmask_words(columns)] and values.
+struct PackArgs {
+  void* weight;
+  void* values;
+  uint32_t* words;
+  int64_t* counts;         // [rows]: kept weights of each row; pack_bits alone writes it
+  const int64_t* offsets;  // [rows + 1]; nullptr for pack_bits
+  int64_t rows;
+  int64_t columns;
+  DType dtype;
+};
+
+Status pack_bits(const PackArgs&, Launch);    // weight -> words, counts
+Status pack_values(const PackArgs&, Launch);  // weight, words, offsets -> values
+Status unpack(const PackArgs&, Launch);       // values, words, offsets -> weight
+
+// nullptr where kernels can run on `device`, else the reason.
+const char* why_not(int device);
+
+}  // namespace cuda
 }  // namespace mosaic
