@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent
 
 def find_nvcc() -> str | None:
     """CUDACXX, then CUDA_HOME, then PATH, then the usual place."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + ["/usr/local/cuda"]
-    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes[:-1]), "nvcc", f"{homes[-1]}/bin/nvcc"]
-    return next((found for c in candidates if c and (found := shutil.which(c))), None)
+    candidates = [os.environ.get("CUDACXX")]
+    candidates += [f"{os.environ[home]}/bin/nvcc" for home in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(home)]
+    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
 def modules() -> list[Extension]:

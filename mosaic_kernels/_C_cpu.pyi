@@ -27,9 +27,7 @@ def emulate_linear_decode(
     dtype: int,
     threads: int,
 ) -> None: ...
-def pack_bits(
-    weight: int, bitmask: int, offsets: int, rows: int, columns: int, dtype: int, threads: int
-) -> None: ...
+def pack_bits(weight: int, bitmask: int, offsets: int, rows: int, columns: int, dtype: int, threads: int) -> None: ...
 def pack_values(
     weight: int,
     values: int,

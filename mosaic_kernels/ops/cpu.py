@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic_kernels.errors import KernelError, UsageError
@@ -83,9 +82,7 @@ def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     dtype = _DTYPES[weight.dtype]
     bitmask = weight.new_empty((rows, bitmask_bytes(columns)), dtype=torch.uint8)
     offsets = weight.new_empty(rows + 1, dtype=torch.int64)
-    _C_cpu.pack_bits(
-        weight.data_ptr(), bitmask.data_ptr(), offsets.data_ptr(), rows, columns, dtype, threads()
-    )
+    _C_cpu.pack_bits(weight.data_ptr(), bitmask.data_ptr(), offsets.data_ptr(), rows, columns, dtype, threads())
     nnz = int(offsets[-1])
     values = weight.new_empty(nnz)
     _C_cpu.pack_values(
@@ -155,9 +152,7 @@ def _select(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
     scores, keep = scores.contiguous(), keep.contiguous()
     mask = torch.empty(scores.shape, dtype=torch.bool)
     rows, columns = scores.shape
-    _C_cpu.select(
-        scores.data_ptr(), keep.data_ptr(), mask.data_ptr(), rows, columns, _SCOPES[scope], threads()
-    )
+    _C_cpu.select(scores.data_ptr(), keep.data_ptr(), mask.data_ptr(), rows, columns, _SCOPES[scope], threads())
     return mask
 
 

@@ -112,9 +112,7 @@ def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     _C_cuda.pack_bits(weight.data_ptr(), 0, words.data_ptr(), counts.data_ptr(), 0, *shape_and_where)
     torch.cumsum(counts, 0, out=offsets[1:])
     values = weight.new_empty(int(offsets[-1]))  # the one wait: the result's size is on the device
-    _C_cuda.pack_values(
-        weight.data_ptr(), values.data_ptr(), words.data_ptr(), 0, offsets.data_ptr(), *shape_and_where
-    )
+    _C_cuda.pack_values(weight.data_ptr(), values.data_ptr(), words.data_ptr(), 0, offsets.data_ptr(), *shape_and_where)
     return values, words.view(torch.uint8)[:, : bitmask_bytes(columns)].contiguous()
 
 
