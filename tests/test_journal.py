@@ -40,6 +40,7 @@ def test_a_block_comes_back_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path:
     Journal(tmp_path / "journal", RUN).record(block)
     other, _ = prepared(kind, dtype)
     other.module.requires_grad_(False)
+    other.module.self_attn.num_heads = 4
     assert Journal(tmp_path / "journal", RUN).restore(other)
     for name in PROJECTIONS:
         mine, theirs = block.projection(name), other.projection(name)
@@ -51,6 +52,7 @@ def test_a_block_comes_back_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path:
         assert not theirs.weight.requires_grad
         assert not theirs.training
     assert (other.query_heads, other.key_value_heads, other.channels) == (2, 1, 32)
+    assert other.module.self_attn.num_heads == 2
     assert torch.equal(advance(block, batches)[0].hidden, advance(other, batches)[0].hidden)
     (tmp_path / "journal" / "block-00000.safetensors").unlink()  # as publishing the result does
     assert torch.equal(advance(block, batches)[0].hidden, advance(other, batches)[0].hidden)

@@ -314,10 +314,13 @@ def test_removing_dead_units_changes_nothing(kind: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_and_forward_agree_after_removal(kind: str) -> None:
     adapter, block = first_block(kind, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    attention = block.module.self_attn
+    attention.num_heads, attention.num_key_value_heads = 8, 4  # transformers before 4.48 reads these
     batches = embed(adapter, calibration())
     remove_groups(block, collect(block, batches, [OUTPUT], with_gram=True)[OUTPUT], 3)
     remove_channels(block, collect(block, batches, [DOWN], with_gram=True)[DOWN], 39)
     assert (block.query_heads, block.key_value_heads, block.channels) == (2, 1, 1)
+    assert (attention.num_heads, attention.num_key_value_heads, attention.num_key_value_groups) == (2, 1, 2)
     assert bool(torch.isfinite(advance(block, batches)[0].hidden).all())
     for names in STAGES:
         for name in names:
