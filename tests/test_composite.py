@@ -87,7 +87,7 @@ def test_nothing_is_removed_at_zero() -> None:
 
 
 def test_the_default_share_is_a_third() -> None:
-    plan = make_plan(ADAPTER, ranks(), PruneConfig(sparsity=0.6))
+    plan = make_plan(ADAPTER, ranks(), PruneConfig(sparsity=0.6, policy="pod"))
     missing = 0.2 * plan.prunable - plan.structured_removed
     assert 0 <= missing < 3 * 64 * 8  # one step of channels
     assert plan.structured_removed > 0
@@ -144,7 +144,7 @@ def test_bytes_are_those_of_the_smaller_form() -> None:
 
 
 def test_the_plan_is_in_the_order_of_the_model() -> None:
-    plan = make_plan(ADAPTER, ranks(), PruneConfig())
+    plan = make_plan(ADAPTER, ranks(), PruneConfig(policy="pod"))
     assert list(plan.shapes) == list(ADAPTER.sizes())
     assert all(re.fullmatch(r"model\.layers\.\d\.(self_attn|mlp)\.\w+_proj", name) for name in plan.zeros)
 

@@ -74,10 +74,13 @@ def plan_units(shapes: list[BlockShape], budget: int, multiple: int, *, at_most:
         channels = _plan_channels(shapes, rest, multiple, at_most=at_most)
         missing = rest - sum(c * s.channel_parameters for c, s in zip(channels, shapes, strict=True))
         # Only where the channels are used up do further groups go, the last blocks first: the first
-        # blocks' heads are the dearest.
+        # blocks' heads are the dearest. The next round gives back channels for them.
         able = [i for i, s in enumerate(shapes) if groups[i] < s.groups - 1]
-        step = shapes[able[-1]].group_parameters if able else 0
-        if not able or (missing < step if at_most else 2 * missing <= step):
+        group = shapes[able[-1]].group_parameters if able else 0
+        step = min(group, multiple * max(s.channel_parameters for s in shapes))
+        near = missing < step if at_most else 2 * missing <= step
+        too_large = rest < group and (at_most or 2 * missing <= group)
+        if near or not able or too_large:
             return [Units(g, c) for g, c in zip(groups, channels, strict=True)]
         most = min(groups[i] for i in able)
         groups[max(i for i in able if groups[i] == most)] += 1
@@ -205,25 +208,34 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, name: str) -> Tensor:
     return torch.cholesky_solve(target.T, factor).T
 
 
-def remove_channels(block: Block, statistics: InputStatistics, count: int) -> None:
-    """Remove ``count`` FFN channels of ``block`` and refit ``down_proj``; statistics are of its input."""
-    if count:
-        name = block.full_name("mlp.down_proj")
-        _remove(block, "mlp.down_proj", {"mlp.gate_proj": 1, "mlp.up_proj": 1}, statistics, 1, count, name)
+def remove_channels(
+    block: Block, statistics: InputStatistics, count: int, weight: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Remove ``count`` FFN channels of ``block`` and refit ``down_proj``.
+
+    Args:
+        statistics: of the input of ``down_proj``.
+        weight: ``[hidden, channels]`` fp32, whose output the refit comes close to; by default the layer's own.
+
+    Returns:
+        For each projection that makes the channels, its rows that are left, ``bool [out_features]``.
+    """
+    return _remove(block, "mlp.down_proj", {"mlp.gate_proj": 1, "mlp.up_proj": 1}, statistics, 1, count, weight)
 
 
-def remove_groups(block: Block, statistics: InputStatistics, count: int) -> None:
-    """Remove ``count`` KV groups of ``block`` and refit ``o_proj``; statistics are of its input."""
-    if count:
-        queries = block.query_heads // block.key_value_heads * block.head_dim
-        producers = {
-            "self_attn.q_proj": queries,
-            "self_attn.k_proj": block.head_dim,
-            "self_attn.v_proj": block.head_dim,
-        }
-        name = block.full_name("self_attn.o_proj")
-        _remove(block, "self_attn.o_proj", producers, statistics, queries, count, name)
-        block.refresh_heads()
+def remove_groups(
+    block: Block, statistics: InputStatistics, count: int, weight: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Remove ``count`` KV groups of ``block`` and refit ``o_proj``; see :func:`remove_channels`."""
+    queries = block.query_heads // block.key_value_heads * block.head_dim
+    producers = {
+        "self_attn.q_proj": queries,
+        "self_attn.k_proj": block.head_dim,
+        "self_attn.v_proj": block.head_dim,
+    }
+    rows = _remove(block, "self_attn.o_proj", producers, statistics, queries, count, weight)
+    block.refresh_heads()
+    return rows
 
 
 def _remove(
@@ -233,18 +245,19 @@ def _remove(
     statistics: InputStatistics,
     unit: int,
     count: int,
-    name: str,
-) -> None:
-    layer = block.projection(consumer)
-    weight, gram = layer.weight.detach().float(), statistics.mean_gram
+    weight: Tensor | None,
+) -> dict[str, Tensor]:
+    layer, name, gram = block.projection(consumer), block.full_name(consumer), statistics.mean_gram
+    weight = layer.weight.detach().float() if weight is None else weight
     kept = select_units(weight, gram, unit, count, name)
     features = kept.repeat_interleave(unit)
     block.replace(consumer, _like(layer, refit(weight, gram, features, name).to(layer.weight.dtype), layer.bias))
-    for producer, width in producers.items():
-        rows = kept.repeat_interleave(width)
+    rows = {producer: kept.repeat_interleave(width) for producer, width in producers.items()}
+    for producer, left in rows.items():
         old = block.projection(producer)
-        bias = None if old.bias is None else old.bias.detach()[rows]
-        block.replace(producer, _like(old, old.weight.detach()[rows], bias))
+        bias = None if old.bias is None else old.bias.detach()[left]
+        block.replace(producer, _like(old, old.weight.detach()[left], bias))
+    return rows
 
 
 def _like(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
