@@ -15,6 +15,11 @@ logger = logging.getLogger(__name__)
 
 MAX_DAMPING = 10.0
 
+# Share of each feature's own energy added to the diagonal; below so many tokens per feature the Gram is
+# noise to a good part, and ten times as much is added.
+DAMPING, DAMPING_FEW_TOKENS = 0.01, 0.1
+FEW_TOKENS_PER_FEATURE = 16
+
 
 class InputStatistics:
     """Running sums over the inputs of one projection, or of several that share an input.
@@ -60,6 +65,12 @@ class InputStatistics:
     def column_norms(self) -> Tensor:
         """L2 norm of each feature over all tokens, ``float32 [features]``."""
         return self.square_sums.sqrt().float()
+
+    @property
+    def damping(self) -> float:
+        """Ridge for problems on this Gram, as a share of each feature's energy."""
+        few = self.tokens < FEW_TOKENS_PER_FEATURE * self.square_sums.numel()
+        return DAMPING_FEW_TOKENS if few else DAMPING
 
     @property
     def mean_gram(self) -> Tensor:

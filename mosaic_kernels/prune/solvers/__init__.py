@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.prune.gram import InputStatistics
+from mosaic_kernels.prune.solvers.admm import SCHEDULES, admm
 from mosaic_kernels.prune.solvers.scores import magnitude, wanda
 from mosaic_kernels.prune.solvers.sparsegpt import sparsegpt
 from mosaic_kernels.prune.solvers.target import Target
 
-__all__ = ["SOLVERS", "Solver", "Target", "keep_all", "solve"]
+__all__ = ["SOLVERS", "Solver", "Target", "choose_solver", "keep_all", "solve"]
 
 
 @dataclass(frozen=True)
@@ -26,43 +27,67 @@ class Solver:
         run: ``(weight fp32 [out, in], statistics, target, name) -> (weight fp32, keep bool)``.
         with_gram: needs Gram matrices, not only column norms.
         sequential: a stage's statistics are taken after the stages before it were pruned.
+        two_streams: aims at the dense model's outputs, which then runs beside the pruned one.
     """
 
     run: Callable[[Tensor, InputStatistics, Target, str], tuple[Tensor, Tensor]]
     with_gram: bool
     sequential: bool
+    two_streams: bool = False
 
+
+_ADMM = {
+    # Wanda's mask and a refit: as quick as Wanda itself, so it makes do with one pass over each block.
+    "fast": Solver(admm(SCHEDULES["fast"]), with_gram=True, sequential=False),
+    "default": Solver(admm(SCHEDULES["default"]), with_gram=True, sequential=True, two_streams=True),
+    "best": Solver(admm(SCHEDULES["best"]), with_gram=True, sequential=True, two_streams=True),
+}
 
 SOLVERS = {
+    "admm": _ADMM["default"],
     "sparsegpt": Solver(sparsegpt, with_gram=True, sequential=True),
     "wanda": Solver(wanda, with_gram=False, sequential=False),
     "magnitude": Solver(magnitude, with_gram=False, sequential=False),
 }
 
 
-def solve(solver: Solver, weight: Tensor, statistics: InputStatistics, target: Target, name: str) -> Tensor:
+def choose_solver(name: str, quality: str) -> Solver:
+    """The solver called ``name``; ``quality`` chooses among the schedules of ``admm``."""
+    return _ADMM[quality] if name == "admm" else SOLVERS[name]
+
+
+def solve(
+    solver: Solver,
+    weight: Tensor,
+    statistics: InputStatistics,
+    target: Target,
+    name: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Prune one weight; exactly ``target.remove`` of the result are zero.
 
     Args:
-        weight: ``[out, in]``, any floating dtype; the result has the same.
+        weight: ``[out, in]``, any floating dtype.
         statistics: of this projection's inputs.
         name: the projection, for messages.
+        dtype: of the result; that of ``weight`` where it is not given.
 
     Raises:
         NonFiniteError: a solved weight is too large for its dtype.
     """
+    dtype = weight.dtype if dtype is None else dtype
     if not target.remove:
-        return keep_all(weight)
+        return keep_all(weight, dtype)
     solved, keep = solver.run(weight.float(), statistics, target, name)
-    rounded = _round(solved, keep, weight.dtype)
+    rounded = _round(solved, keep, dtype)
     if not bool(torch.isfinite(rounded).all()):
-        raise NonFiniteError(f"{name}: the solved weights overflow {weight.dtype}; run with --dtype float32")
+        raise NonFiniteError(f"{name}: the solved weights overflow {dtype}; run with --dtype float32")
     return rounded
 
 
-def keep_all(weight: Tensor) -> Tensor:
+def keep_all(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The weight without zeros: those it came with would add to the zeros that are planned elsewhere."""
-    return _round(weight, torch.ones_like(weight, dtype=torch.bool), weight.dtype)
+    return _round(weight, torch.ones_like(weight, dtype=torch.bool), weight.dtype if dtype is None else dtype)
 
 
 def _round(weight: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:

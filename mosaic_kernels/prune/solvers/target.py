@@ -23,6 +23,10 @@ class Target:
     remove: int
     group: tuple[int, int] | None = None
 
+    def part(self, share: float) -> Target:
+        """A target of ``share`` of the zeros, on the way there; a pattern is kept from the start."""
+        return self if self.group is not None or share >= 1 else Target(round(self.remove * share))
+
     def keep_best(self, scores: Tensor) -> Tensor:
         """Mask of the best scores in this pattern, over the whole matrix."""
         if self.group is not None:
