@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,10 @@ class Block:
     module: nn.Module
     head_dim: int
 
+    def copy(self) -> Block:
+        """The same block with weights of its own."""
+        return replace(self, module=copy.deepcopy(self.module))
+
     def projection(self, name: str) -> nn.Linear:
         """The projection with this name inside the block, e.g. ``mlp.up_proj``."""
         module = self.module.get_submodule(name)
@@ -48,6 +53,11 @@ class Block:
     def full_name(self, name: str) -> str:
         """The projection's name in the whole model."""
         return f"{self.prefix}.{name}"
+
+    @property
+    def after_attention(self) -> nn.Module:
+        """The norm that reads the residual stream after attention has written to it."""
+        return self.module.get_submodule("post_attention_layernorm")
 
     def replace(self, name: str, layer: nn.Linear) -> None:
         """Put ``layer`` in the place of the projection ``name``."""
@@ -106,6 +116,12 @@ class ModelAdapter:
         blocks = tuple(Block(i, f"{prefix}.{i}", module, head_dim) for i, module in enumerate(layers))
         return cls(model, blocks)
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last block and the output head."""
+        parent, _, _ = self.blocks[0].prefix.rpartition(".layers.")
+        return self.model.get_submodule(f"{parent}.norm")
+
     def projections(self) -> Iterator[tuple[Block, str, nn.Linear]]:
         """Every prunable projection: its block, its name inside the block, and the layer."""
         for block in self.blocks:
@@ -115,8 +131,7 @@ class ModelAdapter:
     def sizes(self) -> dict[str, int]:
         """Weights of every prunable projection by full name."""
         return {
-            block.full_name(name): layer.in_features * layer.out_features
-            for block, name, layer in self.projections()
+            block.full_name(name): layer.in_features * layer.out_features for block, name, layer in self.projections()
         }
 
     @property
@@ -138,5 +153,3 @@ def _is_block(module: nn.Module) -> bool:
         return all(isinstance(module.get_submodule(name), nn.Linear) for name in PROJECTIONS)
     except AttributeError:
         return False
-
-

@@ -24,13 +24,15 @@ class Batch:
     Attributes:
         hidden: ``[sequences, seqlen, hidden_size]``, the input of the next block.
         arguments: for every block, the keyword arguments the model called it with.
+        dense: the same for the dense model, where both run side by side.
     """
 
     hidden: Tensor
     arguments: tuple[dict[str, Any], ...]
+    dense: Tensor | None = None
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once its last wanted input was seen."""
 
 
@@ -78,16 +80,32 @@ def _recording(adapter: ModelAdapter, seen: list[tuple[Tensor, dict[str, Any]]])
                 block.module.forward = wrapper  # type: ignore[method-assign]
 
 
-def _forward(block: Block, batch: Batch) -> Tensor:
-    output = block.module(batch.hidden, **batch.arguments[block.index])
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+def forward(block: Block, batch: Batch, hidden: Tensor) -> Tensor:
+    """``hidden`` after ``block``, called as the model calls it."""
+    output = block.module(hidden, **batch.arguments[block.index])
+    after: Tensor = output[0] if isinstance(output, tuple) else output
+    return after
 
 
 @torch.no_grad()
-def advance(block: Block, batches: Iterable[Batch]) -> list[Batch]:
-    """The batches after ``block``, as it is now."""
-    return [replace(batch, hidden=_forward(block, batch)) for batch in batches]
+def advance(block: Block, batches: Iterable[Batch], dense: Block | None = None) -> list[Batch]:
+    """The batches after ``block``, as it is now; their dense side after ``dense``."""
+    return [
+        replace(
+            batch,
+            hidden=forward(block, batch, batch.hidden),
+            dense=None if dense is None or batch.dense is None else forward(dense, batch, batch.dense),
+        )
+        for batch in batches
+    ]
+
+
+@torch.no_grad()
+def predict(adapter: ModelAdapter, hidden: Tensor) -> Tensor:
+    """Logits of what the last block made: final norm and output head."""
+    model: Any = adapter.model
+    logits: Tensor = model.get_output_embeddings()(adapter.final_norm(hidden))
+    return logits
 
 
 @torch.no_grad()
@@ -128,8 +146,8 @@ def _observe(
     try:
         for batch in batches:
             try:
-                outputs.append(replace(batch, hidden=_forward(block, batch)))
-            except _Stop:
+                outputs.append(replace(batch, hidden=forward(block, batch, batch.hidden)))
+            except Stop:
                 continue
     finally:
         for handle in handles:
@@ -141,6 +159,6 @@ def _observer(statistics: InputStatistics, last: bool) -> Callable[[nn.Module, t
     def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
         statistics.add(args[0])
         if last:
-            raise _Stop
+            raise Stop
 
     return observe
