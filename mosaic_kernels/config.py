@@ -12,8 +12,9 @@ from typing import Literal, get_args
 from mosaic_kernels.errors import UsageError
 
 Category = Literal["auto", "unstructured", "structured", "composite"]
-Policy = Literal["pod", "owl", "uniform", "mosaic-reference"]
-SolverName = Literal["sparsegpt", "wanda", "magnitude"]
+Policy = Literal["curve", "pod", "owl", "uniform", "mosaic-reference"]
+SolverName = Literal["admm", "sparsegpt", "wanda", "magnitude"]
+Quality = Literal["fast", "default", "best"]
 OutputFormat = Literal["mosaic", "dense"]
 
 DEFAULT_SEQLEN = 2048
@@ -37,10 +38,11 @@ class PruneConfig:
     structured_share: float | None = None
     pattern: str = "unstructured"
     channel_multiple: int = 8
-    policy: Policy = "pod"
+    policy: Policy = "curve"
     outlier_threshold: float = 5.0
     max_deviation: float = 0.08
-    solver: SolverName = "sparsegpt"
+    solver: SolverName = "admm"
+    quality: Quality = "default"
     ranks: Path | None = None
     calibration: str = "wikitext2"
     samples: int = 128
@@ -54,7 +56,13 @@ class PruneConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"category": Category, "policy": Policy, "solver": SolverName, "format": OutputFormat}
+        choices = {
+            "category": Category,
+            "policy": Policy,
+            "solver": SolverName,
+            "quality": Quality,
+            "format": OutputFormat,
+        }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
@@ -75,6 +83,16 @@ class PruneConfig:
     def group(self) -> tuple[int, int] | None:
         """(n, m) of an N:M pattern that keeps n of every m, or ``None``."""
         return None if self.pattern == "unstructured" else _parse_group(self.pattern)
+
+    @property
+    def needs_curves(self) -> bool:
+        """Whether zeros are spread by error curves, which then must be measured."""
+        return self.policy == "curve" and self.group is None and self.category != "structured" and self.sparsity > 0
+
+    @property
+    def zeros_share(self) -> float:
+        """Fraction of what structured removal leaves that becomes zero."""
+        return 1 - (1 - self.sparsity) / (1 - self.share)
 
     @property
     def share(self) -> float:

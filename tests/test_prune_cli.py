@@ -298,7 +298,7 @@ def test_the_table_names_what_counts(run: Run, dense_dir: Path) -> None:
     assert result.code == 0
     for words in (
         str(dense_dir),
-        "composite, policy pod, solver sparsegpt",
+        "composite, policy curve, solver admm",
         f"{report['removed_parameters']:,}",
         "60.00%",
     ):

@@ -4,11 +4,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
 
 from mosaic_kernels.errors import UsageError
 
 logger = logging.getLogger(__name__)
+
+CURVE_DEVIATION = 0.2  # wider bounds leave the range where curves and probes were measured
+CURVE_POINTS = 161
+MOST_SPARSE = 0.98
 
 
 def fit_to_budget(
@@ -150,3 +157,54 @@ def _wishes(
     bonus = _scaled(ratios, max_deviation)
     mean = sum(bonus[name] * n for name, n in sizes.items()) / total
     return {name: budget / total - (bonus[name] - mean) for name in sizes}
+
+
+def by_curves(
+    sizes: Mapping[str, int],
+    curves: Mapping[str, Callable[[float], float]],
+    weights: Mapping[str, float],
+    budget: int,
+    *,
+    deviation: float = CURVE_DEVIATION,
+) -> dict[str, int]:
+    """Minimise ``sum_p weight_p * curve_p(s_p)`` under the budget.
+
+    At the optimum the marginal cost per parameter is the same everywhere: bisects that price over the lower
+    convex hulls of the sampled curves, then meets the budget exactly.
+
+    Args:
+        curves: error of each projection at a sparsity.
+        weights: what a unit of that error costs the model.
+        deviation: no sparsity is further from the mean than this.
+    """
+    mean = budget / max(1, sum(sizes.values()))
+    grid = np.linspace(max(0.0, mean - deviation), min(MOST_SPARSE, mean + deviation), CURVE_POINTS)
+    hulls = {}
+    for name in sizes:
+        costs = np.array([weights[name] * curves[name](s) for s in grid])
+        hulls[name] = _lower_hull(grid, costs / sizes[name])
+
+    def at(price: float) -> dict[str, float]:
+        return {name: float(points[int((slopes < price).sum())]) for name, (points, slopes) in hulls.items()}
+
+    steepest = max((float(slopes.max()) for _, slopes in hulls.values() if slopes.size), default=0.0)
+    low, high = 0.0, steepest * 2 + 1e-300
+    for _ in range(200):
+        middle = (low + high) / 2
+        removed = sum(s * sizes[name] for name, s in at(middle).items())
+        low, high = (middle, high) if removed < budget else (low, middle)
+    return fit_to_budget(sizes, at(high), budget)
+
+
+def _lower_hull(x: Any, y: Any) -> tuple[Any, Any]:
+    """Corners of the lower convex hull of a sampled curve, and the slopes between them."""
+    corners: list[int] = []
+    for i in range(len(x)):
+        while len(corners) > 1:
+            a, b = corners[-2:]
+            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
+                break
+            corners.pop()
+        corners.append(i)
+    points = x[corners]
+    return points, np.diff(y[corners]) / np.diff(points)

@@ -137,6 +137,10 @@ def _allocate(
         return allocate.uniform(sizes, budget)
     if ranks is None:
         raise UsageError(f"policy {config.policy} needs a ranking: give --ranks, or calibrate")
+    if config.policy == "curve":
+        if ranks.sensitivity is None:
+            raise UsageError("policy curve needs error curves, which this ranking does not hold: leave out --ranks")
+        return allocate.by_curves(sizes, ranks.sensitivity.curves, ranks.sensitivity.weights, budget)
     block_of = {block.full_name(name): block.prefix for block, name, _ in adapter.projections()}
     by_projection = ranks.projection_ratios(config.outlier_threshold)
     by_block = ranks.block_ratios(config.outlier_threshold)

@@ -16,7 +16,7 @@ from mosaic_kernels.prune.capture import TOKENS_PER_BATCH
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.pipeline import make_config, settle_category
-from mosaic_kernels.prune.solvers import SOLVERS
+from mosaic_kernels.prune.solvers import Solver, choose_solver
 
 
 def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +33,8 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
     skeleton = load_skeleton(model, dtype=config.dtype)
     adapter = ModelAdapter.of(skeleton)
     ranks = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
-    known = ranks is not None or config.policy == "uniform" or config.category == "structured"
+    known = config.policy == "uniform" or config.category == "structured" or config.group is not None
+    known = known or (ranks is not None and not (config.needs_curves and ranks.sensitivity is None))
     plan = make_plan(adapter, ranks, config if known else replace(config, policy="uniform"))
     dtype = next(skeleton.parameters()).dtype
     dense = sum(p.numel() * p.element_size() for p in skeleton.parameters())
@@ -52,7 +53,9 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
         "unstructured_zeros": sum(plan.zeros.values()),
         "bytes": {"dense": dense, "pruned": pruned},
         "peak_memory_bytes": {
-            "host": _peak(adapter, plan, dense, dtype, config.samples, seqlen, SOLVERS[config.solver].with_gram)
+            "host": _peak(
+                adapter, plan, dense, dtype, config.samples, seqlen, choose_solver(config.solver, config.quality)
+            )
         },
         "projections": {
             name: {"shape": list(shape), "zeros": plan.zeros[name], "target": plan.target(name)}
@@ -71,7 +74,7 @@ def _lost_biases(adapter: ModelAdapter, plan: Plan) -> int:
 
 
 def _peak(
-    adapter: ModelAdapter, plan: Plan, dense: int, dtype: torch.dtype, samples: int, seqlen: int, with_gram: bool
+    adapter: ModelAdapter, plan: Plan, dense: int, dtype: torch.dtype, samples: int, seqlen: int, solver: Solver
 ) -> int:
     """Weights, two generations of hidden states, and the largest projection's working set.
 
@@ -79,10 +82,10 @@ def _peak(
     of the weight; a forward pass holds one batch of the widest activation in fp32.
     """
     hidden = adapter.blocks[0].projection("self_attn.q_proj").in_features
-    states = 2 * samples * seqlen * hidden * dtype.itemsize
+    states = (4 if solver.two_streams else 2) * samples * seqlen * hidden * dtype.itemsize
     widest = max(i for _, i in plan.original_shapes.values())
     largest = max(o * i for o, i in plan.original_shapes.values())
-    gram = 4 * widest * widest * 4 if with_gram or plan.structured_removed else 0
+    gram = (6 if solver.two_streams else 4) * widest * widest * 4 if solver.with_gram or plan.structured_removed else 0
     activations = 3 * min(samples * seqlen, max(TOKENS_PER_BATCH, seqlen)) * widest * 4
     return dense + states + max(activations, gram + 4 * largest * 4)
 

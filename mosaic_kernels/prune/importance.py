@@ -13,6 +13,7 @@ from mosaic_kernels import ops
 from mosaic_kernels.errors import UsageError
 from mosaic_kernels.models import STAGES, Block, ModelAdapter
 from mosaic_kernels.prune.capture import Batch, collect_and_advance
+from mosaic_kernels.prune.sensitivity import Sensitivity
 
 RANKS_SCHEMA = 1
 DEFAULT_THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
@@ -31,6 +32,7 @@ class Ranks:
         tokens: how many there were.
         projections: full name -> threshold -> outlier ratio.
         blocks: block prefix -> threshold -> outlier ratio.
+        sensitivity: error curves and probes, where a run has measured them.
     """
 
     model: str
@@ -38,10 +40,12 @@ class Ranks:
     tokens: int
     projections: dict[str, dict[float, float]]
     blocks: dict[str, dict[float, float]]
+    sensitivity: Sensitivity | None = None
 
     def save(self, path: Path) -> None:
         """Write ``ranks.json``."""
         body = {"schema": RANKS_SCHEMA, **self.__dict__}
+        body["sensitivity"] = None if self.sensitivity is None else self.sensitivity.to_json()
         path.write_text(json.dumps(body, indent=1))
 
     @classmethod
@@ -59,11 +63,14 @@ class Ranks:
                 int(body["tokens"]),
                 _with_float_keys(body["projections"]),
                 _with_float_keys(body["blocks"]),
+                None if body.get("sensitivity") is None else Sensitivity.from_json(body["sensitivity"]),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not a readable ranking ({error}); a run without --ranks makes one") from error
         if body.get("schema") != RANKS_SCHEMA:
             raise UsageError(f"{path} has ranking schema {body.get('schema')}, this version reads {RANKS_SCHEMA}")
+        if ranks.sensitivity is not None and set(ranks.sensitivity.curves) != set(ranks.projections):
+            raise UsageError(f"{path} is damaged: its error curves are of other projections; make it anew")
         blocks = {block.prefix for block in adapter.blocks}
         odd = sorted((set(ranks.projections) ^ set(adapter.sizes())) | (set(ranks.blocks) ^ blocks))
         if odd:

@@ -33,7 +33,8 @@ from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import DEFAULT_THRESHOLDS, Ranks, rank
 from mosaic_kernels.prune.journal import Journal, has_blocks
 from mosaic_kernels.prune.report import make_report
-from mosaic_kernels.prune.solvers import SOLVERS
+from mosaic_kernels.prune.sensitivity import measure
+from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.text import load_tokens
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 # What changes the result, and so must agree before blocks of an interrupted run are used again.
 _RESULT_OPTIONS = (
     "sparsity", "category", "structured_share", "pattern", "channel_multiple", "policy", "outlier_threshold",
-    "max_deviation", "solver", "seed", "dtype",
+    "max_deviation", "solver", "quality", "seed", "dtype",
 )  # fmt: skip
 
 
@@ -156,6 +157,9 @@ def _run(
     ranks = _ranks(adapter, batches, calibration, config, name)
     lap = clock.lap("calibrate", lap)
 
+    if config.needs_curves and ranks.sensitivity is None:
+        quick = choose_solver("admm", "fast")
+        ranks = replace(ranks, sensitivity=measure(adapter, calibration.tokens, quick, config.zeros_share))
     plan = make_plan(adapter, ranks, config)
     lap = clock.lap("allocate", lap)
     _prune_blocks(adapter, batches, plan, config, _journal(output, calibration, config, name))
@@ -225,16 +229,19 @@ def _journal(
 def _prune_blocks(
     adapter: ModelAdapter, batches: list[Batch], plan: Plan, config: PruneConfig, journal: Journal | None
 ) -> None:
-    solver = SOLVERS[config.solver]
+    solver = choose_solver(config.solver, config.quality)
+    if solver.two_streams:
+        batches = [replace(batch, dense=batch.hidden) for batch in batches]
     bar = tqdm(adapter.blocks, desc="block", unit="block", disable=not sys.stderr.isatty(), file=sys.stderr)
     for block, units in zip(bar, plan.units, strict=True):
         bar.set_description(f"block ({block.index + 1}/{len(adapter.blocks)})")
+        dense = block.copy() if solver.two_streams else None
         if journal is None or not journal.restore(block):
-            prune_block(block, batches, solver, units, plan.zeros, config.group)
+            prune_block(block, batches, solver, units, plan.zeros, config.group, dense)
             if journal is not None:
                 journal.record(block)
         if block is not adapter.blocks[-1]:
-            batches = advance(block, batches)
+            batches = advance(block, batches, dense)
 
 
 def _perplexities(config: PruneConfig, dense: Perplexity | None, pruned: Perplexity | None) -> dict[str, Any] | None:
