@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only the native CPU module can get wrong: memory past the end, threads, forks, instruction sets."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+import mosaic_kernels as mk
+from mosaic_kernels import _C_cpu
+from mosaic_kernels.errors import KernelError
+from mosaic_kernels.format import RowIndex, bitmask_bytes
+from mosaic_kernels.ops import cpu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BEST = _C_cpu.isa()
+LEVELS = ("scalar", "avx2", "avx512")[: ("scalar", "avx2", "avx512").index(BEST) + 1]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    _C_cpu.set_isa(request.param)
+    yield request.param
+    _C_cpu.set_isa(BEST)
+
+
+def sparse(out: int, columns: int, density: float, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(out, columns) * (torch.rand(out, columns) < density)).to(dtype)
+
+
+def linear(x: Tensor, weight: Tensor, threads: int, run: Callable[..., None] = _C_cpu.sparse_linear) -> Tensor:
+    """``sparse_linear`` on so many threads, whatever torch is set to."""
+    packed = mk.pack(weight)
+    index = RowIndex.from_bitmask(packed.bitmask)
+    out = x.new_full((x.shape[0], weight.shape[0]), float("nan"))
+    addresses = [t.data_ptr() for t in (x, packed.values, index.words, index.offsets)]
+    sizes = (x.shape[0], weight.shape[1], weight.shape[0], packed.nnz, CODES[x.dtype], threads)
+    run(*addresses, 0, out.data_ptr(), *sizes)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(level: str, dtype: torch.dtype) -> None:
+    # 700 x 600 is enough work to be shared out; 40 rows expand panels, 1 to 9 are every register block
+    weight, x = sparse(700, 600, 0.5, dtype), torch.randn(40, 600).to(dtype)
+    alone = torch.cat([linear(row[None], weight, 1) for row in x])
+    assert bool(alone.isfinite().all())
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 40):
+        for threads in (1, 2, 5):
+            assert torch.equal(linear(x[:rows].contiguous(), weight, threads), alone[:rows])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 31, 7), (2, 33, 9), (1, 1024, 5), (4, 1025, 3), (2, 3000, 11)])
+def test_the_walk_of_a_gpu_warp_is_right(shape: tuple[int, int, int]) -> None:
+    rows, columns, out = shape
+    for density in (0.0, 0.1, 0.5, 1.0):
+        weight, x = sparse(out, columns, density, torch.float32), torch.randn(rows, columns)
+        found = linear(x, weight, 1, _C_cpu.emulate_linear_decode)
+        scale = float((x.double().abs() @ weight.double().abs().T).norm())
+        limit = 2 * columns**0.5 * torch.finfo(torch.float32).eps * scale
+        assert float((found.double() - x.double() @ weight.double().T).norm()) <= limit
+
+
+def test_several_threads_may_call_at_once() -> None:
+    weight, x = sparse(600, 800, 0.5, torch.bfloat16), torch.randn(4, 800).bfloat16()
+    expected = linear(x, weight, 1)
+    with ThreadPoolExecutor(6) as callers:
+        results = list(callers.map(lambda i: linear(x, weight, 1 + i % 4), range(200)))
+    assert all(torch.equal(found, expected) for found in results)
+
+
+def test_offsets_that_contradict_the_values_are_refused() -> None:
+    packed = mk.pack(sparse(4, 40, 0.5, torch.float32))
+    index = packed.index()
+    with pytest.raises(KernelError, match="offsets end at another number"):
+        cpu.sparse_linear_raw(torch.randn(1, 40), packed.values[:-1], index.words, index.offsets, None, 40)
+
+
+def test_levels_are_named_and_must_exist() -> None:
+    assert _C_cpu.isa() == BEST
+    with pytest.raises(KernelError, match="the levels are"):
+        _C_cpu.set_isa("sse9")
+    assert _C_cpu.isa() == BEST
+    if BEST != "scalar":
+        assert BEST in _C_cpu.features()
+
+
+def in_a_fresh_process(function: str, **environment: str) -> None:
+    """Run a function of this file where a crash ends that process alone."""
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", f"import runpy; runpy.run_path({__file__!r})[{function!r}]()"],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_read_or_written_past_its_end() -> None:
+    in_a_fresh_process("use_memory_that_ends_at_a_forbidden_page")
+
+
+def test_a_forked_child_computes_on_threads_of_its_own() -> None:
+    in_a_fresh_process("fork_after_the_pool_has_started")
+
+
+def test_the_number_of_threads_can_be_set() -> None:
+    code = "from mosaic_kernels.ops import cpu; print(cpu.threads())"
+    done, refused = (
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "MOSAIC_NUM_THREADS": value}, capture_output=True,
+            text=True, check=False,
+        )
+        for value in ("3", "0")
+    )  # fmt: skip
+    assert done.stdout == "3\n"
+    assert "MOSAIC_NUM_THREADS='0' is not a positive number" in refused.stderr
+
+
+class Guarded:
+    """A copy of a tensor whose last byte is followed by a page that may not be touched."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.like, size = tensor, tensor.numel() * tensor.element_size()
+        pages = -(-size // mmap.PAGESIZE)
+        self._memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        end = start + pages * mmap.PAGESIZE
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0, ctypes.get_errno()
+        self.address = end - size
+        ctypes.memmove(self.address, tensor.data_ptr(), size)
+
+    def read(self) -> Tensor:
+        copy = torch.empty_like(self.like)
+        ctypes.memmove(copy.data_ptr(), self.address, copy.numel() * copy.element_size())
+        return copy
+
+
+def use_memory_that_ends_at_a_forbidden_page() -> None:
+    for name in LEVELS:
+        _C_cpu.set_isa(name)
+        for dtype in DTYPES:
+            for columns in (1, 7, 31, 32, 33, 63, 64, 100, 512, 515):
+                for density in (0.02, 0.5, 1.0):
+                    check_guarded_round_trip(sparse(9, columns, density, dtype))
+
+
+def check_guarded_round_trip(weight: Tensor) -> None:
+    (out, columns), code = weight.shape, CODES[weight.dtype]
+    dense, bits = Guarded(weight), Guarded(torch.zeros(out, bitmask_bytes(columns), dtype=torch.uint8))
+    offsets = Guarded(torch.zeros(out + 1, dtype=torch.int64))
+    _C_cpu.pack_bits(dense.address, bits.address, offsets.address, out, columns, code, 1)
+    nnz = int(offsets.read()[-1])
+    assert nnz == int((weight != 0).sum())
+    values, stride = Guarded(weight.new_zeros(nnz)), bitmask_bytes(columns)
+    rest = (bits.address, stride, offsets.address, out, columns, nnz, code, 1)
+    _C_cpu.pack_values(dense.address, values.address, *rest)
+    assert torch.equal(values.read(), weight[weight != 0])
+    unpacked = Guarded(torch.full_like(weight, 7))
+    _C_cpu.unpack(unpacked.address, values.address, *rest)
+    assert torch.equal(unpacked.read(), weight)
+    words = Guarded(RowIndex.from_bitmask(bits.read()).words)
+    for rows in (1, 3, 8, 25):
+        x, bias = Guarded(torch.randn(rows, columns).to(weight.dtype)), Guarded(weight.new_zeros(out))
+        result = Guarded(weight.new_zeros(rows, out))
+        _C_cpu.sparse_linear(
+            x.address, values.address, words.address, offsets.address, bias.address, result.address, rows, columns,
+            out, nnz, code, 1,
+        )  # fmt: skip
+        assert torch.equal(result.read(), linear(x.like, weight, 1))
+    scores = Guarded(weight.float())
+    mask, keep = Guarded(torch.zeros(out, columns, dtype=torch.bool)), Guarded(torch.tensor([3]))
+    _C_cpu.select(scores.address, keep.address, mask.address, out, columns, 0, 1)
+    assert int(mask.read().sum()) == 3
+    norms, total, counts = (
+        Guarded(torch.ones(columns)),
+        Guarded(torch.zeros(1).double()),
+        Guarded(torch.zeros(1).long()),
+    )
+    alphas = Guarded(torch.tensor([2.0], dtype=torch.float64))
+    _C_cpu.outlier_stats(
+        dense.address, norms.address, alphas.address, total.address, counts.address, out, columns, 1, code, 1
+    )
+    assert total.read() > 0 or nnz == 0
+    sums = Guarded(torch.zeros(columns).double())
+    _C_cpu.column_square_sums(dense.address, sums.address, out, columns, code, 1)
+    assert torch.allclose(sums.read(), weight.double().square().sum(0))
+
+
+def fork_after_the_pool_has_started() -> None:
+    torch.set_num_threads(1)  # torch's own pool does not survive a fork
+    weight, x = sparse(2000, 1000, 0.5, torch.bfloat16), torch.randn(3, 1000).bfloat16()
+    expected = linear(x, weight, 3)
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a deadlock must end the child, and with it the test
+            os._exit(0 if torch.equal(linear(x, weight, 3), expected) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(linear(x, weight, 3), expected)
