@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -210,3 +213,56 @@ def test_mosaic_reference_warns_with_its_true_sparsity(caplog: pytest.LogCapture
     assert sum(counts.values()) == 2700
     assert "-300 parameters" in caplog.text
     assert "true sparsity 0.4500, asked 0.5000" in caplog.text
+
+
+@st.composite
+def curved(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, Callable[[float], float]], dict[str, float]]:
+    """Projections whose error rises with sparsity: bent up, straight, bent down, or nothing at all."""
+    names = [f"p{i}" for i in range(draw(st.integers(1, 6)))]
+    powers = {name: draw(st.sampled_from([0.5, 1.0, 1.0, 2.0, 4.0])) for name in names}
+    sizes = {name: draw(st.integers(1000, 5_000_000)) for name in names}
+    curves = {name: (lambda s, power=power: s**power) for name, power in powers.items()}
+    return sizes, curves, {name: draw(st.sampled_from([0.0, 1.0, 1.0]) | st.floats(1e-3, 1e3)) for name in names}
+
+
+@given(curved(), st.floats(0, 1, exclude_max=True))
+def test_by_curves(case: Any, sparsity: float) -> None:
+    sizes, curves, weights = case
+    total = sum(sizes.values())
+    budget = round(sparsity * total)
+    counts = allocate.by_curves(sizes, curves, weights, budget)
+    assert sum(counts.values()) == budget
+    assert all(0 <= k <= sizes[name] for name, k in counts.items())
+    mean = budget / total
+    if mean + 1e-9 < allocate.MOST_SPARSE:
+        for name, k in counts.items():
+            assert abs(k / sizes[name] - mean) <= allocate.CURVE_DEVIATION + 1 / sizes[name] + 1e-9
+
+
+@given(curved(), st.floats(0.25, 0.7))
+def test_by_curves_is_optimal_for_convex_curves(case: Any, sparsity: float) -> None:
+    """No two projections gain by an exchange: what one more per cent costs here is no less than it saves there."""
+    sizes, _, weights = case
+    curves = {name: (lambda s, power=2 + i % 3: s**power) for i, name in enumerate(sizes)}
+    total = sum(sizes.values())
+    budget = round(sparsity * total)
+    counts = allocate.by_curves(sizes, curves, weights, budget)
+    step = 2 * allocate.CURVE_DEVIATION / (allocate.CURVE_POINTS - 1)  # curves are sampled so finely
+    low, high = budget / total - allocate.CURVE_DEVIATION, budget / total + allocate.CURVE_DEVIATION
+
+    def price(name: str, s: float) -> float:  # of one parameter at sparsity s: cost' / size
+        return weights[name] * (curves[name](s + 1e-6) - curves[name](s - 1e-6)) / 2e-6 / sizes[name]
+
+    targets = {name: k / sizes[name] for name, k in counts.items()}
+    for giver, taker in itertools.permutations(sizes, 2):
+        less, more = targets[giver] - step, targets[taker] + step
+        if less > low and more < high:
+            assert price(taker, more) >= price(giver, less) * (1 - 1e-6)
+
+
+def test_by_curves_puts_the_rest_on_the_marginal_projection() -> None:
+    """Straight curves: the dear ones stay at the lower bound, the cheap one takes what that leaves."""
+    sizes = {"cheap": 9_000_000, "a": 500_000, "b": 500_000}
+    weights = {"cheap": 9.0, "a": 2.0, "b": 2.0}
+    counts = allocate.by_curves(sizes, dict.fromkeys(sizes, lambda s: s), weights, 5_000_000)
+    assert counts == {"cheap": 4_700_000, "a": 150_000, "b": 150_000}

@@ -191,9 +191,17 @@ def by_curves(
     low, high = 0.0, steepest * 2 + 1e-300
     for _ in range(200):
         middle = (low + high) / 2
-        removed = sum(s * sizes[name] for name, s in at(middle).items())
-        low, high = (middle, high) if removed < budget else (low, middle)
-    return fit_to_budget(sizes, at(high), budget)
+        low, high = (middle, high) if _removed(sizes, at(middle)) < budget else (low, middle)
+    # At the price itself whoever has an edge of that slope may stand anywhere on it: go along all these
+    # edges by the same share, which keeps to the optimum and the bounds.
+    less, more = at(low), at(high)
+    below, above = _removed(sizes, less), _removed(sizes, more)
+    share = min(1.0, max(0.0, (budget - below) / (above - below))) if above > below else 1.0
+    return fit_to_budget(sizes, {name: less[name] + share * (more[name] - less[name]) for name in sizes}, budget)
+
+
+def _removed(sizes: Mapping[str, int], sparsities: Mapping[str, float]) -> float:
+    return sum(s * sizes[name] for name, s in sparsities.items())
 
 
 def _lower_hull(x: Any, y: Any) -> tuple[Any, Any]:
