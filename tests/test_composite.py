@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from typing import Any
@@ -18,6 +19,7 @@ from mosaic_kernels.format import packed_bytes
 from mosaic_kernels.models import PROJECTIONS, ModelAdapter
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
+from mosaic_kernels.prune.sensitivity import Curve, Sensitivity
 from mosaic_kernels.prune.structured import BlockShape, Units, plan_units
 
 ADAPTER = ModelAdapter.of(random_model("qwen2", intermediate_size=100, num_attention_heads=6, num_key_value_heads=3))
@@ -27,7 +29,9 @@ def ranks(adapter: ModelAdapter = ADAPTER) -> Ranks:
     """Outlier ratios that differ from projection to projection."""
     by_projection = {name: {5.0: 0.001 * (i * 7 % 11)} for i, name in enumerate(adapter.sizes())}
     by_block = {block.prefix: {5.0: 0.001 * (block.index * 2 % 3)} for block in adapter.blocks}
-    return Ranks("m", "c", 1, by_projection, by_block)
+    curves = {name: Curve(0.1 + 0.01 * i, 3.0, -0.1 * (i % 3)) for i, name in enumerate(by_projection)}
+    weights = {name: 1.0 + i % 5 for i, name in enumerate(by_projection)}
+    return Ranks("m", "c", 1, by_projection, by_block, Sensitivity(curves, weights, 0.5))
 
 
 def require_consistent(plan: Plan, adapter: ModelAdapter = ADAPTER) -> None:
@@ -51,7 +55,7 @@ def require_consistent(plan: Plan, adapter: ModelAdapter = ADAPTER) -> None:
 @given(
     st.floats(0, 1, exclude_max=True),
     st.sampled_from(["unstructured", "composite", "auto"]),
-    st.sampled_from(["uniform", "owl", "pod"]),
+    st.sampled_from(["uniform", "owl", "pod", "curve"]),
     st.floats(0, 1) | st.none(),
     st.sampled_from([1, 8, 32]),
 )
@@ -97,9 +101,9 @@ def test_policies_differ_and_rank_as_they_say() -> None:
     found = ranks()
     plans = {
         policy: make_plan(ADAPTER, found, PruneConfig(category="unstructured", policy=policy))
-        for policy in ("uniform", "owl", "pod", "mosaic-reference")
+        for policy in ("uniform", "owl", "pod", "curve", "mosaic-reference")
     }
-    assert len({tuple(plan.zeros.values()) for plan in plans.values()}) == 4
+    assert len({tuple(plan.zeros.values()) for plan in plans.values()}) == 5
     ratios = found.projection_ratios(5.0)
     targets = [plans["pod"].target(name) for name in sorted(ratios, key=ratios.__getitem__)]
     slack = 1 / min(ADAPTER.sizes().values())
@@ -107,10 +111,15 @@ def test_policies_differ_and_rank_as_they_say() -> None:
     assert plans["mosaic-reference"].removed != plans["mosaic-reference"].budget
 
 
-@pytest.mark.parametrize("policy", ["owl", "pod", "mosaic-reference"])
+@pytest.mark.parametrize("policy", ["owl", "pod", "curve", "mosaic-reference"])
 def test_a_policy_that_ranks_needs_ranks(policy: Any) -> None:
     with pytest.raises(UsageError, match=rf"policy {policy} needs a ranking"):
         make_plan(ADAPTER, None, PruneConfig(policy=policy))
+
+
+def test_curves_need_a_ranking_that_holds_them() -> None:
+    with pytest.raises(UsageError, match="needs error curves, which this ranking does not hold"):
+        make_plan(ADAPTER, dataclasses.replace(ranks(), sensitivity=None), PruneConfig(policy="curve"))
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("2:4", 0.7), ("1:4", 0.8)])

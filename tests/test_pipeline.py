@@ -33,12 +33,12 @@ RUNS = [
     for run, policy, kind in zip(
         itertools.product(
             ("unstructured", "composite"),
-            ("sparsegpt", "wanda", "magnitude"),
+            ("admm", "sparsegpt", "wanda", "magnitude"),
             (torch.float32, torch.bfloat16, torch.float16),
-            (0.0, 0.137, 0.5, 0.9),
+            (0.137, 0.6, 0.9),
         ),
-        itertools.cycle(("pod", "owl", "uniform")),
-        itertools.cycle((*KINDS, "llama")),
+        itertools.cycle(("curve", "pod", "owl", "uniform", "curve")),
+        itertools.cycle((*KINDS, "llama", "qwen2", "mistral")),
         strict=False,
     )
 ]
@@ -55,6 +55,24 @@ def test_the_budget_is_met_to_the_last_parameter(
     assert removed == round(sparsity * prunable) == report["removed_parameters"]
     assert report["removed_difference"] == 0
     assert bool(torch.isfinite(logits(model)).all())
+
+
+@pytest.mark.parametrize("category", ["unstructured", "structured", "composite"])
+def test_nothing_is_removed_at_zero(category: str) -> None:
+    model = random_model(dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert mk.prune(model, sparsity=0.0, category=category, **QUICK)["removed_parameters"] == 0
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("quality", ["fast", "default", "best"])
+def test_every_quality_meets_the_budget(quality: str) -> None:
+    model = random_model("qwen3")
+    prunable = ModelAdapter.of(model).prunable_parameters
+    report = mk.prune(model, sparsity=0.6, quality=quality, **QUICK)
+    assert prunable - kept_weights(ModelAdapter.of(model)) == round(0.6 * prunable) == report["removed_parameters"]
 
 
 @pytest.mark.parametrize("category", ["unstructured", "composite"])

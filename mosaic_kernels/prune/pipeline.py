@@ -229,6 +229,8 @@ def _journal(
 def _prune_blocks(
     adapter: ModelAdapter, batches: list[Batch], plan: Plan, config: PruneConfig, journal: Journal | None
 ) -> None:
+    if not plan.removed:
+        return  # refitting a dense model to itself would only add rounding
     solver = choose_solver(config.solver, config.quality)
     if solver.two_streams:
         batches = [replace(batch, dense=batch.hidden) for batch in batches]
