@@ -30,11 +30,14 @@ def modules() -> list[Extension]:
     wanted = os.environ.get("MOSAIC_CUDA", "auto").lower()
     if wanted not in ("auto", "on", "off"):
         raise SetupError(f"MOSAIC_CUDA={wanted!r}: choose auto, on or off")
-    built = [Extension("mosaic_kernels._C_cpu", [])]
+    # `depends` is what puts the C++ sources into a source distribution
+    files = [ROOT / "CMakeLists.txt", *ROOT.glob("csrc/**/*.*"), *ROOT.glob("python/*")]
+    depends = sorted(str(file.relative_to(ROOT)) for file in files)
+    built = [Extension("mosaic_kernels._C_cpu", [], depends=depends)]
     if wanted == "on" and find_nvcc() is None:
         raise SetupError("MOSAIC_CUDA=on but nvcc was not found: set CUDACXX or CUDA_HOME, or use MOSAIC_CUDA=auto")
     if wanted != "off" and find_nvcc() is not None:
-        built.append(Extension("mosaic_kernels._C_cuda", [], optional=wanted == "auto"))
+        built.append(Extension("mosaic_kernels._C_cuda", [], depends=depends, optional=wanted == "auto"))
     print(f"mosaic-kernels: MOSAIC_CUDA={wanted}, building {', '.join(e.name for e in built)}", file=sys.stderr)
     return built
 
@@ -47,16 +50,15 @@ class CMakeBuild(build_ext):
         target, tree = ext.name.rpartition(".")[2], (ROOT / self.build_temp / ext.name).resolve()
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tree), "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMOSAIC_OUTPUT={output}"]
-        configure += [f"-DMOSAIC_CUDA={'on' if target == '_C_cuda' else 'off'}"]
         if target == "_C_cuda":
-            configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
-            configure += [f"-DMOSAIC_CUDA_ARCHS={os.environ.get('MOSAIC_CUDA_ARCHS', '80;86;89;90')}"]
+            archs = os.environ.get("MOSAIC_CUDA_ARCHS", "80;86;89;90")
+            configure += ["-DMOSAIC_CUDA=on", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DMOSAIC_CUDA_ARCHS={archs}"]
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(tree), "--target", target], check=True)
         except (subprocess.CalledProcessError, OSError) as error:
             if ext.optional:
-                print(f"mosaic-kernels: no {ext.name} ({error}); going on without it", file=sys.stderr)
+                print(f"mosaic-kernels: {find_nvcc()} could not build {target}, see above: CPU only", file=sys.stderr)
             raise CompileError(f"{ext.name}: {error}") from error
 
 
