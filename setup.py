@@ -50,6 +50,8 @@ class CMakeBuild(build_ext):
         target, tree = ext.name.rpartition(".")[2], (ROOT / self.build_temp / ext.name).resolve()
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tree), "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMOSAIC_OUTPUT={output}"]
+        # an isolated build's ninja is gone at the next one, which would find its path in the cache
+        configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
         if target == "_C_cuda":
             archs = os.environ.get("MOSAIC_CUDA_ARCHS", "80;86;89;90")
             configure += ["-DMOSAIC_CUDA=on", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DMOSAIC_CUDA_ARCHS={archs}"]
