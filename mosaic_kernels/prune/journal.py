@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal of a run: every finished block on disk, so that an interrupted run goes on where it was."""
+"""The journal of a run: its ranking and every finished block, so that an interrupted run goes on where it was."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ _BLOCK_FILE = "block-{}.safetensors"
 
 
 class Journal:
-    """Finished blocks under one directory; every file appears by rename.
+    """Finished work under one directory; every file appears by rename.
 
     Args:
         directory: the journal's own directory, made when first written to.
@@ -44,11 +45,24 @@ class Journal:
                     "or start afresh with --overwrite"
                 )
         else:
-            with write_errors(directory):
-                directory.mkdir(parents=True, exist_ok=True)
-                part = state.with_suffix(".part")
-                part.write_text(json.dumps(fingerprint, indent=1))
-                part.replace(state)
+            self.write(state, lambda part: part.write_text(json.dumps(fingerprint, indent=1)))
+
+    @property
+    def ranks(self) -> Path:
+        """Where the ranking of this run is kept: its probes may cost more than the blocks."""
+        return self.directory / "ranks.json"
+
+    def write(self, path: Path, save: Callable[[Path], Any]) -> None:
+        """Make a file of the journal, which appears whole or not at all.
+
+        Raises:
+            EnvironmentError_: the disk is full.
+        """
+        part = path.with_suffix(".part")
+        with write_errors(part):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save(part)
+            part.replace(path)
 
     def _path(self, block: Block) -> Path:
         return self.directory / _BLOCK_FILE.format(f"{block.index:05d}")
@@ -61,10 +75,7 @@ class Journal:
             tensors[f"{name}.weight"] = layer.weight.detach().cpu().contiguous()
             if layer.bias is not None:
                 tensors[f"{name}.bias"] = layer.bias.detach().cpu().contiguous()
-        part = self._path(block).with_suffix(".part")
-        with write_errors(part):
-            save_file(tensors, part)
-            part.replace(self._path(block))
+        self.write(self._path(block), lambda part: save_file(tensors, part))
 
     def restore(self, block: Block) -> bool:
         """Put a finished block's projections back; false where the journal has none, or a damaged one."""

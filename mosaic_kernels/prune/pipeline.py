@@ -152,17 +152,16 @@ def _run(
     calibration = calibrate(
         config.calibration, tokenizer, vocabulary, samples=config.samples, seqlen=seqlen, seed=config.seed
     )
+    given = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
+    journal = _journal(output, calibration, config, name)
     dense = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
     batches = embed(adapter, calibration.tokens)
-    ranks = _ranks(adapter, batches, calibration, config, name)
     lap = clock.lap("calibrate", lap)
 
-    if config.needs_curves and ranks.sensitivity is None:
-        quick = choose_solver("admm", "fast")
-        ranks = replace(ranks, sensitivity=measure(adapter, calibration.tokens, quick, config.zeros_share))
+    ranks = _ranks(adapter, batches, calibration, config, name, given, journal)
     plan = make_plan(adapter, ranks, config)
     lap = clock.lap("allocate", lap)
-    _prune_blocks(adapter, batches, plan, config, _journal(output, calibration, config, name))
+    _prune_blocks(adapter, batches, plan, config, journal)
     clock.lap("prune", lap)
 
     pack_model(adapter)
@@ -206,12 +205,25 @@ def _unpack_projections(adapter: ModelAdapter) -> None:
 
 
 def _ranks(
-    adapter: ModelAdapter, batches: list[Batch], calibration: Calibration, config: PruneConfig, name: str
+    adapter: ModelAdapter,
+    batches: list[Batch],
+    calibration: Calibration,
+    config: PruneConfig,
+    name: str,
+    given: Ranks | None,
+    journal: Journal | None,
 ) -> Ranks:
-    if config.ranks is not None:
-        return Ranks.load(config.ranks, adapter, config.outlier_threshold)
+    """The ranking with all that the policy needs, from the journal where a run that was cut off has left it."""
+    if journal is not None and journal.ranks.exists():
+        return Ranks.load(journal.ranks, adapter, config.outlier_threshold)
     thresholds = sorted({*DEFAULT_THRESHOLDS, config.outlier_threshold})
-    return rank(adapter, batches, thresholds, model=name, calibration=calibration.digest)
+    ranks = given or rank(adapter, batches, thresholds, model=name, calibration=calibration.digest)
+    if config.needs_curves and ranks.sensitivity is None:
+        quick = choose_solver("admm", "fast")
+        ranks = replace(ranks, sensitivity=measure(adapter, calibration.tokens, quick, config.zeros_share))
+    if journal is not None:
+        journal.write(journal.ranks, ranks.save)
+    return ranks
 
 
 def _journal(
