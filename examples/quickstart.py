@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import mosaic_kernels as mk
 from mosaic_kernels.evaluate.latency import latencies
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.6)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    disable_progress_bar()
 
     report = mk.prune(
         HERE / "tiny-llama",
