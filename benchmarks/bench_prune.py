@@ -23,14 +23,15 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SPARSITY = 0.6
 
 # The rows of README's table: category x solver, all at one exact budget.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, str]] = {
     "unstructured-magnitude": {"category": "unstructured", "solver": "magnitude", "policy": "uniform"},
     "unstructured-wanda": {"category": "unstructured", "solver": "wanda", "policy": "uniform"},
     "unstructured-sparsegpt": {"category": "unstructured", "solver": "sparsegpt", "policy": "uniform"},
     "unstructured-sparsegpt-pod": {"category": "unstructured", "solver": "sparsegpt", "policy": "pod"},
-    "structured": {"category": "structured"},
-    "composite-wanda-pod": {"category": "composite", "solver": "wanda", "policy": "pod"},
+    "unstructured-default": {"category": "unstructured"},
+    "structured-default": {"category": "structured"},
     "composite-sparsegpt-pod": {"category": "composite", "solver": "sparsegpt", "policy": "pod"},
+    "composite-default": {"category": "composite"},
 }
 
 

@@ -31,7 +31,7 @@ def interleaved(variants: Mapping[str, Callable[[int], object]], rounds: int) ->
     A shared machine drifts by tens of percent within seconds: only variants that take turns compare.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for name, run in variants.items():
+    for run in variants.values():
         run(0)  # warm up
     for index in range(rounds):
         for name, run in variants.items():
