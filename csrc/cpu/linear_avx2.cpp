@@ -58,6 +58,14 @@ float horizontal_sum(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+// Adds the bias and stores the sums of `count` weight rows, from `row` on, for row n of x.
+template <typename T>
+void store_sums(const LinearArgs& a, int64_t row, int64_t n, const float* sums, int count) {
+  const T* bias = static_cast<const T*>(a.bias);
+  T* out = static_cast<T*>(a.out) + n * a.out_features + row;
+  for (int r = 0; r < count; ++r) store(bias ? sums[r] + to_float(bias[row + r]) : sums[r], out + r);
+}
+
 // R weight rows from `row` on and N rows of x from `first` on. kWithin: never load past the last value
 // of a row, for the rows whose end is less than a full load from the end of the values.
 template <typename T, int R, int N, bool kWithin>

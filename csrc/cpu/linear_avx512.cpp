@@ -40,6 +40,13 @@ struct Traits<BFloat16> {
   static Word expand_within(uint32_t bits, const BFloat16* values) {
     return _mm512_maskz_expand_epi16(bits, _mm512_maskz_loadu_epi16(bits_below(popcount(bits)), values));
   }
+  // Up to four values: a bias, or sums rounded to nearest even.
+  static __m128 load_few(const BFloat16* from, __mmask8 rows) {
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_maskz_loadu_epi16(rows, from)), 16));
+  }
+  static void store_few(BFloat16* to, __m128 sums, __mmask8 rows) {
+    _mm_mask_storeu_epi16(to, rows, (__m128i)_mm_cvtneps_pbh(sums));
+  }
   static Word load(const X* panel) { return _mm512_loadu_si512(panel); }
   static void save(X* panel, Word w) { _mm512_storeu_si512(panel, w); }
   static __m512 dot(__m512 sum, Word w, const X* x) {
@@ -64,6 +71,12 @@ struct Traits<Half> {
     return widen(
         _mm512_maskz_expand_epi16(bits, _mm512_maskz_loadu_epi16(bits_below(popcount(bits)), values)));
   }
+  static __m128 load_few(const Half* from, __mmask8 rows) {
+    return _mm_cvtph_ps(_mm_maskz_loadu_epi16(rows, from));
+  }
+  static void store_few(Half* to, __m128 sums, __mmask8 rows) {
+    _mm_mask_storeu_epi16(to, rows, _mm_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
+  }
   static Word load(const X* panel) { return {_mm512_loadu_ps(panel), _mm512_loadu_ps(panel + 16)}; }
   static void save(X* panel, const Word& w) {
     _mm512_storeu_ps(panel, w.low);
@@ -77,6 +90,8 @@ struct Traits<Half> {
 
 template <>
 struct Traits<float> : Traits<Half> {
+  static __m128 load_few(const float* from, __mmask8 rows) { return _mm_maskz_loadu_ps(rows, from); }
+  static void store_few(float* to, __m128 sums, __mmask8 rows) { _mm_mask_storeu_ps(to, rows, sums); }
   static Word expand(uint32_t bits, const float* values) {
     const __mmask16 first = bits & 0xffff, second = bits >> 16;
     return {_mm512_maskz_expand_ps(first, in_register(_mm512_loadu_ps(values))),
@@ -166,11 +181,13 @@ void multiply(const LinearTask& task, Source weights, int64_t row, int64_t first
       for (int r = 0; r < R; ++r) sum[r][n] = D::dot(sum[r][n], weight[r], x + n * kWordBits);
   }
 
+  constexpr __mmask8 kRows = (1 << R) - 1;
+  const T* bias = static_cast<const T*>(a.bias);
+  const __m128 added = bias ? D::load_few(bias + row, kRows) : _mm_setzero_ps();
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    float sums[4];
-    _mm_storeu_ps(sums, horizontal_sums(sum[0][n], sum[1][n], sum[2][n], sum[3][n]));
-    store_sums<T>(a, row, first + n, sums, R);
+    const __m128 sums = horizontal_sums(sum[0][n], sum[1][n], sum[2][n], sum[3][n]);
+    D::store_few(static_cast<T*>(a.out) + (first + n) * a.out_features + row, _mm_add_ps(sums, added), kRows);
   }
 }
 

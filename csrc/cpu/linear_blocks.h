@@ -50,12 +50,4 @@ MOSAIC_HD int64_t first_guarded_row(const LinearTask& task, int64_t begin, int64
   return end;
 }
 
-// Adds the bias and stores the sums of `count` weight rows, from `row` on, for row n of x.
-template <typename T>
-MOSAIC_HD void store_sums(const LinearArgs& a, int64_t row, int64_t n, const float* sums, int count) {
-  const T* bias = static_cast<const T*>(a.bias);
-  T* out = static_cast<T*>(a.out) + n * a.out_features + row;
-  for (int r = 0; r < count; ++r) store(bias ? sums[r] + to_float(bias[row + r]) : sums[r], out + r);
-}
-
 }  // namespace mosaic::MOSAIC_ISA
