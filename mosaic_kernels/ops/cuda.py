@@ -44,8 +44,7 @@ def why_not() -> str | None:
 
 def _where(tensor: Tensor) -> tuple[int, int]:
     """The device's index and its current stream."""
-    stream = torch.cuda.current_stream(tensor.device)
-    return stream.device_index, stream.cuda_stream
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def _sparse_linear(
