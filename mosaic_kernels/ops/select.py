@@ -35,11 +35,13 @@ class Backend:
 
 _registry: dict[str, Backend] = {}
 _forced: str | None = None
+_resolved: dict[tuple[str, str], Callable[..., Any]] = {}  # what `kernel` found, until a backend is forced or added
 
 
 def register(backend: Backend) -> None:
     """Add a backend; the order of registration is the order of preference."""
     _registry[backend.name] = backend
+    _resolved.clear()
 
 
 def backends() -> dict[str, Backend]:
@@ -58,6 +60,13 @@ def kernel(op: str, device: torch.device) -> Callable[..., Any]:
     Raises:
         BackendError: a forced backend cannot run here, or lacks this operator.
     """
+    found = _resolved.get((op, device.type))
+    if found is None:
+        found = _resolved[op, device.type] = _resolve(op, device)
+    return found
+
+
+def _resolve(op: str, device: torch.device) -> Callable[..., Any]:
     if _forced is not None:
         return _forced_kernel(_registry[_forced], op, device)
     for backend in _registry.values():
@@ -88,10 +97,12 @@ def use_backend(name: str) -> Iterator[None]:
     """Force ``name`` inside a ``with`` block, as ``MOSAIC_BACKEND`` does for a process."""
     global _forced
     before, _forced = _forced, _checked(name)
+    _resolved.clear()
     try:
         yield
     finally:
         _forced = before
+        _resolved.clear()
 
 
 if os.environ.get("MOSAIC_BACKEND"):
