@@ -33,8 +33,9 @@ def interleaved(variants: Mapping[str, Callable[[int], object]], rounds: int) ->
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():
         run(0)  # warm up
+    order = list(variants.items())
     for index in range(rounds):
-        for name, run in variants.items():
+        for name, run in order if index % 2 else reversed(order):
             started = time.perf_counter()
             run(index)
             seconds[name].append(time.perf_counter() - started)
@@ -54,7 +55,7 @@ def machine() -> dict[str, Any]:
     )
     here = Path(__file__).parent
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
     )
     return {
         "cpu": model,

@@ -15,7 +15,10 @@ README = HERE.parent / "README.md"
 
 def load(noun: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The machine of a result file, and what each of its benchmarks found."""
-    path = sorted((HERE / "results").glob(f"{noun}-*.json"))[-1]
+    paths = sorted((HERE / "results").glob(f"{noun}-*.json"))
+    if not paths:
+        sys.exit(f"no benchmarks/results/{noun}-*.json: run benchmarks/bench_{noun}.py as its first lines say")
+    path = paths[-1]
     found = json.loads(path.read_text())
     return found["machine_info"], [b["extra_info"] | {"name": b["name"]} for b in found["benchmarks"]]
 

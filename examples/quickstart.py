@@ -12,17 +12,18 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import mosaic_kernels as mk
 from mosaic_kernels.evaluate.latency import latencies
 
 HERE = Path(__file__).parent
+DEFAULT_OUTPUT = Path("out/tiny-llama-60")
 PROMPT = "The old man looked at the sea and"
 
 
-def generate(model: PreTrainedModel, tokenizer: AutoTokenizer) -> str:
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Forty tokens by greedy decoding."""
     inputs = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
     tokens = model.generate(
@@ -38,7 +39,7 @@ def checkpoint_bytes(directory: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("out/tiny-llama-60"))
+    parser.add_argument("--output-dir", type=Path, default=DEFAULT_OUTPUT)
     parser.add_argument("--sparsity", type=float, default=0.6)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -52,7 +53,7 @@ def main() -> None:
         eval_text=HERE / "text" / "validation.txt",
         seqlen=256,
         output_dir=arguments.output_dir,
-        overwrite=True,
+        overwrite=arguments.output_dir == DEFAULT_OUTPUT,
     )
 
     tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny-llama")

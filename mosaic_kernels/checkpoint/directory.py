@@ -23,6 +23,7 @@ class OutputDirectory:
         path: where the finished directory will stand.
         staging: where to write meanwhile, on the same filesystem.
         journal: folder inside ``staging`` for what a resumed run needs; never published.
+        complete: :meth:`publish` was called: ``staging`` holds a whole result, wherever it stands.
 
     Args:
         path: the directory to make.
@@ -41,6 +42,7 @@ class OutputDirectory:
         self.journal = self.staging / "journal"
         self._aside = self.path.with_name(f".{self.path.name}.previous")
         self._may_replace = overwrite or resume
+        self.complete = False
         _require_replaceable(self.path)
         if self.has_files and not self._may_replace:
             raise UsageError(
@@ -65,6 +67,7 @@ class OutputDirectory:
             UsageError: files appeared at ``path`` since the start.
             EnvironmentError_: the disk is full; ``path`` is as it was.
         """
+        self.complete = True
         if self.has_files and not self._may_replace:
             raise UsageError(f"{self.path} was filled by something else meanwhile; the result is in {self.staging}")
         with write_errors(self.path):

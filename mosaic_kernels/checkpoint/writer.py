@@ -146,7 +146,14 @@ def _valid_generation(generation: Any) -> Any:
     try:
         candidate.validate(strict=True)
     except ValueError:
-        candidate.do_sample = True
+        for setting in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "typical_p",
+        ):  # without meaning where nothing is drawn
+            setattr(candidate, setting, None)
     return candidate
 
 

@@ -56,6 +56,12 @@ def sparse_linear_raw(
     if x.dtype is not values.dtype:
         raise KernelError(f"x is {x.dtype} but the packed values are {values.dtype}")
     out_features = words.shape[0]
+    if not (values.is_cpu and words.is_cpu and offsets.is_cpu):
+        raise KernelError(
+            f"x is on {x.device} but the packed weight is on {values.device}: move one of them with .to()"
+        )
+    if bias is not None and (bias.dtype is not x.dtype or bias.numel() != out_features or not bias.is_cpu):
+        raise KernelError(f"bias must be [{out_features}] {x.dtype} on {x.device}, got {bias.dtype} on {bias.device}")
     rows = x.numel() // in_features if in_features else shape[:-1].numel()
     x = x.contiguous()
     out = x.new_empty((*shape[:-1], out_features))

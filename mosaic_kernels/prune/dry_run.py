@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from mosaic_kernels.prune.capture import TOKENS_PER_BATCH
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.pipeline import make_config, settle_category
+from mosaic_kernels.prune.sensitivity import PROBE_TOKENS
 from mosaic_kernels.prune.solvers import Solver, choose_solver
 
 
@@ -54,7 +55,14 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
         "bytes": {"dense": dense, "pruned": pruned},
         "peak_memory_bytes": {
             "host": _peak(
-                adapter, plan, dense, dtype, config.samples, seqlen, choose_solver(config.solver, config.quality)
+                adapter,
+                plan,
+                dense,
+                dtype,
+                config.samples,
+                seqlen,
+                choose_solver(config.solver, config.quality),
+                curves=config.needs_curves,
             )
         },
         "projections": {
@@ -74,7 +82,15 @@ def _lost_biases(adapter: ModelAdapter, plan: Plan) -> int:
 
 
 def _peak(
-    adapter: ModelAdapter, plan: Plan, dense: int, dtype: torch.dtype, samples: int, seqlen: int, solver: Solver
+    adapter: ModelAdapter,
+    plan: Plan,
+    dense: int,
+    dtype: torch.dtype,
+    samples: int,
+    seqlen: int,
+    solver: Solver,
+    *,
+    curves: bool,
 ) -> int:
     """Weights, two generations of hidden states, and the largest projection's working set.
 
@@ -86,8 +102,11 @@ def _peak(
     widest = max(i for _, i in plan.original_shapes.values())
     largest = max(o * i for o, i in plan.original_shapes.values())
     gram = (6 if solver.two_streams else 4) * widest * widest * 4 if solver.with_gram or plan.structured_removed else 0
+    # probes keep the dense model's predictions and make as many again
+    vocabulary = cast(Any, adapter.model).get_output_embeddings().out_features
+    probes = 2 * min(samples * seqlen, PROBE_TOKENS) * vocabulary * dtype.itemsize if curves else 0
     activations = 3 * min(samples * seqlen, max(TOKENS_PER_BATCH, seqlen)) * widest * 4
-    return dense + states + max(activations, gram + 4 * largest * 4)
+    return dense + states + max(activations, gram + 4 * largest * 4, probes)
 
 
 def describe(prediction: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosaic_kernels.errors import MosaicError
+from mosaic_kernels.errors import MosaicError, NonFiniteError
 from mosaic_kernels.models import STAGES, Block
 from mosaic_kernels.prune.capture import Batch, Stop, forward
 from mosaic_kernels.prune.gram import InputStatistics, damped_cholesky, jacobi_ridge
@@ -52,6 +52,16 @@ class PairStatistics(InputStatistics):
         self.cross.addmm_(dense.flatten(0, -2).float().T, rows)
         if self.drift is not None and drift is not None:
             self.drift.addmm_(drift.flatten(0, -2).T, rows)
+
+    def finish(self, name: str) -> PairStatistics:
+        """Check the sums of both models; see :meth:`InputStatistics.finish`."""
+        super().finish(name)
+        if not all(bool(torch.isfinite(sums).all()) for sums in (self.cross, self.drift) if sums is not None):
+            raise NonFiniteError(
+                f"the dense model's activations at {name} are NaN or infinite: it overflows on this text; "
+                "check its weights, or run with --dtype float32"
+            )
+        return self
 
 
 @torch.no_grad()

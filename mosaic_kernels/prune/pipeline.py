@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shlex
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mosaic_kernels.checkpoint.directory import write_errors
 from mosaic_kernels.checkpoint.reader import check_finite, load_model
 from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
 from mosaic_kernels.cli import resolve_device
@@ -107,8 +109,8 @@ def prune(
         raise Interrupted(_resume_hint(output, command)) from None
     except Exception as error:
         # Finished blocks stay where the fault is the machine's, and where a slip in a resumed run would cost them.
-        worth_keeping = config.resume or isinstance(error, EnvironmentError_)
-        if output is not None and not (worth_keeping and has_blocks(output.journal)):
+        worth_keeping = config.resume or isinstance(error, (EnvironmentError_, MemoryError, torch.OutOfMemoryError))
+        if output is not None and not output.complete and not (worth_keeping and has_blocks(output.journal)):
             output.discard()
         raise
 
@@ -153,7 +155,7 @@ def _run(
         config.calibration, tokenizer, vocabulary, samples=config.samples, seqlen=seqlen, seed=config.seed
     )
     given = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
-    journal = _journal(output, calibration, config, name)
+    journal = _journal(output, calibration, config, name, _weights_digest(adapter))
     dense = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
     batches = embed(adapter, calibration.tokens)
     lap = clock.lap("calibrate", lap)
@@ -226,8 +228,17 @@ def _ranks(
     return ranks
 
 
+def _weights_digest(adapter: ModelAdapter) -> str:
+    """Tells this model's dense weights from others, and from their own half-pruned state."""
+    digest = hashlib.sha256()
+    for block, name, layer in adapter.projections():
+        total = float(layer.weight.detach().abs().sum(dtype=torch.float64))
+        digest.update(f"{block.full_name(name)} {list(layer.weight.shape)} {total!r}\n".encode())
+    return digest.hexdigest()
+
+
 def _journal(
-    output: OutputDirectory | None, calibration: Calibration, config: PruneConfig, name: str
+    output: OutputDirectory | None, calibration: Calibration, config: PruneConfig, name: str, weights: str
 ) -> Journal | None:
     if output is None:
         return None
@@ -235,7 +246,7 @@ def _journal(
     ranks = None if config.ranks is None else config.ranks.read_text()
     samples, seqlen = calibration.tokens.shape
     options |= {"samples": samples, "seqlen": seqlen, "calibration": calibration.digest}
-    return Journal(output.journal, {"model": name, "ranks": ranks, **options})
+    return Journal(output.journal, {"model": name, "weights": weights, "ranks": ranks, **options})
 
 
 def _prune_blocks(
@@ -284,17 +295,23 @@ def _write(
         adapter, output.staging, tokenizer=tokenizer, report=report, original_shapes=plan.original_shapes,
         source=report["model"], format=config.format,
     )  # fmt: skip
-    ranks.save(output.staging / "ranks.json")
-    clock.lap("write", started)
-    clock.stop()
-    (output.staging / "mosaic_report.json").write_text(json.dumps(report, indent=1))  # now with all seconds
+    with write_errors(output.staging):
+        ranks.save(output.staging / "ranks.json")
+        clock.lap("write", started)
+        clock.stop()
+        (output.staging / "mosaic_report.json").write_text(json.dumps(report, indent=1))  # now with all seconds
     output.publish()
 
 
 def _resume_hint(output: OutputDirectory | None, command: Sequence[str]) -> str:
     if output is None:
         return "interrupted; the model in memory is partly pruned"
+    if output.complete:
+        return f"interrupted while the finished result was put into place; it is in {output.staging} or {output.path}"
     if not command:
-        return f"interrupted; finished blocks are kept in {output.journal}; call again with resume=True"
+        return (
+            f"interrupted; finished blocks are kept in {output.journal}; call again with resume=True "
+            "(a model given as an object must be loaded again first)"
+        )
     again = [part for part in command if part not in ("--resume", "--overwrite")]
     return f"interrupted; finished blocks are kept. Resume with:\n  {shlex.join([*again, '--resume'])}"

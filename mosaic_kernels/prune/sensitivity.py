@@ -9,6 +9,7 @@ predictions says what that error is worth.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from mosaic_kernels.models import STAGES, ModelAdapter
 from mosaic_kernels.prune.capture import Batch, advance, collect_and_advance, embed, predict
@@ -98,19 +100,22 @@ def measure(adapter: ModelAdapter, tokens: Tensor, solver: Solver, sparsity: flo
     dense_logits = _logits(adapter, probes, 0)
     curves: dict[str, Curve] = {}
     weights: dict[str, float] = {}
-    for block in adapter.blocks:
+    for block in tqdm(adapter.blocks, desc="probes", unit="block", disable=not sys.stderr.isatty(), file=sys.stderr):
         statistics, batches = collect_and_advance(block, batches, with_gram=True)
         for stages in HALVES.values():
             names = [(stage, name) for stage in stages for name in STAGES[stage]]
             dense = {name: block.projection(name).weight.detach().clone() for _, name in names}
             errors = {}
-            for stage, name in names:
-                curve, error, pruned = _curve(dense[name], statistics[stage], solver, sparsity, block.full_name(name))
-                curves[block.full_name(name)], errors[name] = curve, error
-                block.projection(name).weight.copy_(pruned)
-            divergence = _divergence(_logits(adapter, probes, block.index), dense_logits)
-            for name, weight in dense.items():
-                block.projection(name).weight.copy_(weight)
+            try:
+                for stage, name in names:
+                    full_name = block.full_name(name)
+                    found = _curve(dense[name], statistics[stage], solver, sparsity, full_name)
+                    curves[full_name], errors[name], pruned = found
+                    block.projection(name).weight.copy_(pruned)
+                divergence = _divergence(_logits(adapter, probes, block.index), dense_logits)
+            finally:
+                for name, weight in dense.items():
+                    block.projection(name).weight.copy_(weight)
             worth = divergence / max(sum(errors.values()), 1e-12)
             weights |= {block.full_name(name): worth for _, name in names}
         probes = advance(block, probes)
@@ -131,9 +136,7 @@ def _curve(
         return float(((change @ gram) * change).sum()) / energy, pruned
 
     error, pruned = at(sparsity)
-    known = {s: at(s)[0] for s in CURVE_SPARSITIES if abs(s - sparsity) > 0.02}
-    points = sorted({**known, sparsity: error}.items(), key=lambda point: abs(point[0] - sparsity))[:3]
-    return Curve.through(points), error, pruned
+    return Curve.through([(s, at(s)[0]) for s in CURVE_SPARSITIES]), error, pruned
 
 
 def _logits(adapter: ModelAdapter, batches: Sequence[Batch], start: int) -> list[Tensor]:

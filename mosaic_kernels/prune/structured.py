@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.models import Block
 from mosaic_kernels.prune.gram import InputStatistics, damped_cholesky, jacobi_ridge
 
@@ -251,7 +252,10 @@ def _remove(
     weight = layer.weight.detach().float() if weight is None else weight
     kept = select_units(weight, gram, unit, count, name)
     features = kept.repeat_interleave(unit)
-    block.replace(consumer, _like(layer, refit(weight, gram, features, name).to(layer.weight.dtype), layer.bias))
+    refitted = refit(weight, gram, features, name).to(layer.weight.dtype)
+    if not bool(torch.isfinite(refitted).all()):
+        raise NonFiniteError(f"{name}: the refitted weights overflow {refitted.dtype}; run with --dtype float32")
+    block.replace(consumer, _like(layer, refitted, layer.bias))
     rows = {producer: kept.repeat_interleave(width) for producer, width in producers.items()}
     for producer, left in rows.items():
         old = block.projection(producer)

@@ -76,10 +76,11 @@ def solve(
         NonFiniteError: a solved weight is too large for its dtype.
     """
     dtype = weight.dtype if dtype is None else dtype
-    if not target.remove:
-        return keep_all(weight, dtype)
-    solved, keep = solver.run(weight.float(), statistics, target, name)
-    rounded = _round(solved, keep, dtype)
+    if target.remove:
+        solved, keep = solver.run(weight.float(), statistics, target, name)
+        rounded = _round(solved, keep, dtype)
+    else:
+        rounded = keep_all(weight, dtype)
     if not bool(torch.isfinite(rounded).all()):
         raise NonFiniteError(f"{name}: the solved weights overflow {dtype}; run with --dtype float32")
     return rounded
