@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -66,3 +67,11 @@ def test_the_tables_are_the_measured_ones() -> None:
         [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_one_row_at_half_density_is_twice_as_fast_as_dense() -> None:
+    """The promise for a large bf16 projection, by the committed measurement."""
+    for path in (ROOT / "benchmarks" / "results").glob("linear-*.json"):
+        found = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
+        (row,) = [f for f in found if f["shape"] == [4096, 11008] and f["rows"] == 1 and f["density"] > 0.45]
+        assert row["speed_up"] >= 2
