@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m mosaic_kernels.evaluate``: perplexity, speed and size of a model."""
+"""``python -m mosaic_kernels.evaluate``: perplexity, zero-shot accuracy, speed and size of a model."""
 
 from __future__ import annotations
 
@@ -19,20 +19,30 @@ DEFAULT_SEQLEN = 2048
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mosaic_kernels.evaluate",
-        description="Measure perplexity, speed and size of a causal language model, dense or pruned.",
+        description="Measure perplexity, zero-shot accuracy, speed and size of a language model, dense or pruned.",
         epilog="example: python -m mosaic_kernels.evaluate examples/tiny-llama "
         "--text examples/text/validation.txt --seqlen 256 --latency",
     )
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or a hub id")
     quality = parser.add_argument_group("perplexity")
-    quality.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to predict; without it give --latency")
+    quality.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to predict")
     quality.add_argument(
         "--seqlen", type=int, metavar="N", help=f"tokens in a window (default: {DEFAULT_SEQLEN} or the model's maximum)"
     )
     quality.add_argument("--samples", type=int, metavar="N", help="windows, from the start of the text (default: all)")
     quality.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="windows at once (default: %(default)s)"
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="windows at once, and zero-shot sequences (default: %(default)s)",
     )
+    accuracy = parser.add_argument_group("zero-shot accuracy")
+    accuracy.add_argument(
+        "--zero-shot", type=Path, metavar="DIR", help="a TASK.jsonl for each task, given to lm-eval (README, Use it)"
+    )
+    accuracy.add_argument("--tasks", metavar="A,B", help="names of some of these files (default: all)")
+    accuracy.add_argument("--limit", type=int, metavar="N", help="examples of each task, from its start (default: all)")
     speed = parser.add_argument_group("speed")
     speed.add_argument("--latency", action="store_true", help="measure prefill and decode, batch size 1, greedy")
     speed.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
@@ -52,23 +62,36 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from mosaic_kernels.checkpoint.reader import load_model
     from mosaic_kernels.evaluate.latency import latency, weight_bytes
     from mosaic_kernels.evaluate.perplexity import perplexity
+    from mosaic_kernels.evaluate.zero_shot import check_zero_shot, zero_shot
     from mosaic_kernels.text import load_tokens, windows
 
-    if arguments.text is None and not arguments.latency:
-        raise UsageError("nothing to measure: give --text FILE, --latency, or both")
-    if arguments.samples is not None and arguments.samples < 1:
-        raise UsageError(f"--samples must be at least 1, got {arguments.samples}")
+    if arguments.text is None and arguments.zero_shot is None and not arguments.latency:
+        raise UsageError("nothing to measure: give --text FILE, --zero-shot DIR, --latency, or several of these")
+    for option in ("samples", "limit", "batch_size"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    tasks = None if arguments.tasks is None else arguments.tasks.split(",")
+    if arguments.zero_shot is not None:
+        check_zero_shot(arguments.zero_shot, tasks)  # a wrong file shows now, not when a large model is loaded
+    elif tasks is not None or arguments.limit is not None:
+        raise UsageError("--tasks and --limit belong to --zero-shot DIR, which is not given")
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     result: dict[str, Any] = {}
+    needing = "--text" if arguments.text is not None else "--zero-shot" if arguments.zero_shot is not None else None
+    if tokenizer is None and needing is not None:
+        raise ModelLoadError(f"{arguments.model} has no tokenizer files, and {needing} needs them: copy them there")
     if arguments.text is not None:
-        if tokenizer is None:
-            raise ModelLoadError(f"{arguments.model} has no tokenizer files, and --text needs them: copy them there")
         limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
         seqlen = arguments.seqlen or min(DEFAULT_SEQLEN, limit)
         if seqlen > limit:
             raise UsageError(f"--seqlen {seqlen} is more than the {limit} positions this model knows")
         parts = windows(load_tokens(arguments.text, tokenizer), seqlen)[: arguments.samples]
         result.update(vars(perplexity(model, parts.flatten(), seqlen, arguments.batch_size)))
+    if arguments.zero_shot is not None:
+        result["zero_shot"] = zero_shot(
+            model, tokenizer, arguments.zero_shot, tasks, arguments.limit, arguments.batch_size
+        )
     if arguments.latency:
         result.update(vars(latency(model, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)))
     return {**result, "weight_bytes": weight_bytes(model), "peak_memory_bytes": peak_memory_bytes()}
@@ -81,6 +104,7 @@ def format_table(result: dict[str, Any]) -> str:
     if "perplexity" in result:
         measured = f"on {result['tokens']:,} tokens in {result['seconds']:.1f} s"
         lines.append(f"perplexity   {result['perplexity']:.3f} {measured}")
+    lines += _accuracy_lines(result.get("zero_shot", {}))
     if "decode_tokens_per_s" in result:
         lines.append(f"decode       {result['decode_tokens_per_s']:,.1f} tokens/s")
         lines.append(f"prefill      {result['prefill_tokens_per_s']:,.1f} tokens/s")
@@ -88,6 +112,21 @@ def format_table(result: dict[str, Any]) -> str:
     device = "" if peak["device"] is None else f", device {peak['device'] / mib:,.0f} MiB"
     lines.append(f"peak memory  host {peak['host'] / mib:,.0f} MiB{device}")
     return "\n".join(lines)
+
+
+def _accuracy_lines(scores: dict[str, dict[str, Any]]) -> list[str]:
+    width = max([12, *map(len, scores)])
+    lines = []
+    for name, found in scores.items():
+        parts = [f"{name:<{width}} accuracy {100 * found['accuracy']:.1f} %"]
+        if found["stderr"] is not None:
+            parts.append(f"± {100 * found['stderr']:.1f}")
+        if found["accuracy_norm"] is not None:
+            parts.append(f"(by length {100 * found['accuracy_norm']:.1f} %)")
+        if "perplexity" in found:
+            parts.append(f"(perplexity {found['perplexity']:,.4g})")
+        lines.append(" ".join([*parts, f"on {found['examples']:,} examples"]))
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
