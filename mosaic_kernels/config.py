@@ -90,6 +90,11 @@ class PruneConfig:
         return self.policy == "curve" and self.group is None and self.category != "structured" and self.sparsity > 0
 
     @property
+    def needs_removal_costs(self) -> bool:
+        """Whether heads and channels go where the model suffers least, which then must be measured."""
+        return self.policy == "curve" and self.share > 0
+
+    @property
     def zeros_share(self) -> float:
         """Fraction of what structured removal leaves that becomes zero."""
         return 1 - (1 - self.sparsity) / (1 - self.share)

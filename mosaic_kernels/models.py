@@ -59,6 +59,11 @@ class Block:
         """The norm that reads the residual stream after attention has written to it."""
         return self.module.get_submodule("post_attention_layernorm")
 
+    @property
+    def ffn(self) -> nn.Module:
+        """The feed-forward network, from its normed input to what it adds to the residual stream."""
+        return self.module.get_submodule("mlp")
+
     def replace(self, name: str, layer: nn.Linear) -> None:
         """Put ``layer`` in the place of the projection ``name``."""
         parent, _, leaf = name.rpartition(".")

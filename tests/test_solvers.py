@@ -249,7 +249,7 @@ def test_kept_values_that_round_to_zero_stay_counted(dtype: torch.dtype) -> None
         keep[0, 0] = False
         return weight / (1 if dtype == torch.float16 else 1e3), keep
 
-    solver = SOLVERS["magnitude"].__class__(keep_everything, with_gram=False, sequential=False)
+    solver = SOLVERS["magnitude"].__class__(keep_everything, with_gram=False)
     solved = solve(solver, weight.to(dtype), statistics_of(torch.randn(3, 8)), Target(1), "w")
     assert int((solved == 0).sum()) == 1
     assert bool((solved[:, 1::2] == SMALLEST[dtype]).all())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mosaic_kernels.errors import UsageError
 
@@ -177,8 +178,41 @@ def by_curves(
         weights: what a unit of that error costs the model.
         deviation: no sparsity is further from the mean than this.
     """
-    mean = budget / max(1, sum(sizes.values()))
-    grid = np.linspace(max(0.0, mean - deviation), min(MOST_SPARSE, mean + deviation), CURVE_POINTS)
+    low, high, at = _bisect_price(sizes, curves, weights, budget, deviation)
+    # At the price itself whoever has an edge of that slope may stand anywhere on it: go along all these
+    # edges by the same share, which keeps to the optimum and the bounds.
+    less, more = at(low), at(high)
+    below, above = _removed(sizes, less), _removed(sizes, more)
+    share = min(1.0, max(0.0, (budget - below) / (above - below))) if above > below else 1.0
+    return fit_to_budget(sizes, {name: less[name] + share * (more[name] - less[name]) for name in sizes}, budget)
+
+
+def marginal_price(
+    sizes: Mapping[str, int],
+    curves: Mapping[str, Callable[[float], float]],
+    weights: Mapping[str, float],
+    budget: int,
+    *,
+    deviation: float = CURVE_DEVIATION,
+) -> float:
+    """What the last zero of :func:`by_curves` costs."""
+    return _bisect_price(sizes, curves, weights, budget, deviation)[1]
+
+
+def sparsity_grid(mean: float, deviation: float = CURVE_DEVIATION) -> NDArray[np.float64]:
+    """The sparsities that :func:`by_curves` chooses from."""
+    return np.linspace(max(0.0, mean - deviation), min(MOST_SPARSE, mean + deviation), CURVE_POINTS)
+
+
+def _bisect_price(
+    sizes: Mapping[str, int],
+    curves: Mapping[str, Callable[[float], float]],
+    weights: Mapping[str, float],
+    budget: int,
+    deviation: float,
+) -> tuple[float, float, Callable[[float], dict[str, float]]]:
+    """The price per parameter just below and just above the budget, and the sparsities at a price."""
+    grid = sparsity_grid(budget / max(1, sum(sizes.values())), deviation)
     hulls = {}
     for name in sizes:
         costs = np.array([weights[name] * curves[name](s) for s in grid])
@@ -192,12 +226,7 @@ def by_curves(
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if _removed(sizes, at(middle)) < budget else (low, middle)
-    # At the price itself whoever has an edge of that slope may stand anywhere on it: go along all these
-    # edges by the same share, which keeps to the optimum and the bounds.
-    less, more = at(low), at(high)
-    below, above = _removed(sizes, less), _removed(sizes, more)
-    share = min(1.0, max(0.0, (budget - below) / (above - below))) if above > below else 1.0
-    return fit_to_budget(sizes, {name: less[name] + share * (more[name] - less[name]) for name in sizes}, budget)
+    return low, high, at
 
 
 def _removed(sizes: Mapping[str, int], sparsities: Mapping[str, float]) -> float:

@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from mosaic_kernels.errors import MosaicError
 from mosaic_kernels.models import STAGES, Block
-from mosaic_kernels.prune.capture import Batch, collect
+from mosaic_kernels.prune.capture import Batch
 from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.pair import PairStatistics, collect_pair, dense_target
 from mosaic_kernels.prune.solvers import Solver, Target, keep_all, solve
-from mosaic_kernels.prune.structured import Units, remove_channels, remove_groups
-
-_QKV, _O, _GATE_UP, _DOWN = range(4)
+from mosaic_kernels.prune.structured import remove_channels, remove_groups
+from mosaic_kernels.prune.units import Units
+from mosaic_kernels.prune.walk import ATTENTION_OUT, FFN_OUT, Walk, collect
 
 
 def prune_block(
@@ -26,8 +28,10 @@ def prune_block(
     zeros: dict[str, int],
     group: tuple[int, int] | None,
     dense: Block | None = None,
-) -> None:
-    """Prune ``block`` in place.
+) -> list[Batch]:
+    """Prune ``block`` in place and take the batches through it.
+
+    Each stage sees the inputs that the pruned stages before it make.
 
     Args:
         batches: the block's inputs, from the pruned blocks before it.
@@ -36,61 +40,62 @@ def prune_block(
         group: ``(n, m)`` of an N:M pattern.
         dense: an untouched copy of the block, where the solver aims at its outputs.
 
+    Returns:
+        The batches after the pruned block, their dense side after ``dense``.
+
     Raises:
         NonFiniteError: an activation is NaN or infinite.
     """
     targets = {name: Target(zeros[block.full_name(name)], group) for stage in STAGES for name in stage}
-    _Work(block, batches, solver, targets, dense).run(units)
-    if any(zeros.values()):  # in a model that gets zeros, only the planned ones may be there
-        _keep_all(block, [name for name, target in targets.items() if not target.remove])
+    return _Work(block, batches, solver, targets, dense).run(units)
 
 
 class _Work:
     """One block on its way from dense to pruned."""
 
     def __init__(
-        self,
-        block: Block,
-        batches: Sequence[Batch],
-        solver: Solver,
-        targets: dict[str, Target],
-        dense: Block | None,
+        self, block: Block, batches: Sequence[Batch], solver: Solver, targets: dict[str, Target], dense: Block | None
     ) -> None:
         self.block, self.batches, self.solver, self.targets, self.dense = block, batches, solver, targets, dense
         self.rows: dict[str, Tensor] = {}  # which rows of the dense weight a narrowed projection still has
+        self.walk = Walk(block, batches, [batch.hidden for batch in batches])
+        self.beside = None if dense is None else Walk(dense, batches, [_dense_side(batch) for batch in batches])
 
-    def run(self, units: Units) -> None:
+    def run(self, units: Units) -> list[Batch]:
         if units.groups:
-            found, weight = self._consumer(_O)
-            self.rows |= remove_groups(self.block, found, units.groups, weight)
-        if self.solver.sequential:
-            self._solve_in_order((_QKV, _O))
+            found, wanted = self._consumer(ATTENTION_OUT)
+            self.rows |= remove_groups(self.block, found, units.groups, wanted)
+        self._solve_half(0, ATTENTION_OUT)
         if units.channels:
-            found, weight = self._consumer(_DOWN)
-            self.rows |= remove_channels(self.block, found, units.channels, weight)
-        if self.solver.sequential:
-            self._solve_in_order((_GATE_UP, _DOWN))
-        elif any(target.remove for target in self.targets.values()):
-            stages = range(len(STAGES))
-            found_all = collect(self.block, self.batches, stages, with_gram=self.solver.with_gram)
-            for stage, statistics in found_all.items():
-                self._solve_stage(stage, statistics)
+            found, wanted = self._consumer(FFN_OUT)
+            self.rows |= remove_channels(self.block, found, units.channels, wanted)
+        self._solve_half(2, FFN_OUT)
+        dense = [None] * len(self.batches) if self.beside is None else self.beside.residual
+        return [
+            replace(batch, hidden=hidden, dense=beside)
+            for batch, hidden, beside in zip(self.batches, self.walk.residual, dense, strict=True)
+        ]
 
-    def _consumer(self, stage: int) -> tuple[InputStatistics, Tensor | None]:
-        """Statistics of a stage that takes units in, and the weight whose outputs it should make if not its own."""
-        if self.dense is None:
-            return collect(self.block, self.batches, [stage], with_gram=True)[stage], None
-        found = collect_pair(self.block, self.dense, self.batches, stage)
+    def _consumer(self, stage: int) -> tuple[InputStatistics, Tensor]:
+        """Statistics of a stage that takes units in, and the weight whose outputs it should make."""
+        found = self._collect(stage, with_gram=True)
+        self.walk.forget()
         return found, self._wanted(STAGES[stage][0], found)
 
-    def _solve_in_order(self, stages: tuple[int, ...]) -> None:
-        """Each stage sees the inputs that the pruned stages before it make."""
-        for stage in stages:
-            if self.dense is not None:
-                self._solve_stage(stage, collect_pair(self.block, self.dense, self.batches, stage))
-            elif any(self.targets[name].remove for name in STAGES[stage]):
-                found = collect(self.block, self.batches, [stage], with_gram=self.solver.with_gram)
-                self._solve_stage(stage, found[stage])
+    def _solve_half(self, first: int, last: int) -> None:
+        for stage in (first, last):
+            if self.dense is not None or any(self.targets[name].remove for name in STAGES[stage]):
+                self._solve_stage(stage, self._collect(stage, with_gram=self.solver.with_gram))
+            elif any(target.remove for target in self.targets.values()):
+                self._keep_all(stage)
+        self.walk.add(last)
+        if self.beside is not None:
+            self.beside.add(last)
+
+    def _collect(self, stage: int, *, with_gram: bool) -> InputStatistics:
+        if self.beside is not None:
+            return collect_pair(self.walk, self.beside, stage)
+        return collect(self.walk, stage, with_gram=with_gram)
 
     @torch.no_grad()
     def _solve_stage(self, stage: int, statistics: InputStatistics) -> None:
@@ -110,9 +115,15 @@ class _Work:
             weight = weight[self.rows[name]]
         return dense_target(weight, base, statistics, self.block.full_name(name))
 
+    @torch.no_grad()
+    def _keep_all(self, stage: int) -> None:
+        """In a model that gets zeros, only the planned ones may be there."""
+        for name in STAGES[stage]:
+            weight = self.block.projection(name).weight
+            weight.copy_(keep_all(weight.detach()))
 
-@torch.no_grad()
-def _keep_all(block: Block, names: Sequence[str]) -> None:
-    for name in names:
-        weight = block.projection(name).weight
-        weight.copy_(keep_all(weight.detach()))
+
+def _dense_side(batch: Batch) -> Tensor:
+    if batch.dense is None:
+        raise MosaicError("the dense model's activations are needed beside the pruned one's but were not kept")
+    return batch.dense

@@ -25,19 +25,21 @@ class Batch:
         hidden: ``[sequences, seqlen, hidden_size]``, the input of the next block.
         arguments: for every block, the keyword arguments the model called it with.
         dense: the same for the dense model, where both run side by side.
+        held_out: kept out of all statistics, to judge by.
     """
 
     hidden: Tensor
     arguments: tuple[dict[str, Any], ...]
     dense: Tensor | None = None
+    held_out: bool = False
 
 
 class Stop(Exception):
-    """Ends a forward pass once its last wanted input was seen."""
+    """Ends a forward pass once what is wanted of it was seen."""
 
 
 @torch.no_grad()
-def embed(adapter: ModelAdapter, tokens: Tensor) -> list[Batch]:
+def embed(adapter: ModelAdapter, tokens: Tensor, *, held_out: bool = False) -> list[Batch]:
     """Run the model up to its first block.
 
     Every block is replaced for the moment by one that notes its keyword arguments and returns its
@@ -55,7 +57,7 @@ def embed(adapter: ModelAdapter, tokens: Tensor) -> list[Batch]:
         with _recording(adapter, seen):
             body: Any = getattr(adapter.model, "base_model", adapter.model)
             body(input_ids=tokens[start : start + per_batch].to(device), use_cache=False)
-        batches.append(Batch(seen[0][0], tuple(arguments for _, arguments in seen)))
+        batches.append(Batch(seen[0][0], tuple(arguments for _, arguments in seen), held_out=held_out))
     return batches
 
 
@@ -109,56 +111,27 @@ def predict(adapter: ModelAdapter, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collect(
-    block: Block, batches: Iterable[Batch], stages: Iterable[int], *, with_gram: bool
-) -> dict[int, InputStatistics]:
-    """Statistics of the inputs of the given stages (indices into ``STAGES``), in one forward pass.
-
-    The pass ends where the last of them was seen, so asking for the first stage costs a norm only.
+def collect_and_advance(
+    block: Block, batches: Iterable[Batch], *, with_gram: bool
+) -> tuple[dict[int, InputStatistics], list[Batch]]:
+    """Statistics of every stage's input (indices into ``STAGES``) and the batches after the block, in one pass.
 
     Raises:
         NonFiniteError: an input is NaN or infinite.
     """
-    wanted = sorted(stages)
-    statistics, _ = _observe(block, batches, wanted, with_gram=with_gram, stop=True)
-    return statistics
-
-
-@torch.no_grad()
-def collect_and_advance(
-    block: Block, batches: Iterable[Batch], *, with_gram: bool
-) -> tuple[dict[int, InputStatistics], list[Batch]]:
-    """Statistics of every stage's input and the batches after the block, in one forward pass."""
-    return _observe(block, batches, list(range(len(STAGES))), with_gram=with_gram, stop=False)
-
-
-def _observe(
-    block: Block, batches: Iterable[Batch], stages: list[int], *, with_gram: bool, stop: bool
-) -> tuple[dict[int, InputStatistics], list[Batch]]:
     statistics: dict[int, InputStatistics] = {}
     handles = []
-    for stage in stages:
-        layer = block.projection(STAGES[stage][0])
+    for stage, names in enumerate(STAGES):
+        layer = block.projection(names[0])
         statistics[stage] = InputStatistics(layer.in_features, layer.weight.device, with_gram=with_gram)
-        last = stop and stage == stages[-1]
-        handles.append(layer.register_forward_pre_hook(_observer(statistics[stage], last)))
-    outputs = []
+        handles.append(layer.register_forward_pre_hook(_observer(statistics[stage])))
     try:
-        for batch in batches:
-            try:
-                outputs.append(replace(batch, hidden=forward(block, batch, batch.hidden)))
-            except Stop:
-                continue
+        outputs = advance(block, batches)
     finally:
         for handle in handles:
             handle.remove()
     return {stage: found.finish(block.full_name(STAGES[stage][0])) for stage, found in statistics.items()}, outputs
 
 
-def _observer(statistics: InputStatistics, last: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
-        statistics.add(args[0])
-        if last:
-            raise Stop
-
-    return observe
+def _observer(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda _, args: statistics.add(args[0])

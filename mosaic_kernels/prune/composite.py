@@ -5,13 +5,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mosaic_kernels import format
 from mosaic_kernels.config import PruneConfig
 from mosaic_kernels.errors import UsageError
-from mosaic_kernels.models import PROJECTIONS, Block, ModelAdapter
+from mosaic_kernels.models import PROJECTIONS, STAGES, Block, ModelAdapter
 from mosaic_kernels.prune import allocate
 from mosaic_kernels.prune.importance import Ranks
-from mosaic_kernels.prune.structured import BlockShape, Units, plan_units
+from mosaic_kernels.prune.sensitivity import Sensitivity
+from mosaic_kernels.prune.units import BlockShape, Cost, Units, plan_by_cost, plan_evenly
+
+
+PRICE_ROUNDS = 3  # the price of a zero moves by less than a percent in the third
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,8 @@ def make_plan(adapter: ModelAdapter, ranks: Ranks | None, config: PruneConfig) -
     original = {block.full_name(n): _shape(block, n) for block, n, _ in adapter.projections()}
     prunable = adapter.prunable_parameters
     budget = round(config.sparsity * prunable)
-    units = _plan_units(adapter, round(config.share * prunable), config)
-    shapes = {
-        block.full_name(name): shape
-        for block, lost in zip(adapter.blocks, units, strict=True)
-        for name, shape in _shapes_after(block, lost).items()
-    }
+    units = _plan_units(adapter, ranks, budget, config)
+    shapes = _shapes_of(adapter, units)
     zeros = dict.fromkeys(shapes, 0)
     rest = budget - (prunable - sum(o * i for o, i in shapes.values()))
     if config.group is not None:
@@ -86,12 +89,80 @@ def make_plan(adapter: ModelAdapter, ranks: Ranks | None, config: PruneConfig) -
     return Plan(tuple(units), shapes, zeros, original, budget)
 
 
-def _plan_units(adapter: ModelAdapter, budget: int, config: PruneConfig) -> list[Units]:
-    if not budget:
+def _plan_units(adapter: ModelAdapter, ranks: Ranks | None, budget: int, config: PruneConfig) -> list[Units]:
+    """Units that together hold the structured share of all prunable parameters.
+
+    Zeros fill what whole units leave open, so composite pruning never removes more than that share.
+    """
+    share = round(config.share * adapter.prunable_parameters)
+    if not share:
         return [Units()] * len(adapter.blocks)
     shapes = [BlockShape.of(block) for block in adapter.blocks]
-    # Zeros fill what whole units leave open, so composite pruning rounds units down.
-    return plan_units(shapes, budget, config.channel_multiple, at_most=config.category != "structured")
+    multiple, at_most = config.channel_multiple, config.category != "structured"
+    units = plan_evenly(shapes, share, multiple, at_most=at_most)
+    sensitivity = None if ranks is None else ranks.sensitivity
+    if config.policy != "curve" or sensitivity is None or not sensitivity.removal:
+        return units
+    for _ in range(PRICE_ROUNDS):
+        # What zeros cost depends on what is left for them, and what is left on what zeros cost.
+        removal = _removal_costs(adapter, sensitivity, units, budget, config)
+        units = plan_by_cost(shapes, *removal, share, multiple, at_most=at_most)
+        if config.category == "structured":
+            break
+    return units
+
+
+def _removal_costs(
+    adapter: ModelAdapter, sensitivity: Sensitivity, units: list[Units], budget: int, config: PruneConfig
+) -> tuple[list[Cost], list[Cost]]:
+    """Of every block, what losing groups and what losing channels costs, zeros in the rest included.
+
+    At the optimum a zero costs the same everywhere, the *price*. A half block that loses a unit loses the places
+    for some zeros too: each is charged at that price, less what it would have cost there.
+    """
+    groups: list[Cost] = [sensitivity.removal[block.prefix][0] for block in adapter.blocks]
+    channels: list[Cost] = [sensitivity.removal[block.prefix][1] for block in adapter.blocks]
+    if config.category == "structured" or config.group is not None or not sensitivity.curves:
+        return groups, channels
+    shapes = _shapes_of(adapter, units)
+    sizes = {name: o * i for name, (o, i) in shapes.items()}
+    zeros = budget - (adapter.prunable_parameters - sum(sizes.values()))
+    price = allocate.marginal_price(sizes, sensitivity.curves, sensitivity.weights, zeros)
+    grid = allocate.sparsity_grid(zeros / max(1, sum(sizes.values())))
+    for costs, removable, halves in (
+        (groups, [block.key_value_heads for block in adapter.blocks], STAGES[:2]),
+        (channels, [block.channels for block in adapter.blocks], STAGES[2:]),
+    ):
+        for i, (block, units_there) in enumerate(zip(adapter.blocks, removable, strict=True)):
+            names = [name for stage in halves for name in stage]
+            prices = np.array([price * block.projection(name).weight.numel() for name in names])
+            full_names = [block.full_name(name) for name in names]
+            errors = [[sensitivity.weights[n] * sensitivity.curves[n](s) for s in grid] for n in full_names]
+            costs[i] = _with_zeros(costs[i], units_there, np.array(errors), np.outer(prices, grid))
+    return groups, channels
+
+
+def _with_zeros(removal: Cost, units: int, errors: NDArray[np.float64], worth: NDArray[np.float64]) -> Cost:
+    """The cost of losing units plus that of the zeros which then pay in the rest, less what these are worth.
+
+    Args:
+        units: how many there are.
+        errors: cost of every projection (rows) at every sparsity (columns).
+        worth: price of the zeros at that sparsity in the whole projection.
+    """
+
+    def cost(count: int) -> float:
+        return removal(count) + float((errors - worth * (1 - count / units)).min(axis=1).sum())
+
+    return cost
+
+
+def _shapes_of(adapter: ModelAdapter, units: list[Units]) -> dict[str, tuple[int, int]]:
+    return {
+        block.full_name(name): shape
+        for block, lost in zip(adapter.blocks, units, strict=True)
+        for name, shape in _shapes_after(block, lost).items()
+    }
 
 
 def _shape(block: Block, name: str) -> tuple[int, int]:

@@ -8,27 +8,21 @@ what writes back to the residual stream can also return the drift of that stream
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mosaic_kernels.errors import MosaicError, NonFiniteError
-from mosaic_kernels.models import STAGES, Block
-from mosaic_kernels.prune.capture import Batch, Stop, forward
+from mosaic_kernels.errors import NonFiniteError
+from mosaic_kernels.models import STAGES
 from mosaic_kernels.prune.gram import InputStatistics, damped_cholesky, jacobi_ridge
+from mosaic_kernels.prune.walk import WRITES_RESIDUAL, Walk
 
-# How far the target goes from the given weight to the dense output's: all the way fits noise where
-# tokens are few (measured on examples/tiny-llama at 70 %: .5, .8 and 1 are the same, 0 is 30 % worse).
+# How far the target goes from the given weight to the dense output's, and how much of the residual stream's
+# drift what writes to it returns, where no sequences are held out to judge by (measured on
+# examples/tiny-llama at 70 %: .5, .8 and 1 are the same, 0 is 30 % worse).
 TRUST = 0.8
 TRUST_FEW_TOKENS = 0.5
 TOKENS_PER_FEATURE_TO_TRUST = 32
-# Share of the residual stream's drift that the projections which write to it return.
 DRIFT_SHARE = 0.8
-
-WRITES_RESIDUAL = (1, 3)  # the stages of o_proj and down_proj
 
 
 class PairStatistics(InputStatistics):
@@ -38,12 +32,15 @@ class PairStatistics(InputStatistics):
         cross: sum of ``x_dense x̃ᵀ``, ``float32 [dense features, features]``.
         drift: sum of ``(h_dense - h̃) x̃ᵀ`` with h the residual stream the projection adds to,
             ``float32 [hidden, features]``; ``None`` where it adds to none.
+        held_out: ``(x̃, x_dense, drift)`` of tokens that are in none of the sums.
     """
 
     def __init__(self, dense_features: int, features: int, hidden: int | None, device: torch.device) -> None:
         super().__init__(features, device, with_gram=True)
         self.cross = torch.zeros(dense_features, features, device=device)
         self.drift = None if hidden is None else torch.zeros(hidden, features, device=device)
+        self.held_out: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._factor: Tensor | None = None
 
     def add_pair(self, x: Tensor, dense: Tensor, drift: Tensor | None) -> None:
         """Count the same tokens of both models in."""
@@ -52,6 +49,18 @@ class PairStatistics(InputStatistics):
         self.cross.addmm_(dense.flatten(0, -2).float().T, rows)
         if self.drift is not None and drift is not None:
             self.drift.addmm_(drift.flatten(0, -2).T, rows)
+
+    def hold_out(self, x: Tensor, dense: Tensor, drift: Tensor | None) -> None:
+        """Keep these tokens to judge targets by."""
+        rows = None if drift is None else drift.flatten(0, -2)
+        self.held_out.append((x.flatten(0, -2), dense.flatten(0, -2), rows))
+
+    def factor(self, name: str) -> Tensor:
+        """Lower Cholesky factor of the damped mean Gram, made once for all projections of a stage."""
+        if self._factor is None:
+            gram = self.mean_gram
+            self._factor = damped_cholesky(gram, jacobi_ridge(gram), self.damping, name)
+        return self._factor
 
     def finish(self, name: str) -> PairStatistics:
         """Check the sums of both models; see :meth:`InputStatistics.finish`."""
@@ -65,55 +74,24 @@ class PairStatistics(InputStatistics):
 
 
 @torch.no_grad()
-def collect_pair(block: Block, dense: Block, batches: Sequence[Batch], stage: int) -> PairStatistics:
-    """Statistics of one stage's input in both models.
+def collect_pair(walk: Walk, beside: Walk, stage: int) -> PairStatistics:
+    """Statistics of one stage's input in the pruned model and, beside it, in the dense one.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite.
     """
     name = STAGES[stage][0]
-    layer, other = block.projection(name), dense.projection(name)
+    layer, other = walk.block.projection(name), beside.block.projection(name)
     hidden = layer.out_features if stage in WRITES_RESIDUAL else None
     found = PairStatistics(other.in_features, layer.in_features, hidden, layer.weight.device)
-    for batch in batches:
-        x, residual = _tap(block, batch, batch.hidden, stage)
-        x_dense, residual_dense = _tap(dense, batch, _dense_side(batch), stage)
-        drift = None if hidden is None else residual_dense.float() - residual.float()
-        found.add_pair(x, x_dense, drift)
-    found.finish(block.full_name(name))
-    return found
-
-
-def _dense_side(batch: Batch) -> Tensor:
-    if batch.dense is None:
-        raise MosaicError("the dense model's activations are needed beside the pruned one's but were not kept")
-    return batch.dense
-
-
-def _tap(block: Block, batch: Batch, hidden: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-    """The input of a stage, and the residual stream its output is added to."""
-    seen: dict[str, Tensor] = {"residual": hidden}
-    with (
-        _hooked(block.projection(STAGES[stage][0]), seen, "x", stop=True),
-        _hooked(block.after_attention, seen, "residual", stop=False),
-        suppress(Stop),
-    ):
-        forward(block, batch, hidden)
-    return seen["x"], seen["residual"]
-
-
-@contextmanager
-def _hooked(module: nn.Module, seen: dict[str, Tensor], key: str, *, stop: bool) -> Iterator[None]:
-    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[key] = args[0].detach()
-        if stop:
-            raise Stop
-
-    handle = module.register_forward_pre_hook(note)
-    try:
-        yield
-    finally:
-        handle.remove()
+    for index, batch in enumerate(walk.batches):
+        x, dense = walk.input(stage, index), beside.input(stage, index)
+        drift = None if hidden is None else beside.residual[index].float() - walk.residual[index].float()
+        if batch.held_out:
+            found.hold_out(x, dense, drift)
+        else:
+            found.add_pair(x, dense, drift)
+    return found.finish(walk.block.full_name(name))
 
 
 def dense_target(weight: Tensor, base: Tensor, found: PairStatistics, name: str) -> Tensor:
@@ -127,12 +105,40 @@ def dense_target(weight: Tensor, base: Tensor, found: PairStatistics, name: str)
     Returns:
         ``[out, features]`` fp32.
     """
-    gram, tokens = found.mean_gram, max(1, found.tokens)
-    ridge, damping = jacobi_ridge(gram), found.damping
-    factor = damped_cholesky(gram, ridge, damping, name)
-    trust = TRUST if tokens >= TOKENS_PER_FEATURE_TO_TRUST * gram.shape[0] else TRUST_FEW_TOKENS
-    wanted = weight @ (found.cross / tokens) + damping * base * ridge
-    target = (1 - trust) * base + trust * torch.cholesky_solve(wanted.T, factor).T
+    tokens = max(1, found.tokens)
+    factor, ridge = found.factor(name), jacobi_ridge(found.mean_gram)
+    wanted = weight @ (found.cross / tokens) + found.damping * base * ridge
+    steps = [torch.cholesky_solve(wanted.T, factor).T - base]
     if found.drift is not None:
-        target += DRIFT_SHARE * torch.cholesky_solve((found.drift / tokens).T, factor).T
+        steps.append(torch.cholesky_solve((found.drift / tokens).T, factor).T)
+    target = base.clone()
+    for share, step in zip(_shares(weight, base, steps, found), steps, strict=True):
+        target += share * step
     return target
+
+
+def _shares(weight: Tensor, base: Tensor, steps: list[Tensor], found: PairStatistics) -> list[float]:
+    """How far to go along each step: what comes nearest to the dense output on held-out tokens, in [0, 1].
+
+    What does not help there is not taken at all, so a target that only fits noise cannot do harm.
+    """
+    if not found.held_out:
+        enough = found.tokens >= TOKENS_PER_FEATURE_TO_TRUST * base.shape[1]
+        return [TRUST if enough else TRUST_FEW_TOKENS, DRIFT_SHARE][: len(steps)]
+    normal = torch.zeros(len(steps), len(steps), dtype=torch.float64)
+    aim = torch.zeros(len(steps), dtype=torch.float64)
+    for x, dense, drift in found.held_out:
+        missing = dense.float() @ weight.T - x.float() @ base.T
+        if drift is not None:
+            missing += drift
+        moves = [x.float() @ step.T for step in steps]
+        for i, move in enumerate(moves):
+            aim[i] += (move * missing).sum(dtype=torch.float64).cpu()
+            for j, other in enumerate(moves):
+                normal[i, j] += (move * other).sum(dtype=torch.float64).cpu()
+    shares = torch.zeros_like(aim)
+    for _ in range(50):  # at most two unknowns in a box: coordinate descent settles at once
+        for i in range(len(steps)):
+            rest = aim[i] - normal[i] @ shares + normal[i, i] * shares[i]
+            shares[i] = (rest / normal[i, i].clamp_min(1e-300)).clamp(0, 1)
+    return [float(share) for share in shares]

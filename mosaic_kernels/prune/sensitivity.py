@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pruning a projection costs: its error at several sparsities, and the model's KL when it is pruned.
+"""What pruning costs: errors at several sparsities, and the KL divergence of the model's predictions.
 
 Outlier counts say nothing of how much the *model* suffers. A few cheap solves give each projection's error
-curve; pruning one half of a block at a time and measuring the KL divergence of the model's
-predictions says what that error is worth.
+curve; pruning one half of a block at a time (``best``: one projection) and measuring how the predictions of
+the whole model change says what that error is worth. The same for heads and channels, level by level.
 """
 
 from __future__ import annotations
@@ -11,24 +11,28 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mosaic_kernels.models import STAGES, ModelAdapter
+from mosaic_kernels.models import STAGES, Block, ModelAdapter
 from mosaic_kernels.prune.capture import Batch, advance, collect_and_advance, embed, predict
 from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.solvers import Solver, Target, solve
+from mosaic_kernels.prune.structured import refit, sweep
 
 CURVE_SPARSITIES = (0.5, 0.7, 0.9)
-PROBE_TOKENS = 8192
-GRAM_TOKENS = 32768
-PROBE_RANGE = (0.3, 0.9)  # where a pruned half is neither noise nor ruin
-HALVES = {"attention": (0, 1), "ffn": (2, 3)}
+PROBE_SPARSITY = 0.7  # one of those above; probes made there serve .5 to .8
+GRAM_TOKENS = 8192
+PROBE_TOKENS = 4096
+HALVES = ((0, 1), (2, 3))  # stages of attention, stages of the FFN
+GROUP_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the KV groups that can go: all but one
+CHANNEL_LEVELS = (0.15, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
@@ -58,97 +62,220 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class RemovalCost:
+    """KL divergence by the number of units a half block loses, linear between the points that are known.
+
+    Attributes:
+        removed: units, rising from 0.
+        costs: nats per token, with all else dense.
+    """
+
+    removed: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    def __call__(self, count: int) -> float:
+        return float(np.interp(count, self.removed, self.costs))
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """What allocation by curves needs; kept in ``ranks.json``.
 
     Attributes:
-        curves: full projection name -> error curve.
+        curves: full projection name -> error curve; empty where no run has needed zeros yet.
         weights: full projection name -> KL per unit of relative error.
-        sparsity: where the probes were made.
+        per_projection: each projection was probed alone, not pooled with its half of the block.
+        removal: block prefix -> costs of losing KV groups and FFN channels; empty where not needed yet.
     """
 
     curves: dict[str, Curve]
     weights: dict[str, float]
-    sparsity: float
+    per_projection: bool
+    removal: dict[str, tuple[RemovalCost, RemovalCost]]
 
     def to_json(self) -> dict[str, Any]:
         """For ``ranks.json``."""
-        curves = {name: [curve.scale, curve.rise, curve.fall] for name, curve in self.curves.items()}
-        return {"sparsity": self.sparsity, "curves": curves, "weights": self.weights}
+        return {
+            "curves": {name: [curve.scale, curve.rise, curve.fall] for name, curve in self.curves.items()},
+            "weights": self.weights,
+            "per_projection": self.per_projection,
+            "removal": {
+                prefix: [{"removed": cost.removed, "costs": cost.costs} for cost in halves]
+                for prefix, halves in self.removal.items()
+            },
+        }
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Sensitivity:
         """Inverse of :meth:`to_json`."""
         curves = {str(name): Curve(*map(float, constants)) for name, constants in body["curves"].items()}
         weights = {name: float(body["weights"][name]) for name in curves}
-        return cls(curves, weights, float(body["sparsity"]))
+        removal = {}
+        for prefix, halves in body["removal"].items():
+            groups, channels = (
+                RemovalCost(tuple(map(int, half["removed"])), tuple(map(float, half["costs"]))) for half in halves
+            )
+            removal[str(prefix)] = (groups, channels)
+        return cls(curves, weights, bool(body["per_projection"]), removal)
 
 
 @torch.no_grad()
-def measure(adapter: ModelAdapter, tokens: Tensor, solver: Solver, sparsity: float) -> Sensitivity:
+def measure(
+    adapter: ModelAdapter,
+    tokens: Tensor,
+    solver: Solver,
+    *,
+    zeros: bool,
+    units: bool,
+    per_projection: bool = False,
+    known: Sensitivity | None = None,
+) -> Sensitivity:
     """Measure curves and probes on a dense model; the model is unchanged afterwards.
 
     Args:
         tokens: ``int64 [sequences, seqlen]``; the Grams use the first ``GRAM_TOKENS``, the probes ``PROBE_TOKENS``.
         solver: a quick one; the order of the errors hardly depends on it.
-        sparsity: pruning scale of the probes, moved into ``PROBE_RANGE``.
+        zeros: measure error curves and what they are worth.
+        units: measure the cost of losing heads and channels.
+        per_projection: probe each projection alone.
+        known: what was measured before, which is kept where it is not measured now.
     """
-    sparsity = min(max(sparsity, PROBE_RANGE[0]), PROBE_RANGE[1])
+    found = known or Sensitivity({}, {}, False, {})
+    found = replace(found, per_projection=per_projection if zeros else found.per_projection)
+    found = replace(found, **{k: dict(v) for k, v in vars(found).items() if isinstance(v, dict)})
     batches = embed(adapter, tokens[: max(1, GRAM_TOKENS // tokens.shape[1])])
-    count = max(1, PROBE_TOKENS // tokens.shape[1])
-    probes = embed(adapter, tokens[:count])
-    dense_logits = _logits(adapter, probes, 0)
-    curves: dict[str, Curve] = {}
-    weights: dict[str, float] = {}
+    probe = _Probe(adapter, embed(adapter, tokens[: max(1, PROBE_TOKENS // tokens.shape[1])]))
     for block in tqdm(adapter.blocks, desc="probes", unit="block", disable=not sys.stderr.isatty(), file=sys.stderr):
         statistics, batches = collect_and_advance(block, batches, with_gram=True)
-        for stages in HALVES.values():
-            names = [(stage, name) for stage in stages for name in STAGES[stage]]
-            dense = {name: block.projection(name).weight.detach().clone() for _, name in names}
-            errors = {}
-            try:
-                for stage, name in names:
-                    full_name = block.full_name(name)
-                    found = _curve(dense[name], statistics[stage], solver, sparsity, full_name)
-                    curves[full_name], errors[name], pruned = found
-                    block.projection(name).weight.copy_(pruned)
-                divergence = _divergence(_logits(adapter, probes, block.index), dense_logits)
-            finally:
-                for name, weight in dense.items():
-                    block.projection(name).weight.copy_(weight)
-            worth = divergence / max(sum(errors.values()), 1e-12)
-            weights |= {block.full_name(name): worth for _, name in names}
-        probes = advance(block, probes)
-    return Sensitivity(curves, weights, sparsity)
+        if zeros:
+            for stages in HALVES:
+                names = [(stage, name) for stage in stages for name in STAGES[stage]]
+                for part in [[one] for one in names] if per_projection else [names]:
+                    _probe_zeros(probe, block, part, statistics, solver, found)
+        if units:
+            found.removal[block.prefix] = (
+                _probe_groups(probe, block, statistics[1]),
+                _probe_channels(probe, block, statistics[3]),
+            )
+        probe.advance(block)
+    return found
+
+
+class _Probe:
+    """Some tokens before a block, and what the dense model predicts for them."""
+
+    def __init__(self, adapter: ModelAdapter, batches: list[Batch]) -> None:
+        self.adapter, self.batches = adapter, batches
+        self.dense = self._logits(0)
+
+    def _logits(self, start: int) -> list[Tensor]:
+        current = self.batches
+        for block in self.adapter.blocks[start:]:
+            current = advance(block, current)
+        return [predict(self.adapter, batch.hidden) for batch in current]
+
+    def advance(self, block: Block) -> None:
+        self.batches = advance(block, self.batches)
+
+    def divergence(self, block: Block, weights: Mapping[str, Tensor]) -> float:
+        """KL(dense ‖ probed) per token in nats, with these weights in the place of the block's own."""
+        before = {name: block.projection(name).weight.detach().clone() for name in weights}
+        try:
+            for name, weight in weights.items():
+                block.projection(name).weight.copy_(weight)
+            return divergence(self._logits(block.index), self.dense)
+        finally:
+            for name, weight in before.items():
+                block.projection(name).weight.copy_(weight)
+
+
+def _probe_zeros(
+    probe: _Probe,
+    block: Block,
+    part: Sequence[tuple[int, str]],
+    statistics: Mapping[int, InputStatistics],
+    solver: Solver,
+    found: Sensitivity,
+) -> None:
+    """Curves of these projections, and what a unit of relative error in them costs; relative errors are pooled."""
+    pruned, errors = {}, []
+    for stage, name in part:
+        full_name = block.full_name(name)
+        weight = block.projection(name).weight.detach()
+        found.curves[full_name], error, pruned[name] = _curve(weight, statistics[stage], solver, full_name)
+        errors.append(error)
+    worth = probe.divergence(block, pruned) / max(sum(errors), 1e-12)
+    for _, name in part:
+        found.weights[block.full_name(name)] = worth
+
+
+def _probe_groups(probe: _Probe, block: Block, statistics: InputStatistics) -> RemovalCost:
+    most = block.key_value_heads - 1
+    width = block.query_heads // block.key_value_heads * block.head_dim
+    return _removal(probe, block, "self_attn.o_proj", statistics, width, _levels(GROUP_LEVELS, most))
+
+
+def _probe_channels(probe: _Probe, block: Block, statistics: InputStatistics) -> RemovalCost:
+    return _removal(probe, block, "mlp.down_proj", statistics, 1, _levels(CHANNEL_LEVELS, block.channels - 1))
+
+
+def _levels(shares: Sequence[float], most: int) -> list[int]:
+    return sorted({round(share * most) for share in shares} - {0})
+
+
+def _removal(
+    probe: _Probe, block: Block, consumer: str, statistics: InputStatistics, unit: int, levels: list[int]
+) -> RemovalCost:
+    """One sweep gives the loss at every level; probes of some of them say what it costs the model.
+
+    Between two probes the logarithm of the cost goes linearly with that of the loss; before the first the
+    cost is in proportion to it.
+    """
+    if not levels:
+        return RemovalCost((0,), (0.0,))
+    layer, name, gram = block.projection(consumer), block.full_name(consumer), statistics.mean_gram
+    weight = layer.weight.detach().float()
+    swept = sweep(weight, gram, unit, levels, name)
+    costs = []
+    for level in levels:
+        features = swept.kept[level].repeat_interleave(unit)
+        narrowed = torch.zeros_like(weight)
+        narrowed[:, features] = refit(weight, gram, features, name)
+        costs.append(max(probe.divergence(block, {consumer: narrowed.to(layer.weight.dtype)}), 1e-12))
+    costs = [max(costs[: i + 1]) for i in range(len(costs))]  # noise must not make removing more look cheaper
+    losses = np.maximum(swept.losses, 1e-30)
+    at = [losses[swept.removed.index(level)] for level in levels]
+    between = np.exp(np.interp(np.log(losses), np.log(at), np.log(costs)))
+    before = costs[0] * losses / at[0]
+    known = np.where(losses < at[0], before, between)
+    return RemovalCost((0, *swept.removed), (0.0, *map(float, known)))
 
 
 def _curve(
-    weight: Tensor, statistics: InputStatistics, solver: Solver, sparsity: float, name: str
+    weight: Tensor, statistics: InputStatistics, solver: Solver, name: str
 ) -> tuple[Curve, float, Tensor]:
-    """Error curve of one projection, its error at ``sparsity``, and the weight pruned to it."""
+    """Error curve of one projection; its error at ``PROBE_SPARSITY``, and the weight pruned to it."""
     gram, size = statistics.mean_gram, weight.numel()
     dense = weight.float()
     energy = float(((dense @ gram) * dense).sum().clamp_min(1e-30))
-
-    def at(s: float) -> tuple[float, Tensor]:
-        pruned = solve(solver, dense, statistics, Target(round(s * size)), name, weight.dtype)
+    points, probed = [], (0.0, weight)
+    for sparsity in CURVE_SPARSITIES:
+        pruned = solve(solver, dense, statistics, Target(round(sparsity * size)), name, weight.dtype)
         change = pruned.float() - dense
-        return float(((change @ gram) * change).sum()) / energy, pruned
-
-    error, pruned = at(sparsity)
-    return Curve.through([(s, at(s)[0]) for s in CURVE_SPARSITIES]), error, pruned
-
-
-def _logits(adapter: ModelAdapter, batches: Sequence[Batch], start: int) -> list[Tensor]:
-    """The model's predictions from the inputs of block ``start`` on."""
-    current = list(batches)
-    for block in adapter.blocks[start:]:
-        current = advance(block, current)
-    return [predict(adapter, batch.hidden) for batch in current]
+        error = float(((change @ gram) * change).sum()) / energy
+        points.append((sparsity, error))
+        if sparsity == PROBE_SPARSITY:
+            probed = (error, pruned)
+    return Curve.through(points), *probed
 
 
-def _divergence(logits: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
-    """Mean KL(dense ‖ pruned) per token, nats."""
+def divergence(logits: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
+    """Mean KL(dense ‖ pruned) per token, nats.
+
+    Args:
+        logits: of the pruned model, ``[sequences, seqlen, vocabulary]`` per batch.
+        dense: of the dense one.
+    """
     total, tokens = 0.0, 0
     for ours, theirs in zip(logits, dense, strict=True):
         for a, b in zip(ours, theirs, strict=True):  # a sequence at a time: fp32 logits are large

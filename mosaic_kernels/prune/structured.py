@@ -7,6 +7,7 @@ FFN channel; for a KV group the columns of ``o_proj`` that its query heads write
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,104 +22,28 @@ SWEEP_STEPS = 32  # selection loses nothing measurable against one unit at a tim
 
 
 @dataclass(frozen=True)
-class Units:
-    """How many units a block loses."""
-
-    groups: int = 0
-    channels: int = 0
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """What structured removal must know of a block.
+class Sweep:
+    """What removing units one batch after the other costs.
 
     Attributes:
-        groups: KV groups.
-        channels: FFN channels.
-        group_parameters: prunable weights that leave with one group.
-        channel_parameters: prunable weights that leave with one channel.
+        removed: units gone after each batch, rising.
+        losses: least-squares loss of the consumer by then, ``min over W' of tr((W - W') A (W - W')ᵀ)`` with A
+            the damped Gram; each batch adds its exact loss given those before it, so the last is the loss of all.
+        kept: ``bool [units]``, ``True`` where kept, at each level that was asked for.
     """
 
-    groups: int
-    channels: int
-    group_parameters: int
-    channel_parameters: int
-
-    @classmethod
-    def of(cls, block: Block) -> BlockShape:
-        hidden = block.projection("self_attn.q_proj").in_features
-        queries = block.query_heads // block.key_value_heads
-        return cls(
-            block.key_value_heads,
-            block.channels,
-            (2 * queries + 2) * block.head_dim * hidden,
-            3 * hidden,
-        )
-
-
-def plan_units(shapes: list[BlockShape], budget: int, multiple: int, *, at_most: bool) -> list[Units]:
-    """Spread ``budget`` parameters over the blocks as whole units, as evenly as units allow.
-
-    Groups are rounded down in every block (losing one costs more than the same parameters in
-    channels), channels make up the rest; widths stay multiples of ``multiple`` wherever the dense
-    width is one, and at least one group and ``multiple`` channels stay.
-
-    Args:
-        at_most: never remove more than ``budget`` (composite pruning fills the rest with zeros);
-            otherwise the nearest count that units allow.
-    """
-    total = sum(s.groups * s.group_parameters + s.channels * s.channel_parameters for s in shapes)
-    share = budget / max(1, total)
-    groups = [min(int(share * s.groups), s.groups - 1) for s in shapes]
-    while True:
-        rest = budget - sum(g * s.group_parameters for g, s in zip(groups, shapes, strict=True))
-        channels = _plan_channels(shapes, rest, multiple, at_most=at_most)
-        missing = rest - sum(c * s.channel_parameters for c, s in zip(channels, shapes, strict=True))
-        # Only where the channels are used up do further groups go, the last blocks first: the first
-        # blocks' heads are the dearest. The next round gives back channels for them.
-        able = [i for i, s in enumerate(shapes) if groups[i] < s.groups - 1]
-        group = shapes[able[-1]].group_parameters if able else 0
-        step = min(group, multiple * max(s.channel_parameters for s in shapes))
-        near = missing < step if at_most else 2 * missing <= step
-        too_large = rest < group and (at_most or 2 * missing <= group)
-        if near or not able or too_large:
-            return [Units(g, c) for g, c in zip(groups, channels, strict=True)]
-        most = min(groups[i] for i in able)
-        groups[max(i for i in able if groups[i] == most)] += 1
-
-
-def _plan_channels(shapes: list[BlockShape], budget: int, multiple: int, *, at_most: bool) -> list[int]:
-    """Channels to remove per block; a step is ``multiple`` channels of one block."""
-    total = sum(s.channels * s.channel_parameters for s in shapes)
-    share = max(0.0, budget / max(1, total))
-    options = [_channel_counts(s.channels, multiple) for s in shapes]
-    chosen = [
-        max(i for i, count in enumerate(o) if count <= share * s.channels) for o, s in zip(options, shapes, strict=True)
-    ]
-    removed = sum(o[i] * s.channel_parameters for o, i, s in zip(options, chosen, shapes, strict=True))
-    # The last blocks take the further steps first, at most one each per round.
-    progress = True
-    while progress:
-        progress = False
-        for b in reversed(range(len(shapes))):
-            if chosen[b] + 1 == len(options[b]):
-                continue
-            step = (options[b][chosen[b] + 1] - options[b][chosen[b]]) * shapes[b].channel_parameters
-            missing = budget - removed
-            if step <= missing or (not at_most and step - missing < missing):
-                chosen[b] += 1
-                removed += step
-                progress = True
-    return [o[i] for o, i in zip(options, chosen, strict=True)]
-
-
-def _channel_counts(channels: int, multiple: int) -> list[int]:
-    """Every number of channels that may go: none, or so many that a multiple of ``multiple`` stays."""
-    return [0, *(channels - kept for kept in range((channels - 1) // multiple * multiple, 0, -multiple))]
+    removed: list[int]
+    losses: list[float]
+    kept: dict[int, Tensor]
 
 
 def select_units(weight: Tensor, gram: Tensor, unit: int, remove: int, name: str) -> Tensor:
-    """Choose the units whose loss the remaining inputs can make up for best.
+    """The units to keep once ``remove`` of them are gone, ``bool [units]``; see :func:`sweep`."""
+    return sweep(weight, gram, unit, [remove], name).kept[remove]
+
+
+def sweep(weight: Tensor, gram: Tensor, unit: int, levels: Sequence[int], name: str) -> Sweep:
+    """Remove the units whose loss the remaining inputs can make up for best, and note every level on the way.
 
     Sweeps units out in batches by the exact least-squares loss ``tr(W_u (C_uu)^-1 W_uᵀ)``, with C the
     damped inverse Gram, and updates W and C by the Schur complement after each batch.
@@ -127,31 +52,35 @@ def select_units(weight: Tensor, gram: Tensor, unit: int, remove: int, name: str
         weight: the consumer, ``[out, units * unit]`` fp32.
         gram: mean Gram of its inputs, ``[units * unit, units * unit]`` fp32.
         unit: neighbouring features of one unit.
-        remove: units to remove.
-
-    Returns:
-        ``bool [units]``, ``True`` where kept.
+        levels: numbers of units to have removed, in rising order.
     """
     units = weight.shape[1] // unit
     kept = torch.ones(units, dtype=torch.bool, device=weight.device)
     inverse = torch.cholesky_inverse(damped_cholesky(gram, jacobi_ridge(gram), DAMPING, name))
     weight = weight.clone()
-    batch = max(1, -(-remove // SWEEP_STEPS))
-    while remove:
-        losses = _unit_losses(weight, inverse, unit).masked_fill(~kept, torch.inf)
-        gone = _cheapest(weight, inverse, losses, unit, min(batch, remove))
-        kept[gone] = False
-        remove -= gone.numel()
-        columns = _columns(gone, unit)
-        solved = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
-        weight -= weight[:, columns] @ solved
-        inverse -= inverse[:, columns] @ solved
-        # What is gone stays exactly gone; a unit block on the diagonal keeps later losses finite.
-        weight[:, columns] = 0
-        inverse[columns] = 0
-        inverse[:, columns] = 0
-        inverse[columns, columns] = 1
-    return kept
+    batch = max(1, -(-levels[-1] // SWEEP_STEPS))
+    found = Sweep([], [], {0: kept.clone()})
+    count, loss = 0, 0.0
+    for level in levels:
+        while count < level:
+            losses = _unit_losses(weight, inverse, unit).masked_fill(~kept, torch.inf)
+            gone = _cheapest(weight, inverse, losses, unit, min(batch, level - count))
+            kept[gone] = False
+            columns = _columns(gone, unit)
+            lost = weight[:, columns]
+            solved = torch.linalg.solve(inverse[columns][:, columns], torch.cat([inverse[columns], lost.T], 1))
+            count, loss = count + gone.numel(), loss + float((lost.T * solved[:, len(inverse) :]).sum())
+            found.removed.append(count)
+            found.losses.append(loss)
+            weight -= lost @ solved[:, : len(inverse)]
+            inverse -= inverse[:, columns] @ solved[:, : len(inverse)]
+            # What is gone stays exactly gone; a unit block on the diagonal keeps later losses finite.
+            weight[:, columns] = 0
+            inverse[columns] = 0
+            inverse[:, columns] = 0
+            inverse[columns, columns] = 1
+        found.kept[level] = kept.clone()
+    return found
 
 
 def _unit_losses(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:

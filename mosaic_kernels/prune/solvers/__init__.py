@@ -26,28 +26,26 @@ class Solver:
     Attributes:
         run: ``(weight fp32 [out, in], statistics, target, name) -> (weight fp32, keep bool)``.
         with_gram: needs Gram matrices, not only column norms.
-        sequential: a stage's statistics are taken after the stages before it were pruned.
         two_streams: aims at the dense model's outputs, which then runs beside the pruned one.
     """
 
     run: Callable[[Tensor, InputStatistics, Target, str], tuple[Tensor, Tensor]]
     with_gram: bool
-    sequential: bool
     two_streams: bool = False
 
 
 _ADMM = {
-    # Wanda's mask and a refit: as quick as Wanda itself, so it makes do with one pass over each block.
-    "fast": Solver(admm(SCHEDULES["fast"]), with_gram=True, sequential=False),
-    "default": Solver(admm(SCHEDULES["default"]), with_gram=True, sequential=True, two_streams=True),
-    "best": Solver(admm(SCHEDULES["best"]), with_gram=True, sequential=True, two_streams=True),
+    # Wanda's mask and a refit
+    "fast": Solver(admm(SCHEDULES["fast"]), with_gram=True),
+    "default": Solver(admm(SCHEDULES["default"]), with_gram=True, two_streams=True),
+    "best": Solver(admm(SCHEDULES["best"]), with_gram=True, two_streams=True),
 }
 
 SOLVERS = {
     "admm": _ADMM["default"],
-    "sparsegpt": Solver(sparsegpt, with_gram=True, sequential=True),
-    "wanda": Solver(wanda, with_gram=False, sequential=False),
-    "magnitude": Solver(magnitude, with_gram=False, sequential=False),
+    "sparsegpt": Solver(sparsegpt, with_gram=True),
+    "wanda": Solver(wanda, with_gram=False),
+    "magnitude": Solver(magnitude, with_gram=False),
 }
 
 
