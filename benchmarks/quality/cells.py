@@ -41,6 +41,7 @@ METHODS: dict[str, dict[str, dict[str, Any] | None]] = {
     },
     "structured": {
         "flap": None,
+        "flap-pooled": None,
         "ours-uniform": {"policy": "uniform"},
         "ours": {},
         "ours+reconstruct": _RECONSTRUCT,
@@ -71,7 +72,7 @@ _ONLY = {("structured", 0.6): ("ours",)}
 # What decides most is run first, so that a run that is cut off has already answered it.
 _FIRST = (
     ("unstructured", (0.7, 0.6, 0.8), ("sparsegpt", "owl", "fast", "default")),
-    ("structured", (0.25, 0.5), ("flap", "ours-uniform", "ours")),
+    ("structured", (0.25, 0.5), ("flap", "flap-pooled", "ours-uniform", "ours")),
     ("composite", (0.6,), ("sparsegpt-pod", "ours")),
     ("structured", (0.6,), ("ours",)),
 )

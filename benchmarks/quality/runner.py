@@ -206,7 +206,8 @@ class Bench:
             str(s.calibration), self.tokenizer, model.config.vocab_size, samples=s.samples, seqlen=s.seqlen,
             seed=cell.seed,
         )  # fmt: skip
-        flap(model, drawn.tokens, round(cell.sparsity * self.dense_record()["prunable"]), CHANNEL_MULTIPLE)
+        budget = round(cell.sparsity * self.dense_record()["prunable"])
+        flap(model, drawn.tokens, budget, CHANNEL_MULTIPLE, pooled=cell.method == "flap-pooled")
         return model if s.dtype == "auto" else model.to(getattr(torch, s.dtype))
 
 

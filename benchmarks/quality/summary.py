@@ -22,7 +22,7 @@ Place = tuple[str, float, float | None, str]  # a row and a method in it
 BASELINES = {
     "unstructured": ("sparsegpt", "owl"),
     "2:4": ("sparsegpt",),
-    "structured": ("flap",),
+    "structured": ("flap", "flap-pooled"),
     "composite": ("sparsegpt-pod",),
     "mosaic-reference": ("sparsegpt-matched",),
 }
