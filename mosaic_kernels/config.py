@@ -38,7 +38,7 @@ class PruneConfig:
     structured_share: float | None = None
     pattern: str = "unstructured"
     channel_multiple: int = 8
-    policy: Policy = "curve"
+    policy: Policy | None = None
     outlier_threshold: float = 5.0
     max_deviation: float = 0.08
     solver: SolverName = "admm"
@@ -56,6 +56,9 @@ class PruneConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        if self.policy is None:  # probes cost more than all that `fast` does otherwise
+            quick = self.solver == "admm" and self.quality == "fast"
+            object.__setattr__(self, "policy", "uniform" if quick else "curve")
         choices = {
             "category": Category,
             "policy": Policy,

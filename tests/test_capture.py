@@ -14,7 +14,7 @@ from test_gram import gram_error_bound
 
 from mosaic_kernels.models import STAGES, ModelAdapter
 from mosaic_kernels.prune import capture
-from mosaic_kernels.prune.capture import advance, collect, collect_and_advance, embed
+from mosaic_kernels.prune.capture import advance, collect_and_advance, embed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,8 +99,8 @@ def test_gram_is_that_of_the_real_inputs(name: str, three_at_once: None) -> None
     firsts = {str(stage): block.projection(names[0]) for stage, names in enumerate(STAGES)}
     with inputs_of(firsts) as seen:
         after = advance(block, batches)
-    found = collect(block, batches, range(len(STAGES)), with_gram=True)
-    also, moved = collect_and_advance(block, batches, with_gram=False)
+    found, moved = collect_and_advance(block, batches, with_gram=True)
+    also, _ = collect_and_advance(block, batches, with_gram=False)
     for stage, statistics in found.items():
         x = torch.cat([part.flatten(0, 1) for part in seen[str(stage)]])
         assert statistics.tokens == len(x) == 80
@@ -125,23 +125,6 @@ def test_projections_of_a_stage_share_their_input() -> None:
             assert all(torch.equal(a, b) for name in names for a, b in zip(seen[names[0]], seen[name], strict=True))
 
 
-@pytest.mark.parametrize(("stage", "runs"), [(0, []), (1, ["q"]), (2, ["q", "o"]), (3, ["q", "o", "up"])])
-def test_the_pass_ends_at_the_last_wanted_stage(stage: int, runs: list[str]) -> None:
-    adapter = adapter_of("llama")
-    block = adapter.blocks[0]
-    ran: list[str] = []
-    names = {
-        "q": "self_attn.q_proj",
-        "o": "self_attn.o_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    }
-    for short, name in names.items():
-        block.projection(name).register_forward_hook(lambda *_, short=short: ran.append(short))
-    assert set(collect(block, embed(adapter, tokens()), [stage], with_gram=True)) == {stage}
-    assert ran == runs
-
-
 def require_untouched(adapter: ModelAdapter) -> None:
     for block in adapter.blocks:
         assert "forward" not in vars(block.module)
@@ -153,7 +136,6 @@ def require_untouched(adapter: ModelAdapter) -> None:
 def test_nothing_stays_behind() -> None:
     adapter = adapter_of("llama")
     batches = embed(adapter, tokens())
-    collect(adapter.blocks[0], batches, [1, 3], with_gram=True)
     collect_and_advance(adapter.blocks[0], batches, with_gram=True)
     require_untouched(adapter)
 
@@ -172,9 +154,8 @@ def test_nothing_stays_behind_after_an_error(monkeypatch: pytest.MonkeyPatch) ->
     require_untouched(adapter)
     with monkeypatch.context() as patch:
         patch.setattr(adapter.blocks[0].projection("mlp.up_proj"), "forward", broken)
-        for attempt in (collect_and_advance, lambda b, x, with_gram: collect(b, x, [3], with_gram=with_gram)):
-            with pytest.raises(RuntimeError, match="out of luck"):
-                attempt(adapter.blocks[0], batches, with_gram=True)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            collect_and_advance(adapter.blocks[0], batches, with_gram=True)
     require_untouched(adapter)
 
 
@@ -200,7 +181,7 @@ def test_a_forward_that_somebody_wrapped_comes_back() -> None:
 def test_a_single_token() -> None:
     adapter = adapter_of("qwen3")
     (batch,) = embed(adapter, tokens(1, 1))
-    (statistics,) = collect(adapter.blocks[0], [batch], [2], with_gram=True).values()
+    statistics = collect_and_advance(adapter.blocks[0], [batch], with_gram=True)[0][2]
     assert statistics.tokens == 1
     assert statistics.gram is not None
     assert int(torch.linalg.matrix_rank(statistics.gram)) == 1

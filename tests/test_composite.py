@@ -19,8 +19,8 @@ from mosaic_kernels.format import packed_bytes
 from mosaic_kernels.models import PROJECTIONS, ModelAdapter
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
-from mosaic_kernels.prune.sensitivity import Curve, Sensitivity
-from mosaic_kernels.prune.structured import BlockShape, Units, plan_units
+from mosaic_kernels.prune.sensitivity import Curve, RemovalCost, Sensitivity
+from mosaic_kernels.prune.units import BlockShape, Units, plan_evenly
 
 ADAPTER = ModelAdapter.of(random_model("qwen2", intermediate_size=100, num_attention_heads=6, num_key_value_heads=3))
 
@@ -31,7 +31,14 @@ def ranks(adapter: ModelAdapter = ADAPTER) -> Ranks:
     by_block = {block.prefix: {5.0: 0.001 * (block.index * 2 % 3)} for block in adapter.blocks}
     curves = {name: Curve(0.1 + 0.01 * i, 3.0, -0.1 * (i % 3)) for i, name in enumerate(by_projection)}
     weights = {name: 1.0 + i % 5 for i, name in enumerate(by_projection)}
-    return Ranks("m", "c", 1, by_projection, by_block, Sensitivity(curves, weights, 0.5))
+    removal = {
+        block.prefix: (
+            RemovalCost((0, 1, 2), (0.0, 0.3, 1.0 + block.index)),
+            RemovalCost((0, 50, 99), (0.0, 0.1 * (1 + block.index), 2.0)),
+        )
+        for block in adapter.blocks
+    }
+    return Ranks("m", "c", 1, by_projection, by_block, Sensitivity(curves, weights, False, removal))
 
 
 def require_consistent(plan: Plan, adapter: ModelAdapter = ADAPTER) -> None:
@@ -72,9 +79,13 @@ def test_the_budget_is_met_exactly(
     assert plan.structured_removed <= round(config.share * plan.prunable)
 
 
-@given(st.floats(0, 1, exclude_max=True), st.sampled_from([1, 8, 32]))
-def test_structured_removes_units_only(sparsity: float, multiple: int) -> None:
-    plan = make_plan(ADAPTER, None, PruneConfig(sparsity=sparsity, category="structured", channel_multiple=multiple))
+@given(st.floats(0, 1, exclude_max=True), st.sampled_from([1, 8, 32]), st.booleans())
+def test_structured_removes_units_only(sparsity: float, multiple: int, by_cost: bool) -> None:
+    plan = make_plan(
+        ADAPTER,
+        ranks() if by_cost else None,
+        PruneConfig(sparsity=sparsity, category="structured", channel_multiple=multiple),
+    )
     require_consistent(plan)
     assert not any(plan.zeros.values())
     # half a step of channels, unless as many units are gone as may go
@@ -183,7 +194,7 @@ def possible(shape: BlockShape, multiple: int) -> list[int]:
 @given(plans())
 def test_composite_plans_never_remove_too_much(plan: tuple[list[BlockShape], int, int]) -> None:
     shapes, budget, multiple = plan
-    units = plan_units(shapes, budget, multiple, at_most=True)
+    units = plan_evenly(shapes, budget, multiple, at_most=True)
     missing = budget - lost(shapes, units)
     assert missing >= 0
     for u, s in zip(units, shapes, strict=True):
@@ -199,7 +210,7 @@ def test_composite_plans_never_remove_too_much(plan: tuple[list[BlockShape], int
 def test_structured_plans_come_nearest(plan: tuple[list[BlockShape], int, int]) -> None:
     """No block could take or give back a step of channels, or give up another group, and come nearer."""
     shapes, budget, multiple = plan
-    units = plan_units(shapes, budget, multiple, at_most=False)
+    units = plan_evenly(shapes, budget, multiple, at_most=False)
     missing = budget - lost(shapes, units)
     for u, s in zip(units, shapes, strict=True):
         assert 0 <= u.groups < s.groups
@@ -216,7 +227,7 @@ def test_structured_plans_come_nearest(plan: tuple[list[BlockShape], int, int]) 
 def test_blocks_are_treated_alike(plan: tuple[list[BlockShape], int, int]) -> None:
     """Blocks of one shape differ by one group and one step of channels at most."""
     shapes, budget, multiple = plan
-    units = plan_units(shapes, budget, multiple, at_most=True)
+    units = plan_evenly(shapes, budget, multiple, at_most=True)
     assert max(u.groups for u in units) - min(u.groups for u in units) <= 1
     options = possible(shapes[0], multiple)
     places = [options.index(u.channels) for u in units]
@@ -229,5 +240,5 @@ def test_widths_are_multiples(multiple: int) -> None:
     for share in (0.05, 0.25, 0.6):
         total = sum(s.groups * s.group_parameters + s.channels * s.channel_parameters for s in shapes)
         for at_most in (True, False):
-            for u in plan_units(shapes, round(share * total), multiple, at_most=at_most):
+            for u in plan_evenly(shapes, round(share * total), multiple, at_most=at_most):
                 assert (704 - u.channels) % multiple == 0

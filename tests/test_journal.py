@@ -18,7 +18,7 @@ from mosaic_kernels.prune.block import prune_block
 from mosaic_kernels.prune.capture import Batch, advance, embed
 from mosaic_kernels.prune.journal import Journal
 from mosaic_kernels.prune.solvers import SOLVERS
-from mosaic_kernels.prune.structured import Units
+from mosaic_kernels.prune.units import Units
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -39,7 +39,7 @@ def test_a_curve_goes_through_its_points(scale: float, rise: float, fall: float)
 def measured() -> tuple[ModelAdapter, Sensitivity]:
     adapter = ModelAdapter.of(random_model(intermediate_size=64))
     tokens = torch.randint(96, (24, 32), generator=torch.Generator().manual_seed(1))
-    return adapter, measure(adapter, tokens, FAST, 0.6)
+    return adapter, measure(adapter, tokens, FAST, zeros=True, units=True)
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:

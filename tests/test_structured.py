@@ -12,17 +12,18 @@ from small_models import KINDS, random_model
 
 from mosaic_kernels.models import STAGES, Block, ModelAdapter
 from mosaic_kernels.prune import structured
-from mosaic_kernels.prune.capture import advance, collect, embed
-from mosaic_kernels.prune.gram import jacobi_ridge
+from mosaic_kernels.prune.capture import Batch, advance, embed
+from mosaic_kernels.prune.gram import InputStatistics, jacobi_ridge
 from mosaic_kernels.prune.structured import (
     DAMPING,
-    BlockShape,
-    plan_units,
     refit,
     remove_channels,
     remove_groups,
     select_units,
+    sweep,
 )
+from mosaic_kernels.prune.units import BlockShape, plan_evenly
+from mosaic_kernels.prune.walk import Walk, collect
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,6 +37,11 @@ def problem(rows: int, columns: int, tokens: int = 300, seed: int = 0) -> tuple[
     basis, _ = torch.linalg.qr(torch.randn(columns, columns, generator=generator))
     x = torch.randn(tokens, columns, generator=generator) * torch.arange(1, columns + 1) ** -0.6 @ basis
     return torch.randn(rows, columns, generator=generator), x.T @ x / tokens
+
+
+def observed(block: Block, batches: list[Batch], stage: int) -> InputStatistics:
+    """Statistics of what this stage of the block as it is now reads."""
+    return collect(Walk(block, batches, [batch.hidden for batch in batches]), stage, with_gram=True)
 
 
 def damped(gram: torch.Tensor) -> torch.Tensor:
@@ -84,6 +90,31 @@ def test_one_at_a_time_is_greedy_by_exact_loss(columns: int, unit: int, count: i
     assert removed(select_units(weight, gram, unit, count, "w")) == sorted(gone)
 
 
+@pytest.mark.parametrize(("columns", "unit", "levels"), [(12, 1, [3, 7, 11]), (200, 1, [20, 90, 199]), (24, 3, [1, 4])])
+def test_losses_of_batches_add_up_to_the_least_squares_loss(columns: int, unit: int, levels: list[int]) -> None:
+    weight, gram = problem(5, columns, 1000)
+    swept = sweep(weight, gram, unit, levels, "w")
+    exact = damped(gram)
+    condition = float(torch.linalg.cond(exact))
+    assert swept.removed == sorted(swept.removed)
+    for level in levels:
+        wanted = refit_loss(weight, exact, features(removed(swept.kept[level]), unit))
+        assert swept.losses[swept.removed.index(level)] == pytest.approx(wanted, rel=16 * columns * U * condition)
+        assert len(removed(swept.kept[level])) == level
+
+
+def test_levels_of_one_sweep_are_nested_and_as_good_as_sweeps_of_their_own() -> None:
+    weight, gram = problem(32, 256, 1000)
+    swept = sweep(weight, gram, 1, [64, 128, 192], "w")
+    before: set[int] = set()
+    for level in (64, 128, 192):
+        gone = set(removed(swept.kept[level]))
+        assert before < gone
+        before = gone
+        alone = refit_loss(weight, damped(gram), removed(select_units(weight, gram, 1, level, "w")))
+        assert refit_loss(weight, damped(gram), list(gone)) <= 1.02 * alone
+
+
 def test_a_sweep_is_near_the_best_of_all_subsets() -> None:
     """Greedy is not optimal, but never far off: within a tenth of the best of all 924 halves."""
     for seed in range(4):
@@ -125,7 +156,7 @@ def test_batches_lose_nothing_on_a_trained_model(
     adapter = ModelAdapter.of(model)
     tokens = calibrate(str(calibration_text), tokenizer, 4096, samples=32, seqlen=64, seed=0).tokens
     block = adapter.blocks[0]
-    gram = collect(block, embed(adapter, tokens), [DOWN], with_gram=True)[DOWN].mean_gram
+    gram = observed(block, embed(adapter, tokens), DOWN).mean_gram
     weight = block.projection("mlp.down_proj").weight.detach()
     batched = removed(select_units(weight, gram, 1, 352, "w"))
     monkeypatch.setattr(structured, "SWEEP_STEPS", 704)
@@ -222,11 +253,11 @@ def test_the_group_with_the_least_exact_loss_goes(kind: str, heads: int, groups:
     """MHA, GQA with two and three queries per group; one group alone stays."""
     adapter, block = first_block(kind, num_attention_heads=heads, num_key_value_heads=groups)
     batches = embed(adapter, calibration())
-    statistics = collect(block, batches, [OUTPUT], with_gram=True)[OUTPUT]
+    statistics = observed(block, batches, OUTPUT)
     before = {name: block.projection(name) for names in STAGES for name in names}
     weight = before["self_attn.o_proj"].weight.detach()
     if groups == 1:
-        assert plan_units([BlockShape.of(block)], adapter.prunable_parameters // 2, 8, at_most=True)[0].groups == 0
+        assert plan_evenly([BlockShape.of(block)], adapter.prunable_parameters // 2, 8, at_most=True)[0].groups == 0
         return
     width = heads // groups * 16
     quadratic = damped(statistics.mean_gram)
@@ -253,7 +284,7 @@ def test_the_group_with_the_least_exact_loss_goes(kind: str, heads: int, groups:
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels_go_from_all_three_projections(kind: str) -> None:
     adapter, block = first_block(kind)
-    statistics = collect(block, embed(adapter, calibration()), [DOWN], with_gram=True)[DOWN]
+    statistics = observed(block, embed(adapter, calibration()), DOWN)
     gate, up, down = (block.projection(f"mlp.{name}_proj").weight.detach() for name in ("gate", "up", "down"))
     kept = select_units(down, statistics.mean_gram, 1, 16, "w")
     remove_channels(block, statistics, 16)
@@ -294,7 +325,7 @@ def test_removing_dead_units_changes_nothing(kind: str, dtype: torch.dtype) -> N
         ("mlp.down_proj", DOWN, lambda found: remove_channels(block, found, 8), range(5, 13)),
     )
     for name, stage, remove, dead in removals:
-        found = collect(block, batches, [stage], with_gram=True)[stage]
+        found = observed(block, batches, stage)
         kept = torch.tensor([j not in dead for j in range(old[name].shape[1])])
         remove(found)
         size, error = exactness(old[name], found.mean_gram)
@@ -317,8 +348,8 @@ def test_heads_and_forward_agree_after_removal(kind: str) -> None:
     attention = block.module.self_attn
     attention.num_heads, attention.num_key_value_heads = 8, 4  # transformers before 4.48 reads these
     batches = embed(adapter, calibration())
-    remove_groups(block, collect(block, batches, [OUTPUT], with_gram=True)[OUTPUT], 3)
-    remove_channels(block, collect(block, batches, [DOWN], with_gram=True)[DOWN], 39)
+    remove_groups(block, observed(block, batches, OUTPUT), 3)
+    remove_channels(block, observed(block, batches, DOWN), 39)
     assert (block.query_heads, block.key_value_heads, block.channels) == (2, 1, 1)
     assert (attention.num_heads, attention.num_key_value_heads, attention.num_key_value_groups) == (2, 1, 2)
     assert bool(torch.isfinite(advance(block, batches)[0].hidden).all())
@@ -333,8 +364,8 @@ def test_frozen_weights_stay_frozen() -> None:
     adapter, block = first_block("qwen2")
     adapter.model.requires_grad_(False)
     batches = embed(adapter, calibration())
-    remove_groups(block, collect(block, batches, [OUTPUT], with_gram=True)[OUTPUT], 1)
-    remove_channels(block, collect(block, batches, [DOWN], with_gram=True)[DOWN], 8)
+    remove_groups(block, observed(block, batches, OUTPUT), 1)
+    remove_channels(block, observed(block, batches, DOWN), 8)
     assert not any(parameter.requires_grad for parameter in block.module.parameters())
 
 
@@ -344,8 +375,8 @@ def test_block_shape_counts_what_leaves() -> None:
         shape = BlockShape.of(block)
         batches = embed(adapter, calibration())
         before = adapter.prunable_parameters
-        remove_groups(block, collect(block, batches, [OUTPUT], with_gram=True)[OUTPUT], 1)
+        remove_groups(block, observed(block, batches, OUTPUT), 1)
         middle = adapter.prunable_parameters
-        remove_channels(block, collect(block, batches, [DOWN], with_gram=True)[DOWN], 5)
+        remove_channels(block, observed(block, batches, DOWN), 5)
         assert before - middle == shape.group_parameters
         assert middle - adapter.prunable_parameters == 5 * shape.channel_parameters

@@ -48,7 +48,11 @@ def make_parser() -> argparse.ArgumentParser:
     target.add_argument("--channel-multiple", type=int, metavar="M", help="FFN widths stay multiples of M channels")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--policy", choices=get_args(Policy), help="how the budget is spread over projections")
+    method.add_argument(
+        "--policy",
+        choices=get_args(Policy),
+        help="how the budget is spread over projections (default: curve; uniform with --quality fast)",
+    )
     method.add_argument("--outlier-threshold", type=float, metavar="A", help="an outlier scores above A times the mean")
     method.add_argument("--max-deviation", type=float, metavar="L", help="half the spread of targets around S")
     method.add_argument("--solver", choices=get_args(SolverName), help="who chooses the zeros and the new values")
@@ -78,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     running.add_argument("--json", action="store_true", help="print the report as one line of JSON")
 
     for action in parser._actions:
-        default = getattr(_DEFAULTS, action.dest, None)
+        default = None if action.dest == "policy" else getattr(_DEFAULTS, action.dest, None)
         if action.dest in PruneConfig.__dataclass_fields__:
             action.default = argparse.SUPPRESS
             if default is not None and not isinstance(default, bool):

@@ -14,6 +14,7 @@ from mosaic_kernels.models import STAGES, Block
 from mosaic_kernels.prune.capture import Batch
 from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.pair import PairStatistics, collect_pair, dense_target
+from mosaic_kernels.prune.reconstruct import reconstruct
 from mosaic_kernels.prune.solvers import Solver, Target, keep_all, solve
 from mosaic_kernels.prune.structured import remove_channels, remove_groups
 from mosaic_kernels.prune.units import Units
@@ -28,6 +29,8 @@ def prune_block(
     zeros: dict[str, int],
     group: tuple[int, int] | None,
     dense: Block | None = None,
+    *,
+    recover: bool = False,
 ) -> list[Batch]:
     """Prune ``block`` in place and take the batches through it.
 
@@ -38,25 +41,39 @@ def prune_block(
         units: heads and channels to remove.
         zeros: weights to set to zero, by the projection's full name.
         group: ``(n, m)`` of an N:M pattern.
-        dense: an untouched copy of the block, where the solver aims at its outputs.
+        dense: an untouched copy of the block, where its outputs are aimed at.
+        recover: tune the kept weights of each half by gradient descent; needs ``dense``.
 
     Returns:
         The batches after the pruned block, their dense side after ``dense``.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite.
+        MosaicError: the dense model's side is missing where it is needed.
     """
+    if recover and dense is None:
+        raise MosaicError("reconstruction needs the dense block beside the pruned one but none was given")
     targets = {name: Target(zeros[block.full_name(name)], group) for stage in STAGES for name in stage}
-    return _Work(block, batches, solver, targets, dense).run(units)
+    return _Work(block, batches, solver, targets, dense, exact=any(zeros.values()), recover=recover).run(units)
 
 
 class _Work:
     """One block on its way from dense to pruned."""
 
     def __init__(
-        self, block: Block, batches: Sequence[Batch], solver: Solver, targets: dict[str, Target], dense: Block | None
+        self,
+        block: Block,
+        batches: Sequence[Batch],
+        solver: Solver,
+        targets: dict[str, Target],
+        dense: Block | None,
+        *,
+        exact: bool,
+        recover: bool,
     ) -> None:
         self.block, self.batches, self.solver, self.targets, self.dense = block, batches, solver, targets, dense
+        self.recover = recover
+        self.exact = exact  # in a model that gets zeros, only the planned ones may be there
         self.rows: dict[str, Tensor] = {}  # which rows of the dense weight a narrowed projection still has
         self.walk = Walk(block, batches, [batch.hidden for batch in batches])
         self.beside = None if dense is None else Walk(dense, batches, [_dense_side(batch) for batch in batches])
@@ -86,8 +103,10 @@ class _Work:
         for stage in (first, last):
             if self.dense is not None or any(self.targets[name].remove for name in STAGES[stage]):
                 self._solve_stage(stage, self._collect(stage, with_gram=self.solver.with_gram))
-            elif any(target.remove for target in self.targets.values()):
+            elif self.exact:
                 self._keep_all(stage)
+        if self.recover and self.beside is not None and reconstruct(self.walk, self.beside, last):
+            self.walk.forget()
         self.walk.add(last)
         if self.beside is not None:
             self.beside.add(last)
@@ -117,7 +136,6 @@ class _Work:
 
     @torch.no_grad()
     def _keep_all(self, stage: int) -> None:
-        """In a model that gets zeros, only the planned ones may be there."""
         for name in STAGES[stage]:
             weight = self.block.projection(name).weight
             weight.copy_(keep_all(weight.detach()))

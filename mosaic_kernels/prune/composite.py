@@ -17,7 +17,6 @@ from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.sensitivity import Sensitivity
 from mosaic_kernels.prune.units import BlockShape, Cost, Units, plan_by_cost, plan_evenly
 
-
 PRICE_ROUNDS = 3  # the price of a zero moves by less than a percent in the third
 
 

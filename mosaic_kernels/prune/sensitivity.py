@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -140,9 +140,13 @@ def measure(
         per_projection: probe each projection alone.
         known: what was measured before, which is kept where it is not measured now.
     """
-    found = known or Sensitivity({}, {}, False, {})
-    found = replace(found, per_projection=per_projection if zeros else found.per_projection)
-    found = replace(found, **{k: dict(v) for k, v in vars(found).items() if isinstance(v, dict)})
+    before = known or Sensitivity({}, {}, False, {})
+    found = Sensitivity(
+        dict(before.curves),
+        dict(before.weights),
+        per_projection if zeros else before.per_projection,
+        dict(before.removal),
+    )
     batches = embed(adapter, tokens[: max(1, GRAM_TOKENS // tokens.shape[1])])
     probe = _Probe(adapter, embed(adapter, tokens[: max(1, PROBE_TOKENS // tokens.shape[1])]))
     for block in tqdm(adapter.blocks, desc="probes", unit="block", disable=not sys.stderr.isatty(), file=sys.stderr):
@@ -251,9 +255,7 @@ def _removal(
     return RemovalCost((0, *swept.removed), (0.0, *map(float, known)))
 
 
-def _curve(
-    weight: Tensor, statistics: InputStatistics, solver: Solver, name: str
-) -> tuple[Curve, float, Tensor]:
+def _curve(weight: Tensor, statistics: InputStatistics, solver: Solver, name: str) -> tuple[Curve, float, Tensor]:
     """Error curve of one projection; its error at ``PROBE_SPARSITY``, and the weight pruned to it."""
     gram, size = statistics.mean_gram, weight.numel()
     dense = weight.float()

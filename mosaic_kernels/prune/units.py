@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,9 +140,23 @@ def plan_by_cost(
         halves.append((_thinned(list(range(shape.groups))), shape.group_parameters, groups))
         halves.append((_thinned(_channel_counts(shape.channels, multiple)), shape.channel_parameters, channels))
     chosen = _cheapest_levels(halves, budget, at_most=at_most)
-    channels_lost = chosen[1::2]
-    _single_steps(shapes, channel_costs, chosen[::2], channels_lost, budget, multiple, at_most=at_most)
-    return [Units(g, c) for g, c in zip(chosen[::2], channels_lost, strict=True)]
+    groups, lost = chosen[::2], chosen[1::2]
+    missing = _single_steps(shapes, channel_costs, groups, lost, budget, multiple, at_most=at_most)
+    step = multiple * min(shape.channel_parameters for shape in shapes)
+    while abs(missing) > (step if at_most else step // 2):
+        # No block has a channel to give, or one to take back: a group goes or returns, and channels make up for it.
+        more = 1 if missing > 0 else -1
+        able = [i for i, shape in enumerate(shapes) if 0 <= groups[i] + more < shape.groups]
+        if not able:
+            break
+        cheapest = min(able, key=lambda i: group_costs[i](groups[i] + more) - group_costs[i](groups[i]))
+        groups_now, lost_now = [*groups], [*lost]
+        groups_now[cheapest] += more
+        now = _single_steps(shapes, channel_costs, groups_now, lost_now, budget, multiple, at_most=at_most)
+        if abs(now) >= abs(missing) or (at_most and now < 0):
+            break
+        groups, lost, missing = groups_now, lost_now, now
+    return [Units(g, c) for g, c in zip(groups, lost, strict=True)]
 
 
 def _thinned(levels: list[int]) -> list[int]:
@@ -154,7 +169,12 @@ def _thinned(levels: list[int]) -> list[int]:
 def _cheapest_levels(halves: Sequence[tuple[list[int], int, Cost]], budget: int, *, at_most: bool) -> list[int]:
     """One level of every half, at the least summed cost of those that come nearest to the budget."""
     cell = max(math.gcd(*(level * size for levels, size, _ in halves for level in levels)), -(-budget // CELLS), 1)
-    cells = (budget // cell if at_most else round(budget / cell)) + (0 if at_most else 1)
+    beyond = 0 if at_most else max(b - a for levels, size, _ in halves for a, b in _gaps(levels, size))
+    cells = (budget + beyond) // cell
+
+    def in_cells(parameters: int) -> int:
+        return -(-parameters // cell) if at_most else round(parameters / cell)
+
     best: NDArray[np.float64] = np.full(cells + 1, np.inf)
     best[0] = 0.0
     picks: list[NDArray[np.int64]] = []
@@ -162,7 +182,7 @@ def _cheapest_levels(halves: Sequence[tuple[list[int], int, Cost]], budget: int,
         found = np.full_like(best, np.inf)
         pick = np.zeros(cells + 1, dtype=np.int64)
         for index, level in enumerate(levels):
-            shift = -(-level * size // cell) if at_most else round(level * size / cell)
+            shift = in_cells(level * size)
             if shift > cells:
                 break
             candidate = np.concatenate([np.full(shift, np.inf), best[: cells + 1 - shift] + cost(level)])
@@ -174,10 +194,14 @@ def _cheapest_levels(halves: Sequence[tuple[list[int], int, Cost]], budget: int,
     at = int(reachable[np.abs(reachable - budget / cell).argmin()])
     chosen: list[int] = []
     for (levels, size, _), pick in zip(reversed(halves), reversed(picks), strict=True):
-        level = levels[pick[at]]
-        at -= -(-level * size // cell) if at_most else round(level * size / cell)
-        chosen.append(level)
+        chosen.append(levels[pick[at]])
+        at -= in_cells(chosen[-1] * size)
     return chosen[::-1]
+
+
+def _gaps(levels: list[int], size: int) -> list[tuple[int, int]]:
+    """Parameters at neighbouring levels."""
+    return [(a * size, b * size) for a, b in itertools.pairwise([0, *levels])]
 
 
 def _single_steps(
@@ -189,8 +213,8 @@ def _single_steps(
     multiple: int,
     *,
     at_most: bool,
-) -> None:
-    """Move ``channels`` step by step, in place, as near to the budget as one step of the block it costs least."""
+) -> int:
+    """Move ``channels`` step by step, in place, to the budget where it costs least; how far is left."""
     options = [_channel_counts(shape.channels, multiple) for shape in shapes]
     places = [counts.index(lost) for counts, lost in zip(options, channels, strict=True)]
     while True:
@@ -205,11 +229,20 @@ def _single_steps(
                 continue
             step = (options[i][place] - channels[i]) * shape.channel_parameters
             after = missing - step
-            if (at_most and after < 0 and missing >= 0) or (abs(after) >= abs(missing) and not (at_most and missing < 0)):
+            if (at_most and after < 0 and missing >= 0) or (
+                abs(after) >= abs(missing) and not (at_most and missing < 0)
+            ):
                 continue
             able.append(((costs[i](options[i][place]) - costs[i](channels[i])) / step * direction, i))
         if not missing or not able:
-            return
+            return missing
         _, i = min(able)
         places[i] += direction
         channels[i] = options[i][places[i]]
+
+
+def _is_nearer(after: int, before: int, *, at_most: bool) -> bool:
+    """Whether so many missing parameters are better than so many; negative where too much is removed."""
+    if at_most and before < 0:
+        return after > before
+    return abs(after) < abs(before) and not (at_most and after < 0)
