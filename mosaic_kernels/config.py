@@ -88,6 +88,13 @@ class PruneConfig:
         return None if self.pattern == "unstructured" else _parse_group(self.pattern)
 
     @property
+    def needs_ranks(self) -> bool:
+        """Whether the spread over projections follows outlier ratios."""
+        return (
+            self.policy in ("pod", "owl", "mosaic-reference") and self.group is None and self.category != "structured"
+        )
+
+    @property
     def needs_curves(self) -> bool:
         """Whether zeros are spread by error curves, which then must be measured."""
         return self.policy == "curve" and self.group is None and self.category != "structured" and self.sparsity > 0
@@ -96,6 +103,12 @@ class PruneConfig:
     def needs_removal_costs(self) -> bool:
         """Whether heads and channels go where the model suffers least, which then must be measured."""
         return self.policy == "curve" and self.share > 0
+
+    @property
+    def chooses_share(self) -> bool:
+        """Whether the structured share is left to be found by trying."""
+        composite = self.category == "composite" and self.structured_share is None and self.group is None
+        return composite and self.policy == "curve" and self.sparsity > 0
 
     @property
     def zeros_share(self) -> float:

@@ -19,6 +19,17 @@ from mosaic_kernels.prune import pipeline
 QUICK = ("--calibration", "random", "--samples", "4", "--seqlen", "16")
 
 
+def watched(seen: list[int]) -> Any:
+    """``prune_block`` that notes the blocks it solves."""
+    inner = pipeline.prune_block
+
+    def watch(block: Any, *args: Any, **options: Any) -> Any:
+        seen.append(block.index)
+        return inner(block, *args, **options)
+
+    return watch
+
+
 @dataclass(frozen=True)
 class Result:
     code: int
@@ -56,10 +67,10 @@ def stopped_at(index: int, error: type[BaseException] = KeyboardInterrupt) -> It
     """Block ``index`` raises instead of being solved."""
     inner = pipeline.prune_block
 
-    def stop(block: Any, *args: Any) -> None:
+    def stop(block: Any, *args: Any, **options: Any) -> Any:
         if block.index == index:
             raise error
-        inner(block, *args)
+        return inner(block, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "prune_block", stop)

@@ -39,7 +39,7 @@ def test_every_option_in_the_readme_exists() -> None:
 
 def test_every_option_of_the_command_is_a_field_with_the_default_that_help_shows() -> None:
     help_text = re.sub(r"\s+", " ", prune_parser().format_help())
-    for name in ("sparsity", "category", "policy", "solver", "quality", "samples", "seed", "calibration"):
+    for name in ("sparsity", "category", "solver", "quality", "samples", "seed", "calibration"):
         assert f"--{name}" in help_text
         assert f"(default: {PruneConfig.__dataclass_fields__[name].default})" in help_text
 

@@ -18,14 +18,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("kind", "dtype", "options"),
     [
-        ("llama", torch.bfloat16, ("--sparsity", "0.6")),
-        ("qwen2", torch.float32, ("--sparsity", "0.6")),  # biases leave with their heads
-        ("qwen2", torch.bfloat16, ("--category", "structured", "--sparsity", "0.4")),
+        ("llama", torch.bfloat16, ("--sparsity", "0.6", "--policy", "uniform")),
+        ("qwen2", torch.float32, ("--sparsity", "0.6", "--policy", "uniform")),  # biases leave with their heads
+        ("qwen2", torch.bfloat16, ("--category", "structured", "--sparsity", "0.4", "--policy", "uniform")),
         ("qwen3", torch.float16, ("--sparsity", "0.02", "--category", "unstructured", "--policy", "uniform")),
-        ("mistral", torch.float32, ("--sparsity", "0.5", "--format", "dense")),
+        ("mistral", torch.float32, ("--sparsity", "0.5", "--format", "dense", "--policy", "uniform")),
         ("llama", torch.float32, ("--pattern", "2:4", "--category", "unstructured")),
-        ("llama", torch.float32, ("--category", "auto", "--sparsity", "0.3")),
-        ("llama", torch.float32, ("--dtype", "bfloat16", "--sparsity", "0.6")),
+        ("llama", torch.float32, ("--category", "auto", "--sparsity", "0.3", "--policy", "uniform")),
+        ("llama", torch.float32, ("--dtype", "bfloat16", "--sparsity", "0.6", "--policy", "uniform")),
         ("llama", torch.float32, ("--sparsity", "0")),
     ],
 )
@@ -54,8 +54,11 @@ def test_dry_run_predicts_the_bytes_without_weights(
     assert plan["peak_memory_bytes"]["host"] > plan["bytes"]["dense"]
 
 
-def test_dry_run_with_ranks_knows_every_target(run: Run, dense_dir: Path, tmp_path: Path) -> None:
-    options = ("--sparsity", "0.3", "--category", "unstructured", "--outlier-threshold", "3")
+@pytest.mark.parametrize(
+    "kind", [("unstructured",), ("structured",), ("composite", "--structured-share", "0.1")], ids=lambda kind: kind[0]
+)
+def test_dry_run_with_ranks_knows_every_target(run: Run, dense_dir: Path, kind: tuple[str, ...]) -> None:
+    options = ("--sparsity", "0.3", "--outlier-threshold", "3", "--category", *kind)
     report = json.loads(run(dense_dir, "--output-dir", "out", "--json", *QUICK, *options).out)
     plan = json.loads(run(dense_dir, "--dry-run", "--json", "--ranks", "out/ranks.json", *options).out)
     assert plan["targets"] == "exact"

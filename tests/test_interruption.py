@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from prune_runs import QUICK, Run, digests, require_failure, stopped_at
+from prune_runs import QUICK, Run, digests, require_failure, stopped_at, watched
 from small_models import random_model
 
 from mosaic_kernels.prune import pipeline
@@ -55,10 +55,9 @@ def test_a_full_disk_and_on_when_there_is_space(
     require_failure(result, 3, "out", "free", "--output-dir")
     assert not out.exists()
     again: list[int] = []
-    inner = pipeline.prune_block
     small_disk("16m")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "prune_block", lambda block, *rest: (again.append(block.index), inner(block, *rest)))
+        patch.setattr(pipeline, "prune_block", watched(again))
         assert run(*command, "--resume").code == 0
     assert again == list(range(solved, 3))
     assert run(dense_dir, "--output-dir", "whole", "--category", "unstructured", *QUICK).code == 0
@@ -137,8 +136,7 @@ def test_a_real_signal(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         seen: list[int] = []
-        inner = pipeline.prune_block
-        patch.setattr(pipeline, "prune_block", lambda block, *rest: (seen.append(block.index), inner(block, *rest)))
+        patch.setattr(pipeline, "prune_block", watched(seen))
         assert main(resume_command(err)) == 0
     assert seen == list(range(finished, 60))
     assert not (tmp_path / ".out.partial").exists()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from prune_runs import digests, kept_weights, stopped_at
+from prune_runs import digests, kept_weights, stopped_at, watched
 from small_models import KINDS, logits, random_model
 
 import mosaic_kernels as mk
@@ -274,13 +274,7 @@ def test_the_model_knows_so_many_positions() -> None:
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks that were really solved, in order."""
     seen: list[int] = []
-    inner = pipeline.prune_block
-
-    def watched(block: Any, *args: Any) -> None:
-        seen.append(block.index)
-        inner(block, *args)
-
-    monkeypatch.setattr(pipeline, "prune_block", watched)
+    monkeypatch.setattr(pipeline, "prune_block", watched(seen))
     return seen
 
 

@@ -83,6 +83,10 @@ def make_plan(adapter: ModelAdapter, ranks: Ranks | None, config: PruneConfig) -
     rest = budget - (prunable - sum(o * i for o, i in shapes.values()))
     if config.group is not None:
         zeros = {name: _group_zeros(name, shape, config) for name, shape in shapes.items()}
+        # Units come in steps; what the last step would have removed too much goes as zeros beyond the pattern.
+        kept = {name: o * i - zeros[name] for name, (o, i) in shapes.items()}
+        further = allocate.uniform(kept, max(0, rest - sum(zeros.values())))
+        zeros = {name: count + further[name] for name, count in zeros.items()}
     elif config.category != "structured":
         zeros = _allocate(adapter, ranks, shapes, rest, config)
     return Plan(tuple(units), shapes, zeros, original, budget)

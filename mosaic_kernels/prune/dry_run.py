@@ -15,7 +15,7 @@ from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.prune.capture import TOKENS_PER_BATCH
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
-from mosaic_kernels.prune.pipeline import make_config, settle_category
+from mosaic_kernels.prune.pipeline import make_config, settle_category, to_measure
 from mosaic_kernels.prune.sensitivity import PROBE_TOKENS
 from mosaic_kernels.prune.solvers import Solver, choose_solver
 
@@ -23,8 +23,9 @@ from mosaic_kernels.prune.solvers import Solver, choose_solver
 def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
     """What a run would remove and need; reads the configuration, no weights.
 
-    Without ``ranks`` the spread over projections is not known before calibration; the totals are,
-    because every policy but ``mosaic-reference`` meets the same budget. The targets shown are then uniform.
+    Without ``ranks``, or where the structured share is yet to be chosen, the spread over projections is not
+    known before calibration; the totals are, because every policy but ``mosaic-reference`` meets the same
+    budget. The targets shown are then uniform, at the share that is usual.
 
     Returns:
         Totals, bytes before and after, predicted peak host bytes, and per projection shape and zeros.
@@ -34,8 +35,8 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
     skeleton = load_skeleton(model, dtype=config.dtype)
     adapter = ModelAdapter.of(skeleton)
     ranks = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
-    known = config.policy == "uniform" or config.category == "structured" or config.group is not None
-    known = known or (ranks is not None and not (config.needs_curves and ranks.sensitivity is None))
+    known = not any(to_measure(config, ranks)) and not config.chooses_share
+    known = known and (ranks is not None or not config.needs_ranks)
     plan = make_plan(adapter, ranks, config if known else replace(config, policy="uniform"))
     dtype = next(skeleton.parameters()).dtype
     dense = sum(p.numel() * p.element_size() for p in skeleton.parameters())
@@ -62,7 +63,7 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
                 config.samples,
                 seqlen,
                 choose_solver(config.solver, config.quality),
-                curves=config.needs_curves,
+                probes=config.needs_curves or config.needs_removal_costs,
             )
         },
         "projections": {
@@ -90,7 +91,7 @@ def _peak(
     seqlen: int,
     solver: Solver,
     *,
-    curves: bool,
+    probes: bool,
 ) -> int:
     """Weights, two generations of hidden states, and the largest projection's working set.
 
@@ -104,9 +105,9 @@ def _peak(
     gram = (6 if solver.two_streams else 4) * widest * widest * 4 if solver.with_gram or plan.structured_removed else 0
     # probes keep the dense model's predictions and make as many again
     vocabulary = cast(Any, adapter.model).get_output_embeddings().out_features
-    probes = 2 * min(samples * seqlen, PROBE_TOKENS) * vocabulary * dtype.itemsize if curves else 0
+    predictions = 2 * min(samples * seqlen, PROBE_TOKENS) * vocabulary * dtype.itemsize if probes else 0
     activations = 3 * min(samples * seqlen, max(TOKENS_PER_BATCH, seqlen)) * widest * 4
-    return dense + states + max(activations, gram + 4 * largest * 4, probes)
+    return dense + states + max(activations, gram + 4 * largest * 4, predictions)
 
 
 def describe(prediction: dict[str, Any]) -> str:

@@ -69,8 +69,13 @@ class Ranks:
             raise UsageError(f"{path} is not a readable ranking ({error}); a run without --ranks makes one") from error
         if body.get("schema") != RANKS_SCHEMA:
             raise UsageError(f"{path} has ranking schema {body.get('schema')}, this version reads {RANKS_SCHEMA}")
-        if ranks.sensitivity is not None and set(ranks.sensitivity.curves) != set(ranks.projections):
-            raise UsageError(f"{path} is damaged: its error curves are of other projections; make it anew")
+        if (found := ranks.sensitivity) is not None:
+            whole = set(found.curves) in (set(), set(ranks.projections)) and set(found.removal) in (
+                set(),
+                set(ranks.blocks),
+            )
+            if not whole:
+                raise UsageError(f"{path} is damaged: its error curves are of other projections; make it anew")
         blocks = {block.prefix for block in adapter.blocks}
         odd = sorted((set(ranks.projections) ^ set(adapter.sizes())) | (set(ranks.blocks) ^ blocks))
         if odd:

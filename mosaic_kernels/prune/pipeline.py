@@ -37,6 +37,7 @@ from mosaic_kernels.prune.importance import DEFAULT_THRESHOLDS, Ranks, rank
 from mosaic_kernels.prune.journal import Journal, has_blocks
 from mosaic_kernels.prune.report import make_report
 from mosaic_kernels.prune.sensitivity import measure
+from mosaic_kernels.prune.share import choose_share
 from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.text import load_tokens
 
@@ -165,6 +166,8 @@ def _run(
     lap = clock.lap("calibrate", lap)
 
     ranks = _ranks(adapter, calibration, config, name, given, journal)
+    if config.chooses_share:
+        config = choose_share(adapter, ranks, config, calibration.tokens)
     plan = make_plan(adapter, ranks, config)
     lap = clock.lap("allocate", lap)
     _prune_blocks(adapter, batches, plan, config, journal)
@@ -233,20 +236,26 @@ def _ranks(
     if (ranks := given) is None:
         first = embed(adapter, tokens[: -(-RANK_TOKENS // tokens.shape[1])])
         ranks = rank(adapter, first, thresholds, model=name, calibration=calibration.digest)
-    zeros, units = config.needs_curves, config.needs_removal_costs
-    known, alone = ranks.sensitivity, config.quality == "best"
-    if known is not None:
-        zeros = zeros and (not known.curves or (alone and not known.per_projection))
-        units = units and not known.removal
+    zeros, units = to_measure(config, ranks)
     if zeros or units:
         found = measure(
-            adapter, tokens, choose_solver("admm", "fast"), zeros=zeros, units=units, per_projection=alone,
-            known=known,
+            adapter, tokens, choose_solver("admm", "fast"), zeros=zeros, units=units,
+            per_projection=config.quality == "best", known=ranks.sensitivity,
         )  # fmt: skip
         ranks = replace(ranks, sensitivity=found)
     if journal is not None:
         journal.write(journal.ranks, ranks.save)
     return ranks
+
+
+def to_measure(config: PruneConfig, ranks: Ranks | None) -> tuple[bool, bool]:
+    """Whether error curves, and whether costs of units, are needed and not in this ranking yet."""
+    known = None if ranks is None else ranks.sensitivity
+    zeros, units = config.needs_curves, config.needs_removal_costs
+    if known is None:
+        return zeros, units
+    alone = config.quality == "best" and not known.per_projection
+    return zeros and (not known.curves or alone), units and not known.removal
 
 
 def _weights_digest(adapter: ModelAdapter) -> str:

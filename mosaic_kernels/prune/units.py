@@ -136,9 +136,9 @@ def plan_by_cost(
         at_most: never remove more than ``budget``; otherwise the nearest count that units allow.
     """
     halves: list[tuple[list[int], int, Cost]] = []
-    for shape, groups, channels in zip(shapes, group_costs, channel_costs, strict=True):
-        halves.append((_thinned(list(range(shape.groups))), shape.group_parameters, groups))
-        halves.append((_thinned(_channel_counts(shape.channels, multiple)), shape.channel_parameters, channels))
+    for shape, by_groups, by_channels in zip(shapes, group_costs, channel_costs, strict=True):
+        halves.append((_thinned(list(range(shape.groups))), shape.group_parameters, by_groups))
+        halves.append((_thinned(_channel_counts(shape.channels, multiple)), shape.channel_parameters, by_channels))
     chosen = _cheapest_levels(halves, budget, at_most=at_most)
     groups, lost = chosen[::2], chosen[1::2]
     missing = _single_steps(shapes, channel_costs, groups, lost, budget, multiple, at_most=at_most)

@@ -72,8 +72,9 @@ def collect(walk: Walk, stage: int, *, with_gram: bool) -> InputStatistics:
     """
     layer = walk.block.projection(STAGES[stage][0])
     found = InputStatistics(layer.in_features, layer.weight.device, with_gram=with_gram)
-    for index in range(len(walk.batches)):
-        found.add(walk.input(stage, index))
+    for index, batch in enumerate(walk.batches):
+        if not batch.held_out:
+            found.add(walk.input(stage, index))
     return found.finish(walk.block.full_name(STAGES[stage][0]))
 
 

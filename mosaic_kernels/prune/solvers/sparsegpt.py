@@ -39,7 +39,10 @@ def sparsegpt(weight: Tensor, statistics: InputStatistics, target: Target, name:
             part, errors, mask = ops.obs_block(part, inner, n=n, m=m)
         weight[:, start:end], keep[:, start:end] = part, mask
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return weight, keep
+    if target.group is None:
+        return weight, keep
+    keep = target.thin(weight.square() * gram.diagonal(), keep)  # the few zeros beyond the pattern
+    return weight * keep, keep
 
 
 def _block(target: Target) -> int:

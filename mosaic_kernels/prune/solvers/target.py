@@ -16,8 +16,8 @@ class Target:
     """Weights to set to zero in one projection.
 
     Attributes:
-        remove: how many, exactly.
-        group: ``(n, m)`` keeps n of every m neighbours in a row; ``None`` leaves the places free.
+        remove: how many, exactly; with a group, what the pattern removes or more.
+        group: ``(n, m)`` keeps at most n of every m neighbours in a row; ``None`` leaves the places free.
     """
 
     remove: int
@@ -30,13 +30,20 @@ class Target:
     def keep_best(self, scores: Tensor) -> Tensor:
         """Mask of the best scores in this pattern, over the whole matrix."""
         if self.group is not None:
-            return ops.select(scores, self.group, "group")
+            return self.thin(scores, ops.select(scores, self.group, "group"))
         return ops.select(scores, scores.numel() - self.remove, "matrix")
+
+    def thin(self, scores: Tensor, keep: Tensor) -> Tensor:
+        """``keep`` without the worst of what it keeps, down to the exact count."""
+        count = scores.numel() - self.remove
+        if int(keep.count_nonzero()) <= count:
+            return keep
+        return ops.select(torch.where(keep, scores, -1.0), count, "matrix")
 
     def keep_best_per_row(self, scores: Tensor) -> Tensor:
         """The same with equal counts in every row; the first rows lose one more where it does not divide."""
         if self.group is not None:
-            return ops.select(scores, self.group, "group")
+            return self.keep_best(scores)
         rows, columns = scores.shape
         counts = torch.full((rows,), columns - self.remove // rows, dtype=torch.int64)
         counts[: self.remove % rows] -= 1
