@@ -42,8 +42,10 @@ class Tuning:
         seed: of the order of the steps.
     """
 
-    epochs: int = 8
-    rate: float = 0.01
+    # Excess NLL of examples/tiny-llama at 70 %, uniform, 128 x 256 calibration tokens: .067 without; 4 epochs at
+    # rate .01 .059, .03 .055, .06 .057; steps of half as many tokens the same; all of the drift .056 (one run each).
+    epochs: int = 4
+    rate: float = 0.03
     tokens: int = 2048
     drift_share: float = DRIFT_SHARE
     seed: int = 0
