@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from mosaic_kernels.errors import UsageError
 
 Category = Literal["auto", "unstructured", "structured", "composite"]
-Policy = Literal["curve", "pod", "owl", "uniform", "mosaic-reference"]
+Policy = Literal["curve", "curve+search", "pod", "owl", "uniform", "mosaic-reference"]
 SolverName = Literal["admm", "sparsegpt", "wanda", "magnitude"]
 Quality = Literal["fast", "default", "best"]
 OutputFormat = Literal["mosaic", "dense"]
@@ -88,6 +88,11 @@ class PruneConfig:
         return None if self.pattern == "unstructured" else _parse_group(self.pattern)
 
     @property
+    def by_curves(self) -> bool:
+        """Whether the spread follows error curves and what they cost the model."""
+        return self.policy in ("curve", "curve+search")
+
+    @property
     def needs_ranks(self) -> bool:
         """Whether the spread over projections follows outlier ratios."""
         return (
@@ -97,18 +102,18 @@ class PruneConfig:
     @property
     def needs_curves(self) -> bool:
         """Whether zeros are spread by error curves, which then must be measured."""
-        return self.policy == "curve" and self.group is None and self.category != "structured" and self.sparsity > 0
+        return self.by_curves and self.group is None and self.category != "structured" and self.sparsity > 0
 
     @property
     def needs_removal_costs(self) -> bool:
         """Whether heads and channels go where the model suffers least, which then must be measured."""
-        return self.policy == "curve" and self.share > 0
+        return self.by_curves and self.share > 0
 
     @property
     def chooses_share(self) -> bool:
         """Whether the structured share is left to be found by trying."""
         composite = self.category == "composite" and self.structured_share is None and self.group is None
-        return composite and self.policy == "curve" and self.sparsity > 0
+        return composite and self.by_curves and self.sparsity > 0
 
     @property
     def zeros_share(self) -> float:

@@ -104,7 +104,7 @@ def _plan_units(adapter: ModelAdapter, ranks: Ranks | None, budget: int, config:
     multiple, at_most = config.channel_multiple, config.category != "structured"
     units = plan_evenly(shapes, share, multiple, at_most=at_most)
     sensitivity = None if ranks is None else ranks.sensitivity
-    if config.policy != "curve" or sensitivity is None or not sensitivity.removal:
+    if not config.by_curves or sensitivity is None or not sensitivity.removal:
         return units
     for _ in range(PRICE_ROUNDS):
         # What zeros cost depends on what is left for them, and what is left on what zeros cost.
@@ -211,7 +211,7 @@ def _allocate(
         return allocate.uniform(sizes, budget)
     if ranks is None:
         raise UsageError(f"policy {config.policy} needs a ranking: give --ranks, or calibrate")
-    if config.policy == "curve":
+    if config.by_curves:
         if ranks.sensitivity is None:
             raise UsageError("policy curve needs error curves, which this ranking does not hold: leave out --ranks")
         return allocate.by_curves(sizes, ranks.sensitivity.curves, ranks.sensitivity.weights, budget)

@@ -19,6 +19,7 @@ from mosaic_kernels.models import PROJECTIONS, Block
 
 logger = logging.getLogger(__name__)
 
+_PLAN_FILE = "plan.json"
 _BLOCK_FILE = "block-{}.safetensors"
 
 
@@ -51,6 +52,23 @@ class Journal:
     def ranks(self) -> Path:
         """Where the ranking of this run is kept: its probes may cost more than the blocks."""
         return self.directory / "ranks.json"
+
+    def keep_plan(self, share: float | None, zeros: dict[str, int]) -> None:
+        """Note what was found by trying: the structured share and the zeros of every projection."""
+        body = json.dumps({"structured_share": share, "zeros": zeros})
+        self.write(self.directory / _PLAN_FILE, lambda part: part.write_text(body))
+
+    def plan(self) -> tuple[float | None, dict[str, int]] | None:
+        """What :meth:`keep_plan` has noted, or ``None``.
+
+        Raises:
+            UsageError: the note is damaged.
+        """
+        path = self.directory / _PLAN_FILE
+        if not path.exists():
+            return None
+        found = _read(path)
+        return found["structured_share"], found["zeros"]
 
     def write(self, path: Path, save: Callable[[Path], Any]) -> None:
         """Make a file of the journal, which appears whole or not at all.

@@ -36,6 +36,7 @@ from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import DEFAULT_THRESHOLDS, Ranks, rank
 from mosaic_kernels.prune.journal import Journal, has_blocks
 from mosaic_kernels.prune.report import make_report
+from mosaic_kernels.prune.search import search
 from mosaic_kernels.prune.sensitivity import measure
 from mosaic_kernels.prune.share import choose_share
 from mosaic_kernels.prune.solvers import choose_solver
@@ -166,9 +167,7 @@ def _run(
     lap = clock.lap("calibrate", lap)
 
     ranks = _ranks(adapter, calibration, config, name, given, journal)
-    if config.chooses_share:
-        config = choose_share(adapter, ranks, config, calibration.tokens)
-    plan = make_plan(adapter, ranks, config)
+    plan = _plan(adapter, ranks, calibration, config, journal)
     lap = clock.lap("allocate", lap)
     _prune_blocks(adapter, batches, plan, config, journal)
     clock.lap("prune", lap)
@@ -246,6 +245,27 @@ def _ranks(
     if journal is not None:
         journal.write(journal.ranks, ranks.save)
     return ranks
+
+
+def _plan(
+    adapter: ModelAdapter, ranks: Ranks, calibration: Calibration, config: PruneConfig, journal: Journal | None
+) -> Plan:
+    """The plan; what was found by trying comes from the journal where a run that was cut off has left it."""
+    searches = config.policy == "curve+search" and config.needs_curves
+    if not (searches or config.chooses_share):
+        return make_plan(adapter, ranks, config)
+    before = None if journal is None else journal.plan()
+    if before is not None:
+        share, zeros = before
+        return replace(make_plan(adapter, ranks, replace(config, structured_share=share)), zeros=zeros)
+    if config.chooses_share:
+        config = choose_share(adapter, ranks, config, calibration.tokens)
+    plan = make_plan(adapter, ranks, config)
+    if searches:
+        plan = search(adapter, plan, calibration.tokens, config.seed)
+    if journal is not None:
+        journal.keep_plan(config.structured_share, plan.zeros)
+    return plan
 
 
 def to_measure(config: PruneConfig, ranks: Ranks | None) -> tuple[bool, bool]:
