@@ -309,6 +309,7 @@ def test_lora_that_fails_is_discarded(rate: float) -> None:
     before = state(model)
     report = recover_lora(model, tokens, teacher=logits.__getitem__, steps=4, rate=rate)
     assert not report["accepted"]
+    assert report["after"] is None or report["after"] > report["before"]
     assert same(state(model), before)
     assert not any(hasattr(module, "base_layer") for module in model.modules())
 

@@ -42,8 +42,8 @@ def recover_lora(
     rank: int = 8,
     alpha: float = 16.0,
     steps: int = 300,
-    rate: float = 1e-3,
-    tokens_per_step: int = 2048,
+    rate: float = 3e-3,
+    tokens_per_step: int = 1024,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train a masked low-rank update of every prunable projection and merge it, in place.
@@ -65,13 +65,15 @@ def recover_lora(
 
     Returns:
         ``accepted``, ``loss`` (``"kl"`` or ``"cross-entropy"``), its values on held-out sequences ``before`` and
-        ``after`` in nats per token, ``trained_parameters``, ``seconds``, and the options.
+        ``after`` (``None`` where never finite) in nats per token, ``trained_parameters``, ``seconds``, and the options.
 
     Raises:
         EnvironmentError_: PEFT is not installed.
         UsageError: an option is out of range, or the projections are packed.
         CalibrationError: fewer than two sequences.
     """
+    # Excess NLL of examples/tiny-llama at 70 %, uniform, 128 x 256 tokens, KL: .067 without; 20 steps of 2048 tokens
+    # at rate .001 .065, 150 of 1024 at .003 .056 (one run each).
     started = time.perf_counter()
     _check(tokens, rank, steps, rate)
     adapter = ModelAdapter.of(model)
@@ -86,9 +88,9 @@ def recover_lora(
     kind = "cross-entropy" if teacher is None else "kl"
     logger.info("masked LoRA: held-out %s %.4f, then %.4f%s", kind, before, after, "" if accepted else ": discarded")
     return {
-        "accepted": accepted, "loss": kind, "before": before, "after": after, "rank": rank, "alpha": alpha,
-        "steps": steps, "rate": rate, "trained_parameters": sum(parameter.numel() for parameter in trained),
-        "seconds": time.perf_counter() - started,
+        "accepted": accepted, "loss": kind, "before": before, "after": after if math.isfinite(after) else None,
+        "rank": rank, "alpha": alpha, "steps": steps, "rate": rate,
+        "trained_parameters": sum(parameter.numel() for parameter in trained), "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 
