@@ -15,6 +15,7 @@ Category = Literal["auto", "unstructured", "structured", "composite"]
 Policy = Literal["curve", "curve+search", "pod", "owl", "uniform", "mosaic-reference"]
 SolverName = Literal["admm", "sparsegpt", "wanda", "magnitude"]
 Quality = Literal["fast", "default", "best"]
+Recovery = Literal["none", "reconstruct", "lora"]
 OutputFormat = Literal["mosaic", "dense"]
 
 DEFAULT_SEQLEN = 2048
@@ -43,6 +44,7 @@ class PruneConfig:
     max_deviation: float = 0.08
     solver: SolverName = "admm"
     quality: Quality = "default"
+    recover: Recovery = "none"
     ranks: Path | None = None
     calibration: str = "wikitext2"
     samples: int = 128
@@ -64,6 +66,7 @@ class PruneConfig:
             "policy": Policy,
             "solver": SolverName,
             "quality": Quality,
+            "recover": Recovery,
             "format": OutputFormat,
         }
         for name, kind in choices.items():
@@ -79,6 +82,8 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.recover == "lora" and self.samples < 2:
+            raise UsageError(f"recover lora trains on some sequences and judges by others: samples is {self.samples}")
         self._check_pattern()
         self._check_share()
 

@@ -9,7 +9,7 @@ import sys
 from typing import get_args
 
 from mosaic_kernels.cli import run_command
-from mosaic_kernels.config import Category, OutputFormat, Policy, PruneConfig, Quality, SolverName
+from mosaic_kernels.config import Category, OutputFormat, Policy, PruneConfig, Quality, Recovery, SolverName
 
 _EXAMPLE = """example:
   python -m mosaic_kernels.prune examples/tiny-llama --output-dir out --sparsity 0.6 \\
@@ -57,6 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
     method.add_argument("--max-deviation", type=float, metavar="L", help="half the spread of targets around S")
     method.add_argument("--solver", choices=get_args(SolverName), help="who chooses the zeros and the new values")
     method.add_argument("--quality", choices=get_args(Quality), help="how long solver admm works on each projection")
+    method.add_argument(
+        "--recover",
+        choices=get_args(Recovery),
+        help="tune what is kept: reconstruct (block by block), or lora (the whole model, masked low-rank, needs peft)",
+    )
     method.add_argument("--ranks", metavar="FILE", help="reuse the ranks.json of an earlier run on this model")
 
     calibration = parser.add_argument_group("calibration")

@@ -15,7 +15,8 @@ from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.prune.capture import TOKENS_PER_BATCH
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
-from mosaic_kernels.prune.pipeline import make_config, settle_category, to_measure
+from mosaic_kernels.prune.pipeline import make_config, settle_category
+from mosaic_kernels.prune.planning import to_measure
 from mosaic_kernels.prune.sensitivity import PROBE_TOKENS
 from mosaic_kernels.prune.solvers import Solver, choose_solver
 

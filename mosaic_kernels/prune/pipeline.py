@@ -32,25 +32,24 @@ from mosaic_kernels.ops.select import kernel
 from mosaic_kernels.prune.block import prune_block
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
-from mosaic_kernels.prune.composite import Plan, make_plan
-from mosaic_kernels.prune.importance import DEFAULT_THRESHOLDS, Ranks, rank
+from mosaic_kernels.prune.composite import Plan
+from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.journal import Journal, has_blocks
+from mosaic_kernels.prune.masked_lora import lora_layer
+from mosaic_kernels.prune.planning import settle_plan, settle_ranks
+from mosaic_kernels.prune.recover import dense_teacher, recover_lora
 from mosaic_kernels.prune.report import make_report
-from mosaic_kernels.prune.search import search
-from mosaic_kernels.prune.sensitivity import measure
-from mosaic_kernels.prune.share import choose_share
 from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.text import load_tokens
 
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 16
-RANK_TOKENS = 8192  # outlier ratios of the example differ by less than 1 % from those on four times as many
 
 # What changes the result, and so must agree before blocks of an interrupted run are used again.
 _RESULT_OPTIONS = (
     "sparsity", "category", "structured_share", "pattern", "channel_multiple", "policy", "outlier_threshold",
-    "max_deviation", "solver", "quality", "seed", "dtype",
+    "max_deviation", "solver", "quality", "recover", "seed", "dtype",
 )  # fmt: skip
 
 
@@ -147,6 +146,8 @@ def _run(
     model.eval()
     config = settle_category(config, device)
     adapter = ModelAdapter.of(model)
+    if config.recover == "lora":
+        lora_layer()  # says now, not after hours, that PEFT is missing
     _unpack_projections(adapter)
     check_finite(model)
     name = str(source) if isinstance(source, (str, Path)) else str(model.config._name_or_path or "in-memory model")
@@ -166,11 +167,14 @@ def _run(
     batches = _embed(adapter, calibration.tokens, config)
     lap = clock.lap("calibrate", lap)
 
-    ranks = _ranks(adapter, calibration, config, name, given, journal)
-    plan = _plan(adapter, ranks, calibration, config, journal)
+    ranks = settle_ranks(adapter, calibration, config, name, given, journal)
+    plan = settle_plan(adapter, ranks, calibration, config, journal)
     lap = clock.lap("allocate", lap)
-    _prune_blocks(adapter, batches, plan, config, journal)
-    clock.lap("prune", lap)
+    batches = _prune_blocks(adapter, batches, plan, config, journal)
+    lap = clock.lap("prune", lap)
+    if config.recover == "lora" and plan.removed:
+        recover_lora(model, calibration.tokens, teacher=dense_teacher(adapter, batches), seed=config.seed)
+        clock.lap("recover", lap)
 
     pack_model(adapter)
     pruned = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
@@ -187,7 +191,7 @@ def _run(
 
 def _embed(adapter: ModelAdapter, tokens: Tensor, config: PruneConfig) -> list[Batch]:
     """The calibration batches; where targets are aimed at, one sequence in ``HELD_OUT`` judges them."""
-    held_out = len(tokens) // HELD_OUT if choose_solver(config.solver, config.quality).two_streams else 0
+    held_out = len(tokens) // HELD_OUT if _keeps_dense_side(config) else 0
     batches = embed(adapter, tokens[: len(tokens) - held_out])
     return [*batches, *embed(adapter, tokens[len(tokens) - held_out :], held_out=True)]
 
@@ -219,65 +223,6 @@ def _unpack_projections(adapter: ModelAdapter) -> None:
             block.replace(name, layer.to_dense())
 
 
-def _ranks(
-    adapter: ModelAdapter,
-    calibration: Calibration,
-    config: PruneConfig,
-    name: str,
-    given: Ranks | None,
-    journal: Journal | None,
-) -> Ranks:
-    """The ranking with all that the policy needs, from the journal where a run that was cut off has left it."""
-    if journal is not None and journal.ranks.exists():
-        return Ranks.load(journal.ranks, adapter, config.outlier_threshold)
-    thresholds = sorted({*DEFAULT_THRESHOLDS, config.outlier_threshold})
-    tokens = calibration.tokens
-    if (ranks := given) is None:
-        first = embed(adapter, tokens[: -(-RANK_TOKENS // tokens.shape[1])])
-        ranks = rank(adapter, first, thresholds, model=name, calibration=calibration.digest)
-    zeros, units = to_measure(config, ranks)
-    if zeros or units:
-        found = measure(
-            adapter, tokens, choose_solver("admm", "fast"), zeros=zeros, units=units,
-            per_projection=config.quality == "best", known=ranks.sensitivity,
-        )  # fmt: skip
-        ranks = replace(ranks, sensitivity=found)
-    if journal is not None:
-        journal.write(journal.ranks, ranks.save)
-    return ranks
-
-
-def _plan(
-    adapter: ModelAdapter, ranks: Ranks, calibration: Calibration, config: PruneConfig, journal: Journal | None
-) -> Plan:
-    """The plan; what was found by trying comes from the journal where a run that was cut off has left it."""
-    searches = config.policy == "curve+search" and config.needs_curves
-    if not (searches or config.chooses_share):
-        return make_plan(adapter, ranks, config)
-    before = None if journal is None else journal.plan()
-    if before is not None:
-        share, zeros = before
-        return replace(make_plan(adapter, ranks, replace(config, structured_share=share)), zeros=zeros)
-    if config.chooses_share:
-        config = choose_share(adapter, ranks, config, calibration.tokens)
-    plan = make_plan(adapter, ranks, config)
-    if searches:
-        plan = search(adapter, plan, calibration.tokens, config.seed)
-    if journal is not None:
-        journal.keep_plan(config.structured_share, plan.zeros)
-    return plan
-
-
-def to_measure(config: PruneConfig, ranks: Ranks | None) -> tuple[bool, bool]:
-    """Whether error curves, and whether costs of units, are needed and not in this ranking yet."""
-    known = None if ranks is None else ranks.sensitivity
-    zeros, units = config.needs_curves, config.needs_removal_costs
-    if known is None:
-        return zeros, units
-    alone = config.quality == "best" and not known.per_projection
-    return zeros and (not known.curves or alone), units and not known.removal
-
-
 def _weights_digest(adapter: ModelAdapter) -> str:
     """Tells this model's dense weights from others, and from their own half-pruned state."""
     digest = hashlib.sha256()
@@ -301,22 +246,31 @@ def _journal(
 
 def _prune_blocks(
     adapter: ModelAdapter, batches: list[Batch], plan: Plan, config: PruneConfig, journal: Journal | None
-) -> None:
+) -> list[Batch]:
+    """Prune every block; the batches after the last one, their dense side where it was kept."""
     if not plan.removed:
-        return  # refitting a dense model to itself would only add rounding
+        return batches  # refitting a dense model to itself would only add rounding
     solver = choose_solver(config.solver, config.quality)
-    if solver.two_streams:
+    beside = _keeps_dense_side(config)
+    if beside:
         batches = [replace(batch, dense=batch.hidden) for batch in batches]
     bar = tqdm(adapter.blocks, desc="block", unit="block", disable=not sys.stderr.isatty(), file=sys.stderr)
     for block, units in zip(bar, plan.units, strict=True):
         bar.set_description(f"block ({block.index + 1}/{len(adapter.blocks)})")
-        dense = block.copy() if solver.two_streams else None
+        dense = block.copy() if beside else None
         if journal is not None and journal.restore(block):
             batches = advance(block, batches, dense)
             continue
-        batches = prune_block(block, batches, solver, units, plan.zeros, config.group, dense)
+        recover = config.recover == "reconstruct"
+        batches = prune_block(block, batches, solver, units, plan.zeros, config.group, dense, recover=recover)
         if journal is not None:
             journal.record(block)
+    return batches
+
+
+def _keeps_dense_side(config: PruneConfig) -> bool:
+    """Whether the dense model's activations run beside the pruned one's."""
+    return choose_solver(config.solver, config.quality).two_streams or config.recover != "none"
 
 
 def _perplexities(config: PruneConfig, dense: Perplexity | None, pruned: Perplexity | None) -> dict[str, Any] | None:
