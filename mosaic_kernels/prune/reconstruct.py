@@ -43,7 +43,8 @@ class Tuning:
     """
 
     # Excess NLL of examples/tiny-llama at 70 %, uniform, 128 x 256 calibration tokens: .067 without; 4 epochs at
-    # rate .01 .059, .03 .055 (8 epochs .054), .06 .057; steps of half as many tokens the same; all of the drift .056 (one run each).
+    # rate .01 .059, .03 .055 (8 epochs .054), .06 .057; steps of half as many tokens the same; all of
+    # the drift .056 (one run each).
     epochs: int = 4
     rate: float = 0.03
     tokens: int = 2048
