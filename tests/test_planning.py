@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs whose plan is found by trying, and whose weights are tuned afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from prune_runs import QUICK, Run, kept_weights, stopped_at
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mosaic_kernels as mk
+from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.prune import pipeline, planning
+from mosaic_kernels.prune import search as searching
+from mosaic_kernels.text import load_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHORT = searching.Evolution(generations=1, offspring=2, rounds=((32, 1),))
+
+
+@pytest.mark.parametrize("recover", ["reconstruct", "lora"])
+@pytest.mark.parametrize("solver", ["admm", "wanda"])
+def test_recovery_keeps_every_count(recover: str, solver: str, run: Run, dense_dir: Path) -> None:
+    options = ("--sparsity", "0.5", "--structured-share", "0.2", "--policy", "uniform", "--solver", solver)
+    result = run(dense_dir, "--output-dir", "out", "--json", "--recover", recover, *options, *QUICK)
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report["removed_difference"] == 0
+    assert ("recover" in report["seconds"]) == (recover == "lora")
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert kept_weights(ModelAdapter.of(model)) == report["prunable_parameters"] - report["removed_parameters"]
+
+
+def test_reconstruction_comes_nearer_to_the_dense_model(tiny_llama: Path, calibration_text: Path) -> None:
+    """On the trained example, with few sequences: the model's own loss on text it was not calibrated on falls."""
+    options = {
+        "calibration": calibration_text, "samples": 16, "seqlen": 64, "sparsity": 0.7, "category": "unstructured",
+        "policy": "uniform", "quality": "fast", "eval_text": calibration_text.parent / "validation.txt",
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    found = {}
+    for recover in ("none", "reconstruct"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "load_tokens", lambda path, tokenizer: load_tokens(path, tokenizer)[:8192])
+            report = mk.prune(model, tokenizer=tokenizer, recover=recover, **options)
+        found[recover] = report["perplexity"]["pruned"]
+    assert found["reconstruct"] < found["none"]
+
+
+@pytest.mark.parametrize("options", [("--policy", "curve+search"), ("--policy", "curve")])
+def test_a_resumed_run_does_not_search_again(
+    options: tuple[str, ...], run: Run, dense_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (dense_dir, "--output-dir", "out", "--sparsity", "0.6", *options, *QUICK)
+    monkeypatch.setattr(planning, "search", lambda adapter, plan, *_: searching.search(adapter, plan, *_, SHORT))
+    with stopped_at(1):
+        assert run(*command).code == 130
+    for name in ("search", "choose_share", "measure"):
+        monkeypatch.setattr(planning, name, None)
+    result = run(*command, "--resume", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["removed_difference"] == 0
