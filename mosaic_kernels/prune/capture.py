@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mosaic_kernels.models import STAGES, Block, ModelAdapter
 from mosaic_kernels.prune.gram import InputStatistics
+from mosaic_kernels.prune.timing import timed
 
 TOKENS_PER_BATCH = 8192
 
@@ -82,6 +83,7 @@ def _recording(adapter: ModelAdapter, seen: list[tuple[Tensor, dict[str, Any]]])
                 block.module.forward = wrapper  # type: ignore[method-assign]
 
 
+@timed("forward")
 def forward(block: Block, batch: Batch, hidden: Tensor) -> Tensor:
     """``hidden`` after ``block``, called as the model calls it."""
     output = block.module(hidden, **batch.arguments[block.index])

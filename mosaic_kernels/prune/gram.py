@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mosaic_kernels import ops
 from mosaic_kernels.errors import MosaicError, NonFiniteError
+from mosaic_kernels.prune.timing import timed
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class InputStatistics:
         self.square_sums = torch.zeros(features, dtype=torch.float64, device=device)
         self.gram = torch.zeros(features, features, device=device) if with_gram else None
 
+    @timed("gram")
     def add(self, x: Tensor) -> None:
         """Count the rows of ``x [..., features]`` in."""
         rows = x.detach().flatten(0, -2)

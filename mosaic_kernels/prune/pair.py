@@ -14,6 +14,7 @@ from torch import Tensor
 from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.models import STAGES
 from mosaic_kernels.prune.gram import InputStatistics, damped_cholesky, jacobi_ridge
+from mosaic_kernels.prune.timing import timed
 from mosaic_kernels.prune.walk import WRITES_RESIDUAL, Walk
 
 # How far the target goes from the given weight to the dense output's, and how much of the residual stream's
@@ -42,6 +43,7 @@ class PairStatistics(InputStatistics):
         self.held_out: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._factor: Tensor | None = None
 
+    @timed("gram")
     def add_pair(self, x: Tensor, dense: Tensor, drift: Tensor | None) -> None:
         """Count the same tokens of both models in."""
         self.add(x)
@@ -94,6 +96,7 @@ def collect_pair(walk: Walk, beside: Walk, stage: int) -> PairStatistics:
     return found.finish(walk.block.full_name(name))
 
 
+@timed("solve")
 def dense_target(weight: Tensor, base: Tensor, found: PairStatistics, name: str) -> Tensor:
     """The weight that would make the dense output of the pruned model's inputs, in least squares.
 

@@ -40,6 +40,7 @@ from mosaic_kernels.prune.planning import settle_plan, settle_ranks
 from mosaic_kernels.prune.recover import dense_teacher, recover_lora
 from mosaic_kernels.prune.report import make_report
 from mosaic_kernels.prune.solvers import choose_solver
+from mosaic_kernels.prune.timing import Split, measuring
 from mosaic_kernels.text import load_tokens
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,8 @@ def prune(
     if output_dir is not None:
         output = OutputDirectory(Path(output_dir), overwrite=config.overwrite, resume=config.resume)
     try:
-        return _run(model, tokenizer, config, output, list(command))
+        with measuring() as split:
+            return _run(model, tokenizer, config, output, list(command), split)
     except KeyboardInterrupt:
         raise Interrupted(_resume_hint(output, command)) from None
     except Exception as error:
@@ -135,7 +137,7 @@ def make_config(options: dict[str, Any]) -> PruneConfig:
 
 
 def _run(
-    source: Any, tokenizer: Any, config: PruneConfig, output: OutputDirectory | None, command: list[str]
+    source: Any, tokenizer: Any, config: PruneConfig, output: OutputDirectory | None, command: list[str], split: Split
 ) -> dict[str, Any]:
     clock = _Clock()
     device = resolve_device(config.device)
@@ -179,7 +181,7 @@ def _run(
     pack_model(adapter)
     pruned = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
     report = make_report(
-        adapter, plan, ranks, config, command=command, model=name, seconds=clock.seconds,
+        adapter, plan, ranks, config, command=command, model=name, seconds=clock.seconds, by_kind=split.seconds,
         perplexities=_perplexities(config, dense, pruned),
     )  # fmt: skip
     if output is None:

@@ -25,6 +25,7 @@ from mosaic_kernels.models import STAGES
 from mosaic_kernels.prune.capture import Stop
 from mosaic_kernels.prune.pair import DRIFT_SHARE
 from mosaic_kernels.prune.solvers import keep_all
+from mosaic_kernels.prune.timing import timed
 from mosaic_kernels.prune.walk import ATTENTION_OUT, WRITES_RESIDUAL, Walk
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class _Part:
     target: Tensor
 
 
+@timed("tune")
 def reconstruct(walk: Walk, beside: Walk, stage: int, tuning: Tuning | None = None) -> bool:
     """Tune the kept weights of the half of ``walk.block`` that ends with ``stage``, in place.
 

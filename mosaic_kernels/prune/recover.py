@@ -24,6 +24,7 @@ from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.prune.capture import Batch, predict
 from mosaic_kernels.prune.masked_lora import lora_layer
+from mosaic_kernels.prune.timing import timed
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ WARM_UP = 0.05  # share of the steps in which the learning rate rises
 Teacher = Callable[[Tensor], Tensor]
 
 
+@timed("tune")
 def recover_lora(
     model: Any,
     tokens: Tensor,

@@ -29,6 +29,7 @@ def make_report(
     command: Sequence[str],
     model: str,
     seconds: dict[str, float],
+    by_kind: dict[str, float],
     perplexities: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The report, counted from the pruned model itself, not from the plan.
@@ -71,6 +72,7 @@ def make_report(
         "bytes": {"dense": _dense_bytes(adapter, plan), "pruned": _pruned_bytes(adapter, config.format)},
         "perplexity": perplexities,
         "seconds": seconds,
+        "seconds_by_kind": by_kind,
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
@@ -135,4 +137,6 @@ def format_table(report: dict[str, Any]) -> str:
         lines.append(f"perplexity     {change} on {found['tokens']:,} tokens of {found['text']}")
     spent = ", ".join(f"{station} {seconds:.1f}" for station, seconds in report["seconds"].items())
     lines.append(f"seconds        {spent}")
+    kinds = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in report["seconds_by_kind"].items())
+    lines.append(f"of these       {kinds}")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from mosaic_kernels.prune.composite import Plan
 from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.sensitivity import GRAM_TOKENS, divergence
 from mosaic_kernels.prune.solvers import Target, choose_solver, keep_all, solve
+from mosaic_kernels.prune.timing import timed
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Evolution:
     swaps: int = 3
 
 
+@timed("probe")
 def search(adapter: ModelAdapter, plan: Plan, tokens: Tensor, seed: int, evolution: Evolution | None = None) -> Plan:
     """The plan with its zeros spread better; every count of units and the sum of the zeros stay.
 

@@ -25,6 +25,7 @@ from mosaic_kernels.prune.capture import Batch, advance, collect_and_advance, em
 from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.solvers import Solver, Target, solve
 from mosaic_kernels.prune.structured import refit, sweep
+from mosaic_kernels.prune.timing import timed
 
 CURVE_SPARSITIES = (0.5, 0.7, 0.9)
 PROBE_SPARSITY = 0.7  # one of those above; probes made there serve .5 to .8
@@ -178,9 +179,11 @@ class _Probe:
             current = advance(block, current)
         return [predict(self.adapter, batch.hidden) for batch in current]
 
+    @timed("probe")
     def advance(self, block: Block) -> None:
         self.batches = advance(block, self.batches)
 
+    @timed("probe")
     def divergence(self, block: Block, weights: Mapping[str, Tensor]) -> float:
         """KL(dense ‖ probed) per token in nats, with these weights in the place of the block's own."""
         before = {name: block.projection(name).weight.detach().clone() for name in weights}

@@ -17,6 +17,7 @@ from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.sensitivity import divergence
 from mosaic_kernels.prune.solvers import choose_solver
+from mosaic_kernels.prune.timing import timed
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ TOLERANCE = 1.5
 SOLVE_TOKENS, JUDGE_TOKENS = 8192, 4096
 
 
+@timed("probe")
 def choose_share(adapter: ModelAdapter, ranks: Ranks, config: PruneConfig, tokens: Tensor) -> PruneConfig:
     """The configuration with the structured share settled; the model is unchanged.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.models import Block
 from mosaic_kernels.prune.gram import InputStatistics, damped_cholesky, jacobi_ridge
+from mosaic_kernels.prune.timing import timed
 
 DAMPING = 0.01
 SWEEP_STEPS = 32  # selection loses nothing measurable against one unit at a time (tests/test_structured.py)
@@ -42,6 +43,7 @@ def select_units(weight: Tensor, gram: Tensor, unit: int, remove: int, name: str
     return sweep(weight, gram, unit, [remove], name).kept[remove]
 
 
+@timed("solve")
 def sweep(weight: Tensor, gram: Tensor, unit: int, levels: Sequence[int], name: str) -> Sweep:
     """Remove the units whose loss the remaining inputs can make up for best, and note every level on the way.
 
@@ -120,6 +122,7 @@ def _columns(units: Tensor, unit: int) -> Tensor:
     return (units.unsqueeze(1) * unit + torch.arange(unit, device=units.device)).flatten()
 
 
+@timed("solve")
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, name: str) -> Tensor:
     """Least-squares consumer on the kept features: ``argmin ‖W X - W' X_K‖²``, damped towards ``W_K``.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mosaic_kernels.models import STAGES, Block
 from mosaic_kernels.prune.capture import Batch, Stop, forward
 from mosaic_kernels.prune.gram import InputStatistics
+from mosaic_kernels.prune.timing import timed
 
 # Inputs of a stage are kept from its statistics to its product as long as they fit; beyond, the half of
 # the block before them runs again. 7B at 128 x 2048 tokens: 2 GiB before o_proj, 5.5 before down_proj.
@@ -33,6 +34,7 @@ class Walk:
         self.block, self.batches, self.residual = block, batches, list(hidden)
         self._kept: dict[tuple[int, int], Tensor] = {}
 
+    @timed("forward")
     @torch.no_grad()
     def input(self, stage: int, index: int) -> Tensor:
         """What the projections of a stage read in batch ``index``, ``[sequences, seqlen, features]``."""
@@ -54,6 +56,7 @@ class Walk:
         """Drop kept inputs: a projection before them has changed."""
         self._kept.clear()
 
+    @timed("forward")
     @torch.no_grad()
     def add(self, stage: int) -> None:
         """Add what ``o_proj`` or ``down_proj`` makes to the residual stream, which goes on to the next half."""

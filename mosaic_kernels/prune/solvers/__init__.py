@@ -15,6 +15,7 @@ from mosaic_kernels.prune.solvers.admm import SCHEDULES, admm
 from mosaic_kernels.prune.solvers.scores import magnitude, wanda
 from mosaic_kernels.prune.solvers.sparsegpt import sparsegpt
 from mosaic_kernels.prune.solvers.target import Target
+from mosaic_kernels.prune.timing import timed
 
 __all__ = ["SOLVERS", "Solver", "Target", "choose_solver", "keep_all", "solve"]
 
@@ -54,6 +55,7 @@ def choose_solver(name: str, quality: str) -> Solver:
     return _ADMM[quality] if name == "admm" else SOLVERS[name]
 
 
+@timed("solve")
 def solve(
     solver: Solver,
     weight: Tensor,

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds by kind of work: nested work counts once, and all of a run's work is found."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from small_models import random_model
+
+import mosaic_kernels as mk
+from mosaic_kernels.prune.timing import measuring, timed
+
+
+@timed("solve")
+def slow(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@timed("forward")
+def outer() -> None:
+    time.sleep(0.02)
+    slow(0.04)
+    time.sleep(0.02)
+
+
+@timed("probe")
+def probe() -> None:
+    outer()
+
+
+def test_nested_work_counts_as_its_own_kind() -> None:
+    with measuring() as split:
+        outer()
+    assert split.seconds["solve"] == pytest.approx(0.04, abs=0.02)
+    assert split.seconds["forward"] == pytest.approx(0.04, abs=0.02)
+
+
+def test_a_probe_is_a_probe_throughout() -> None:
+    with measuring() as split:
+        probe()
+        slow(0.01)
+    assert set(split.seconds) == {"probe", "solve"}
+    assert split.seconds["probe"] == pytest.approx(0.08, abs=0.04)
+
+
+def test_nothing_is_counted_where_nobody_measures() -> None:
+    with measuring() as split:
+        pass
+    outer()
+    assert split.seconds == {}
+
+
+def test_an_error_leaves_the_count_usable() -> None:
+    @timed("gram")
+    def broken() -> None:
+        raise ValueError
+
+    with measuring() as split:
+        with pytest.raises(ValueError):  # noqa: PT011
+            broken()
+        slow(0.01)
+    assert set(split.seconds) == {"gram", "solve"}
+
+
+def test_a_run_reports_its_split() -> None:
+    report = mk.prune(random_model(), calibration="random", samples=4, seqlen=16, sparsity=0.5)
+    assert set(report["seconds_by_kind"]) == {"forward", "gram", "probe", "solve"}
+    assert 0 < sum(report["seconds_by_kind"].values()) <= report["seconds"]["allocate"] + report["seconds"]["prune"]
