@@ -71,9 +71,67 @@ def linear() -> str:
     return "\n".join([*lines, "", caption(machine, "bench_linear.py")])
 
 
+OURS = (
+    "fast",
+    "default",
+    "ours",
+    "best",
+    "curve+search",
+    "default+reconstruct",
+    "best+reconstruct",
+    "ours+reconstruct",
+)
+
+
+def quality() -> str:
+    """One table per judged model."""
+    parts = []
+    for path in sorted((HERE / "results").glob("quality-*.json"), reverse=True):
+        found = json.loads(path.read_text())
+        rows: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in found["rows"]:
+            share = "" if row["share"] is None else f", {row['share']:.0%} of all structured"
+            rows.setdefault(f"{row['category']} {row['sparsity']:.0%}{share}", {})[row["method"]] = row
+        shown = [
+            m for m in ("fast", "default", "best", "best+reconstruct") if any(m in cells for cells in rows.values())
+        ]
+        lines = [
+            f"**{found['model']}**, dense perplexity {found['dense']['perplexity']:.2f} "
+            f"on {found['dense']['tokens']:,} tokens:",
+            "",
+            f"| removed | other methods | {' | '.join(shown)} | default / best other (95 %) |",
+            "|---|---|" + "---|" * (len(shown) + 1),
+        ]
+        for name, cells in rows.items():
+            others = ", ".join(f"{m} {row['excess']:.3f}" for m, row in cells.items() if m not in OURS)
+            renamed = {("default" if m == "ours" else m): row for m, row in cells.items()}
+            excesses = " | ".join(f"{renamed[m]['excess']:.3f}" if m in renamed else "" for m in shown)
+            ratio = renamed.get("default", {}).get("ratio")
+            against = (
+                f"{ratio['value']:.2f} ({ratio['interval'][0]:.2f} to {ratio['interval'][1]:.2f})" if ratio else ""
+            )
+            lines.append(f"| {name} | {others} | {excesses} | {against} |")
+        seeds = max(len(row["seeds"]) for row in found["rows"])
+        settings = found["settings"]
+        lines += ["", f"*up to {seeds} calibration seeds of {settings['samples']} x {settings['seqlen']} tokens, "
+                      f"commit {', '.join(found['commits'])}; `benchmarks/quality`*", ""]  # fmt: skip
+        parts.append("\n".join(lines))
+    return "\n".join(parts).rstrip()
+
+
+def speed() -> str:
+    path = HERE / "results" / "pruning-speed-tiny-llama.json"
+    found = json.loads(path.read_text())
+    lines = ["| pruning run | seconds | naive / it |", "|---|---|---|"]
+    naive = found["medians"]["naive"]
+    lines += [f"| {name} | {value:.1f} | {naive / value:.2f}x |" for name, value in found["medians"].items()]
+    what = f"{found['samples']} x {found['seqlen']} tokens; naive: SparseGPT sample by sample"
+    return "\n".join([*lines, "", f"*{what}; `benchmarks/quality --speed`*"])
+
+
 def filled(text: str) -> str:
     """The README with every table between its markers made anew."""
-    for name, make in (("example", example), ("linear", linear)):
+    for name, make in (("example", example), ("linear", linear), ("quality", quality), ("speed", speed)):
         begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)

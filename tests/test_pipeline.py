@@ -20,7 +20,7 @@ from mosaic_kernels.errors import CalibrationError, Interrupted, NonFiniteError,
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.ops import use_backend
-from mosaic_kernels.prune import pipeline
+from mosaic_kernels.prune import pipeline, planning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -213,7 +213,7 @@ def test_a_path_and_an_object_give_the_same_weights(dense_dir: Path, tmp_path: P
 
 def test_ranks_are_reused_to_the_byte(dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mk.prune(dense_dir, output_dir=tmp_path / "a", sparsity=0.6, **QUICK)
-    monkeypatch.setattr(pipeline, "rank", None)  # the second run may not rank
+    monkeypatch.setattr(planning, "rank", None)  # the second run may not rank
     ranks = tmp_path / "a" / "ranks.json"
     mk.prune(dense_dir, output_dir=tmp_path / "b", sparsity=0.6, ranks=ranks, **QUICK)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
@@ -291,8 +291,8 @@ def test_a_resumed_run_gives_the_same_bytes(
     assert not out.exists()
     solved.clear()
     with pytest.MonkeyPatch.context() as patch:  # neither ranked nor probed again
-        patch.setattr(pipeline, "rank", None)
-        patch.setattr(pipeline, "measure", None)
+        patch.setattr(planning, "rank", None)
+        patch.setattr(planning, "measure", None)
         mk.prune(dense_dir, output_dir=out, resume=True, **options)
     assert solved == list(range(after, 3))
     assert (out / "ranks.json").read_text() == (tmp_path / "whole" / "ranks.json").read_text()

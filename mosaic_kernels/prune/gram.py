@@ -29,12 +29,14 @@ class InputStatistics:
     Attributes:
         tokens: number of rows seen.
         square_sums: ``float64 [features]``.
+        sums: ``float64 [features]``; only beside a Gram.
         gram: ``float32 [features, features]``, the sum of outer products, or ``None``.
     """
 
     def __init__(self, features: int, device: torch.device, *, with_gram: bool) -> None:
         self.tokens = 0
         self.square_sums = torch.zeros(features, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(features, dtype=torch.float64, device=device)
         self.gram = torch.zeros(features, features, device=device) if with_gram else None
 
     @timed("gram")
@@ -45,7 +47,9 @@ class InputStatistics:
         if self.gram is None:
             self.square_sums += ops.column_square_sums(rows)
         else:
-            add_outer_products(self.gram, rows.float())
+            rows = rows.float()
+            self.sums += rows.sum(0)
+            add_outer_products(self.gram, rows)
 
     def finish(self, name: str) -> InputStatistics:
         """Check the sums; ``name`` says whose input this is.
@@ -81,6 +85,12 @@ class InputStatistics:
         if self.gram is None:
             raise MosaicError("this solver needs Gram matrices but only column norms were collected")
         return self.gram / max(1, self.tokens)
+
+
+def centred(statistics: InputStatistics) -> tuple[Tensor, Tensor]:
+    """Mean Gram of the inputs less their mean, and that mean, both fp32."""
+    mean = (statistics.sums / max(1, statistics.tokens)).float()
+    return statistics.mean_gram - torch.outer(mean, mean), mean
 
 
 def add_outer_products(gram: Tensor, rows: Tensor) -> None:

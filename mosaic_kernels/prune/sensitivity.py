@@ -33,7 +33,7 @@ GRAM_TOKENS = 8192
 PROBE_TOKENS = 4096
 HALVES = ((0, 1), (2, 3))  # stages of attention, stages of the FFN
 GROUP_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the KV groups that can go: all but one
-CHANNEL_LEVELS = (0.15, 0.3, 0.5, 0.7, 0.9)
+CHANNEL_LEVELS = (0.15, 0.3, 0.5, 0.7, 0.9, 1.0)  # the same
 
 
 @dataclass(frozen=True)

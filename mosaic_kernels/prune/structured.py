@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.models import Block
-from mosaic_kernels.prune.gram import InputStatistics, damped_cholesky, jacobi_ridge
+from mosaic_kernels.prune.gram import InputStatistics, centred, damped_cholesky, jacobi_ridge
 from mosaic_kernels.prune.timing import timed
 
 DAMPING = 0.01
@@ -180,14 +180,20 @@ def _remove(
     count: int,
     weight: Tensor | None,
 ) -> dict[str, Tensor]:
-    layer, name, gram = block.projection(consumer), block.full_name(consumer), statistics.mean_gram
+    layer, name = block.projection(consumer), block.full_name(consumer)
     weight = layer.weight.detach().float() if weight is None else weight
+    # A bias can stand in for the mean of what is removed, so only what varies about it need be refitted.
+    gram, mean = (statistics.mean_gram, None) if layer.bias is None else centred(statistics)
     kept = select_units(weight, gram, unit, count, name)
     features = kept.repeat_interleave(unit)
-    refitted = refit(weight, gram, features, name).to(layer.weight.dtype)
+    refitted = refit(weight, gram, features, name)
+    bias = None
+    if layer.bias is not None and mean is not None:
+        bias = (layer.bias.detach().float() + weight @ mean - refitted @ mean[features]).to(layer.bias.dtype)
+    refitted = refitted.to(layer.weight.dtype)
     if not bool(torch.isfinite(refitted).all()):
         raise NonFiniteError(f"{name}: the refitted weights overflow {refitted.dtype}; run with --dtype float32")
-    block.replace(consumer, _like(layer, refitted, layer.bias))
+    block.replace(consumer, _like(layer, refitted, bias))
     rows = {producer: kept.repeat_interleave(width) for producer, width in producers.items()}
     for producer, left in rows.items():
         old = block.projection(producer)

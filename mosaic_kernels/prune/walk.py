@@ -33,11 +33,13 @@ class Walk:
     def __init__(self, block: Block, batches: Sequence[Batch], hidden: Sequence[Tensor]) -> None:
         self.block, self.batches, self.residual = block, batches, list(hidden)
         self._kept: dict[tuple[int, int], Tensor] = {}
+        self._past_attention = False
 
     @timed("forward")
     @torch.no_grad()
     def input(self, stage: int, index: int) -> Tensor:
         """What the projections of a stage read in batch ``index``, ``[sequences, seqlen, features]``."""
+        assert (stage >= FFN_IN) == self._past_attention, "a walk goes through a block once, from front to back"
         found = self._kept.get((stage, index))
         if found is None:
             found = self._run(stage, index)
@@ -64,6 +66,7 @@ class Walk:
         for index, hidden in enumerate(self.residual):
             self.residual[index] = hidden + layer(self.input(stage, index))
             self._kept.pop((stage, index), None)
+        self._past_attention = True
 
 
 @torch.no_grad()
