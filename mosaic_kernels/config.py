@@ -20,9 +20,9 @@ OutputFormat = Literal["mosaic", "dense"]
 
 DEFAULT_SEQLEN = 2048
 
-# Share of the removed parameters that composite pruning removes as whole heads and channels when the
-# user names no share: at 60 % removed in all, a third (20 %) structured costs little quality and
-# already shrinks every matrix and the KV cache.
+# Share of the removed parameters that composite pruning removes as whole heads and channels where no share
+# is named and none can be judged (a policy without probes): at 60 % removed in all, a third (20 %) structured
+# costs little quality and already shrinks every matrix and the KV cache.
 DEFAULT_STRUCTURED_PART = 1 / 3
 
 
@@ -82,8 +82,8 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
-        if self.recover == "lora" and self.samples < 2:
-            raise UsageError(f"recover lora trains on some sequences and judges by others: samples is {self.samples}")
+        if self.recover != "none" and self.samples < 2:
+            raise UsageError(f"recovery tunes on some sequences and judges by others: samples is {self.samples}")
         self._check_pattern()
         self._check_share()
 
@@ -121,11 +121,6 @@ class PruneConfig:
         return composite and self.by_curves and self.sparsity > 0
 
     @property
-    def zeros_share(self) -> float:
-        """Fraction of what structured removal leaves that becomes zero."""
-        return 1 - (1 - self.sparsity) / (1 - self.share)
-
-    @property
     def share(self) -> float:
         """Fraction of all prunable parameters to remove as whole units."""
         if self.category == "unstructured":
@@ -136,7 +131,7 @@ class PruneConfig:
             return self.structured_share
         if self.group is not None:  # the pattern fixes the unstructured part: 1 - S = (1 - share) n / m
             n, m = self.group
-            return 1 - (1 - self.sparsity) * m / n
+            return max(0.0, round(1 - (1 - self.sparsity) * m / n, 12))
         return self.sparsity * DEFAULT_STRUCTURED_PART
 
     def _check_pattern(self) -> None:

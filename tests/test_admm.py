@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_solvers import output_error, problem, statistics_of
@@ -79,3 +82,27 @@ def test_more_refit_steps_never_hurt() -> None:
 
     losses = [loss(refit_on_mask(weight * keep, weight, hessian, keep, steps)) for steps in (0, 1, 3, 10, 30)]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_solve_of_the_widest_projection_of_7b_takes_less_than_6_gib() -> None:
+    """Measured at a quarter of 4096 x 11008: everything that is held grows with the product of two widths."""
+    script = """
+import resource, torch
+from mosaic_kernels.prune.pair import PairStatistics, dense_target
+from mosaic_kernels.prune.solvers import Solver, Target, solve
+from mosaic_kernels.prune.solvers.admm import Schedule, admm
+
+features, rows = 2752, 1024
+weight, x, drift = torch.randn(rows, features).bfloat16(), torch.randn(64, features).bfloat16(), torch.randn(64, rows)
+torch.linalg.cholesky(torch.eye(64))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+found = PairStatistics(features, features, rows, weight.device)
+found.add_pair(x, x, drift)
+wanted = dense_target(weight.float(), weight.float(), found.finish("w"), "w")
+short = Schedule(steps=2, ramp=1, penalties=(1.0,), refit_steps=2)
+solve(Solver(admm(short), with_gram=True, two_streams=True), wanted, found, Target(weight.numel() // 2), "w")
+print(peak() - before)
+"""
+    kibibytes = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert 16 * kibibytes * 1024 <= 6 << 30

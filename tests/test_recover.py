@@ -53,9 +53,15 @@ def pruned_pair(
     return adapter.blocks[0], dense, [Batch(b.hidden, b.arguments, b.hidden, b.held_out) for b in batches]
 
 
-def walks(block: Block, dense: Block, batches: list[Batch]) -> tuple[Walk, Walk]:
-    hidden = [batch.hidden for batch in batches]
-    return Walk(block, batches, hidden), Walk(dense, batches, hidden)
+def walk_to(block: Block, batches: list[Batch], stage: int) -> Walk:
+    """A walk that stands before the half that ends with this stage."""
+    walk = Walk(block, batches, [batch.hidden for batch in batches])
+    walk._past_attention = stage == FFN_OUT
+    return walk
+
+
+def walks(block: Block, dense: Block, batches: list[Batch], stage: int) -> tuple[Walk, Walk]:
+    return walk_to(block, batches, stage), walk_to(dense, batches, stage)
 
 
 def weights(block: Block) -> dict[str, Tensor]:
@@ -85,7 +91,7 @@ def test_reconstruction_leaves_zeros_in_their_places_and_lowers_the_error(
     before, flags = weights(block), [parameter.requires_grad for parameter in block.module.parameters()]
     others = {name: value.clone() for name, value in block.module.state_dict().items() if "_proj.weight" not in name}
     error = held_out_error(block, dense, batches)
-    walk, beside = walks(block, dense, batches)
+    walk, beside = walks(block, dense, batches, ATTENTION_OUT)
     for stage in HALVES:
         assert reconstruct.reconstruct(walk, beside, stage, Tuning(tokens=64))
         walk.forget()
@@ -114,7 +120,7 @@ def test_reconstruction_of_a_real_block(tiny_llama: Path, tokenizer: Any, calibr
     batches = [Batch(b.hidden, b.arguments, b.hidden, b.held_out) for b in batches]
     zero_weights(adapter, 0.7)
     error = held_out_error(adapter.blocks[0], dense, batches)
-    walk, beside = walks(adapter.blocks[0], dense, batches)
+    walk, beside = walks(adapter.blocks[0], dense, batches, ATTENTION_OUT)
     for stage in HALVES:
         assert reconstruct.reconstruct(walk, beside, stage, Tuning(tokens=512))
         walk.forget()
@@ -128,7 +134,7 @@ def test_reconstruction_that_fails_is_put_back(stage: int, caplog: pytest.LogCap
     block, dense, batches = pruned_pair()
     before = weights(block)
     with caplog.at_level(logging.INFO, "mosaic_kernels"):
-        assert not reconstruct.reconstruct(*walks(block, dense, batches), stage, Tuning(rate=1e6, epochs=2))
+        assert not reconstruct.reconstruct(*walks(block, dense, batches, stage), stage, Tuning(rate=1e6, epochs=2))
     assert same(weights(block), before)
     assert "put back" in caplog.text
 
@@ -138,8 +144,8 @@ def test_what_only_fits_noise_is_put_back(stage: int) -> None:
     """Training sequences ask for another block's outputs, held-out ones for what the half already makes."""
     block, _, batches = pruned_pair()
     other = ModelAdapter.of(random_model(seed=9)).blocks[0]
-    walk, beside = walks(block, other, batches)
-    twin = Walk(block.copy(), batches, [batch.hidden for batch in batches])
+    walk, beside = walks(block, other, batches, stage)
+    twin = walk_to(block.copy(), batches, stage)
     for index, batch in enumerate(batches):
         if batch.held_out:
             beside._kept[stage, index] = twin.input(stage, index)
@@ -156,7 +162,7 @@ def test_what_only_fits_noise_is_put_back(stage: int) -> None:
 @pytest.mark.parametrize("stage", HALVES)
 def test_a_half_in_steps_makes_what_the_block_makes(stage: int, kind: str, implementation: str) -> None:
     block, dense, batches = pruned_pair(kind, cut=True, attn_implementation=implementation, sliding_window=8)
-    walk, beside = walks(block, dense, batches)
+    walk, beside = walks(block, dense, batches, stage)
     parts, judges, _ = reconstruct._parts(walk, beside, stage, Tuning(tokens=96))
     assert [len(part.hidden) for part in parts] == [3, 3, 3, 1]
     assert [len(part.hidden) for part in judges] == [2]
@@ -173,7 +179,7 @@ def test_a_half_in_steps_makes_what_the_block_makes(stage: int, kind: str, imple
 
 def test_only_kept_weights_have_gradients() -> None:
     block, dense, batches = pruned_pair()
-    walk, beside = walks(block, dense, batches)
+    walk, beside = walks(block, dense, batches, FFN_OUT)
     half = reconstruct._Half(walk, FFN_OUT)
     part = reconstruct._parts(walk, beside, FFN_OUT, Tuning())[0][0]
     keep = {name: weight != 0 for name, weight in half.weights.items()}
@@ -202,13 +208,13 @@ def test_a_kept_weight_never_becomes_zero() -> None:
 @pytest.mark.parametrize(("sequences", "changed"), [(1, False), (2, True)])
 def test_the_last_sequence_judges_where_none_is_held_out(sequences: int, changed: bool) -> None:
     block, dense, batches = pruned_pair(sequences=sequences, held_out=0)
-    assert reconstruct.reconstruct(*walks(block, dense, batches), FFN_OUT) is changed
+    assert reconstruct.reconstruct(*walks(block, dense, batches, FFN_OUT), FFN_OUT) is changed
 
 
 def test_an_unknown_half_is_refused() -> None:
     block, dense, batches = pruned_pair()
     with pytest.raises(MosaicError, match="no half"):
-        reconstruct.reconstruct(*walks(block, dense, batches), FFN_IN)
+        reconstruct.reconstruct(*walks(block, dense, batches, FFN_OUT), FFN_IN)
 
 
 @pytest.mark.parametrize("solver", ["admm", "wanda"])

@@ -64,6 +64,30 @@ def test_errors_rise_and_halves_share_a_weight() -> None:
         assert all(len(part) == 1 and min(part) > 0 for part in weights)
 
 
+def test_every_unit_costs_more_up_to_the_last_that_can_go() -> None:
+    adapter, found = measured()
+    for block in adapter.blocks:
+        groups, channels = found.removal[block.prefix]
+        assert groups.removed[-1] == block.key_value_heads - 1
+        assert channels.removed[-1] == block.channels - 1
+        for cost in (groups, channels):
+            assert cost(0) == 0
+            assert list(cost.costs) == sorted(cost.costs)
+
+
+def test_measuring_one_part_keeps_the_other() -> None:
+    adapter = ModelAdapter.of(random_model(intermediate_size=64))
+    tokens = torch.randint(96, (24, 32), generator=torch.Generator().manual_seed(1))
+    zeros = measure(adapter, tokens, FAST, zeros=True, units=False)
+    assert not zeros.removal
+    both = measure(adapter, tokens, FAST, zeros=False, units=True, per_projection=True, known=zeros)
+    assert (both.curves, both.weights, both.per_projection) == (zeros.curves, zeros.weights, False)
+    alone = measure(adapter, tokens, FAST, zeros=True, units=False, per_projection=True, known=both)
+    assert alone.per_projection
+    assert alone.removal == both.removal
+    assert alone.weights != both.weights
+
+
 def test_a_ranking_keeps_what_was_measured(tmp_path: Path) -> None:
     adapter, found = measured()
     projections = {name: {5.0: 0.1} for name in adapter.sizes()}

@@ -226,9 +226,8 @@ class Ranking:
         path = self.path(seed)
         if not path.exists():  # the cheapest run that leaves error curves and probes behind
             with tempfile.TemporaryDirectory(prefix="quality-") as scratch:
-                self.bench.prune(
-                    seed, Path(scratch) / "out", category="unstructured", sparsity=RANKED_AT, quality="fast"
-                )
+                options = {"category": "unstructured", "sparsity": RANKED_AT, "quality": "fast", "policy": "curve"}
+                self.bench.prune(seed, Path(scratch) / "out", **options)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text((Path(scratch) / "out" / "ranks.json").read_text())
         return path

@@ -42,7 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--structured-share",
         type=float,
         metavar="R",
-        help="fraction of all prunable parameters removed as heads and channels (composite; default: S / 3)",
+        help="fraction of all prunable parameters removed as heads and channels (composite; default: S/6, S/3 or S/2, "
+        "as trials tell)",
     )
     target.add_argument("--pattern", help="unstructured, or N:M such as 2:4, which keeps N of every M")
     target.add_argument("--channel-multiple", type=int, metavar="M", help="FFN widths stay multiples of M channels")
@@ -56,7 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
     method.add_argument("--outlier-threshold", type=float, metavar="A", help="an outlier scores above A times the mean")
     method.add_argument("--max-deviation", type=float, metavar="L", help="half the spread of targets around S")
     method.add_argument("--solver", choices=get_args(SolverName), help="who chooses the zeros and the new values")
-    method.add_argument("--quality", choices=get_args(Quality), help="how long solver admm works on each projection")
+    method.add_argument(
+        "--quality",
+        choices=get_args(Quality),
+        help="fast: Wanda's mask and a refit, no probes; best: longer solves, every projection probed",
+    )
     method.add_argument(
         "--recover",
         choices=get_args(Recovery),

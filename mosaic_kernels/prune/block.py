@@ -41,7 +41,7 @@ def prune_block(
         units: heads and channels to remove.
         zeros: weights to set to zero, by the projection's full name.
         group: ``(n, m)`` of an N:M pattern.
-        dense: an untouched copy of the block, where its outputs are aimed at.
+        dense: an untouched copy of the block, for solvers that aim at its outputs, and for recovery.
         recover: tune the kept weights of each half by gradient descent; needs ``dense``.
 
     Returns:
@@ -73,6 +73,7 @@ class _Work:
     ) -> None:
         self.block, self.batches, self.solver, self.targets, self.dense = block, batches, solver, targets, dense
         self.recover = recover
+        self.aims = dense is not None and solver.two_streams  # at the dense outputs, not only beside them
         self.exact = exact  # in a model that gets zeros, only the planned ones may be there
         self.rows: dict[str, Tensor] = {}  # which rows of the dense weight a narrowed projection still has
         self.walk = Walk(block, batches, [batch.hidden for batch in batches])
@@ -101,7 +102,7 @@ class _Work:
 
     def _solve_half(self, first: int, last: int) -> None:
         for stage in (first, last):
-            if self.dense is not None or any(self.targets[name].remove for name in STAGES[stage]):
+            if self.aims or any(self.targets[name].remove for name in STAGES[stage]):
                 self._solve_stage(stage, self._collect(stage, with_gram=self.solver.with_gram))
             elif self.exact:
                 self._keep_all(stage)
@@ -112,7 +113,7 @@ class _Work:
             self.beside.add(last)
 
     def _collect(self, stage: int, *, with_gram: bool) -> InputStatistics:
-        if self.beside is not None:
+        if self.aims and self.beside is not None:
             return collect_pair(self.walk, self.beside, stage)
         return collect(self.walk, stage, with_gram=with_gram)
 

@@ -112,6 +112,13 @@ def predict(adapter: ModelAdapter, hidden: Tensor) -> Tensor:
     return logits
 
 
+def predictions(adapter: ModelAdapter, blocks: Iterable[Block], batches: list[Batch]) -> list[Tensor]:
+    """Logits of every batch after it went through ``blocks``, the model's own or stand-ins for them."""
+    for block in blocks:
+        batches = advance(block, batches)
+    return [predict(adapter, batch.hidden) for batch in batches]
+
+
 @torch.no_grad()
 def collect_and_advance(
     block: Block, batches: Iterable[Batch], *, with_gram: bool

@@ -10,15 +10,16 @@ import torch
 
 from mosaic_kernels.checkpoint.reader import load_skeleton
 from mosaic_kernels.cli import resolve_device
-from mosaic_kernels.config import DEFAULT_SEQLEN
-from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.config import DEFAULT_SEQLEN, PruneConfig
+from mosaic_kernels.models import STAGES, ModelAdapter
 from mosaic_kernels.prune.capture import TOKENS_PER_BATCH
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
-from mosaic_kernels.prune.pipeline import make_config, settle_category
+from mosaic_kernels.prune.pipeline import keeps_dense_side, make_config, settle_category
 from mosaic_kernels.prune.planning import to_measure
 from mosaic_kernels.prune.sensitivity import PROBE_TOKENS
-from mosaic_kernels.prune.solvers import Solver, choose_solver
+from mosaic_kernels.prune.solvers import choose_solver
+from mosaic_kernels.prune.walk import KEPT_BYTES
 
 
 def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
     adapter = ModelAdapter.of(skeleton)
     ranks = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
     known = not any(to_measure(config, ranks)) and not config.chooses_share
+    known = known and not (config.policy == "curve+search" and config.needs_curves)
     known = known and (ranks is not None or not config.needs_ranks)
     plan = make_plan(adapter, ranks, config if known else replace(config, policy="uniform"))
     dtype = next(skeleton.parameters()).dtype
@@ -63,8 +65,7 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
                 dtype,
                 config.samples,
                 seqlen,
-                choose_solver(config.solver, config.quality),
-                probes=config.needs_curves or config.needs_removal_costs,
+                config,
             )
         },
         "projections": {
@@ -90,25 +91,37 @@ def _peak(
     dtype: torch.dtype,
     samples: int,
     seqlen: int,
-    solver: Solver,
-    *,
-    probes: bool,
+    config: PruneConfig,
 ) -> int:
     """Weights, two generations of hidden states, and the largest projection's working set.
 
-    A solve holds about four fp32 Grams (sum, damped copy, factor, inverse factor) and four fp32 copies
-    of the weight; a forward pass holds one batch of the widest activation in fp32.
+    A solve holds about four fp32 Grams (sum, damped copy, factor, inverse factor) and four fp32 copies of the
+    weight, two Grams more beside the dense stream, whose kept inputs come on top; a forward pass holds one batch of
+    the widest activation in fp32. A search holds two copies of the model and all Grams.
     """
+    solver, beside = choose_solver(config.solver, config.quality), keeps_dense_side(config)
+    searches = config.policy == "curve+search" and config.needs_curves
     hidden = adapter.blocks[0].projection("self_attn.q_proj").in_features
-    states = (4 if solver.two_streams else 2) * samples * seqlen * hidden * dtype.itemsize
+    states = (4 if beside else 2) * samples * seqlen * hidden * dtype.itemsize
     widest = max(i for _, i in plan.original_shapes.values())
     largest = max(o * i for o, i in plan.original_shapes.values())
+    kept = (1 + beside) * min(KEPT_BYTES["cpu"], samples * seqlen * widest * dtype.itemsize)
     gram = (6 if solver.two_streams else 4) * widest * widest * 4 if solver.with_gram or plan.structured_removed else 0
     # probes keep the dense model's predictions and make as many again
     vocabulary = cast(Any, adapter.model).get_output_embeddings().out_features
-    predictions = 2 * min(samples * seqlen, PROBE_TOKENS) * vocabulary * dtype.itemsize if probes else 0
+    predictions = (
+        2 * min(samples * seqlen, PROBE_TOKENS) * vocabulary * dtype.itemsize
+        if config.needs_curves or config.needs_removal_costs
+        else 0
+    )
     activations = 3 * min(samples * seqlen, max(TOKENS_PER_BATCH, seqlen)) * widest * 4
-    return dense + states + max(activations, gram + 4 * largest * 4, predictions)
+    searching = 0
+    if searches:
+        inputs = [adapter.blocks[0].projection(names[0]).in_features for names in STAGES]
+        searching = 2 * plan.prunable * dtype.itemsize + len(adapter.blocks) * sum(4 * i * i for i in inputs)
+    # tuning holds masters, gradients and two moments in fp32: of half a block, or a masked copy of the weights
+    tuning = {"none": 0, "reconstruct": 5 * 3 * largest * 4, "lora": plan.prunable * dtype.itemsize}[config.recover]
+    return dense + states + max(activations, kept + gram + 4 * largest * 4, predictions, searching, tuning)
 
 
 def describe(prediction: dict[str, Any]) -> str:

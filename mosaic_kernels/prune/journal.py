@@ -68,7 +68,11 @@ class Journal:
         if not path.exists():
             return None
         found = _read(path)
-        return found["structured_share"], found["zeros"]
+        try:
+            share, zeros = found["structured_share"], {str(k): int(v) for k, v in found["zeros"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UsageError(f"cannot resume: {path} is damaged; start afresh with --overwrite") from None
+        return None if share is None else float(share), zeros
 
     def write(self, path: Path, save: Callable[[Path], Any]) -> None:
         """Make a file of the journal, which appears whole or not at all.

@@ -23,7 +23,7 @@ from mosaic_kernels.checkpoint.reader import check_finite, load_model
 from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
 from mosaic_kernels.cli import resolve_device
 from mosaic_kernels.config import DEFAULT_SEQLEN, Category, PruneConfig
-from mosaic_kernels.errors import EnvironmentError_, Interrupted, UsageError
+from mosaic_kernels.errors import CalibrationError, EnvironmentError_, Interrupted, UsageError
 from mosaic_kernels.evaluate.perplexity import Perplexity, perplexity
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
@@ -37,15 +37,13 @@ from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.journal import Journal, has_blocks
 from mosaic_kernels.prune.masked_lora import lora_layer
 from mosaic_kernels.prune.planning import settle_plan, settle_ranks
-from mosaic_kernels.prune.recover import dense_teacher, recover_lora
+from mosaic_kernels.prune.recover import HELD_OUT, dense_teacher, recover_lora
 from mosaic_kernels.prune.report import make_report
 from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.prune.timing import Split, measuring
 from mosaic_kernels.text import load_tokens
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT = 16
 
 # What changes the result, and so must agree before blocks of an interrupted run are used again.
 _RESULT_OPTIONS = (
@@ -163,6 +161,11 @@ def _run(
     calibration = calibrate(
         config.calibration, tokenizer, vocabulary, samples=config.samples, seqlen=seqlen, seed=config.seed
     )
+    if config.recover != "none" and len(calibration.tokens) < 2:
+        raise CalibrationError(
+            f"recovery needs a second sequence to judge by, and {config.calibration} makes one of {seqlen} tokens: "
+            "give more text or a smaller --seqlen"
+        )
     given = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
     journal = _journal(output, calibration, config, name, _weights_digest(adapter))
     dense = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
@@ -174,15 +177,16 @@ def _run(
     lap = clock.lap("allocate", lap)
     batches = _prune_blocks(adapter, batches, plan, config, journal)
     lap = clock.lap("prune", lap)
+    tuned = None
     if config.recover == "lora" and plan.removed:
-        recover_lora(model, calibration.tokens, teacher=dense_teacher(adapter, batches), seed=config.seed)
+        tuned = recover_lora(model, calibration.tokens, teacher=dense_teacher(adapter, batches), seed=config.seed)
         clock.lap("recover", lap)
 
     pack_model(adapter)
     pruned = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
     report = make_report(
         adapter, plan, ranks, config, command=command, model=name, seconds=clock.seconds, by_kind=split.seconds,
-        perplexities=_perplexities(config, dense, pruned),
+        tuned=tuned, perplexities=_perplexities(config, dense, pruned),
     )  # fmt: skip
     if output is None:
         clock.stop()
@@ -193,7 +197,7 @@ def _run(
 
 def _embed(adapter: ModelAdapter, tokens: Tensor, config: PruneConfig) -> list[Batch]:
     """The calibration batches; where targets are aimed at, one sequence in ``HELD_OUT`` judges them."""
-    held_out = len(tokens) // HELD_OUT if _keeps_dense_side(config) else 0
+    held_out = len(tokens) // HELD_OUT if keeps_dense_side(config) else 0
     batches = embed(adapter, tokens[: len(tokens) - held_out])
     return [*batches, *embed(adapter, tokens[len(tokens) - held_out :], held_out=True)]
 
@@ -253,7 +257,7 @@ def _prune_blocks(
     if not plan.removed:
         return batches  # refitting a dense model to itself would only add rounding
     solver = choose_solver(config.solver, config.quality)
-    beside = _keeps_dense_side(config)
+    beside = keeps_dense_side(config)
     if beside:
         batches = [replace(batch, dense=batch.hidden) for batch in batches]
     bar = tqdm(adapter.blocks, desc="block", unit="block", disable=not sys.stderr.isatty(), file=sys.stderr)
@@ -270,7 +274,7 @@ def _prune_blocks(
     return batches
 
 
-def _keeps_dense_side(config: PruneConfig) -> bool:
+def keeps_dense_side(config: PruneConfig) -> bool:
     """Whether the dense model's activations run beside the pruned one's."""
     return choose_solver(config.solver, config.quality).two_streams or config.recover != "none"
 

@@ -146,7 +146,7 @@ class _Run:
         best, lowest = None, math.inf
         batches = self._batches()
         for step in range(1, steps + 1):
-            optimizer.param_groups[0]["lr"] = rate * _share(step, steps)
+            optimizer.param_groups[0]["lr"] = rate * _rate_factor(step, steps)
             with torch.enable_grad():
                 torch.autograd.backward(scaler.scale(self.loss(next(batches))))
             scaler.unscale_(optimizer)
@@ -170,7 +170,7 @@ class _Run:
             yield from torch.split(torch.randperm(self.training, generator=self.order), self.at_once)
 
 
-def _share(step: int, steps: int) -> float:
+def _rate_factor(step: int, steps: int) -> float:
     """Of the learning rate at a step, counted from 1."""
     rise = max(1, round(WARM_UP * steps))
     if step <= rise:

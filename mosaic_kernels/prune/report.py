@@ -30,6 +30,7 @@ def make_report(
     model: str,
     seconds: dict[str, float],
     by_kind: dict[str, float],
+    tuned: dict[str, Any] | None,
     perplexities: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The report, counted from the pruned model itself, not from the plan.
@@ -62,6 +63,8 @@ def make_report(
         "category": config.category,
         "policy": config.policy,
         "solver": config.solver,
+        "quality": config.quality,
+        "recover": {"method": config.recover, **(tuned or {})},
         "prunable_parameters": plan.prunable,
         "removed_parameters": structured + zeros,
         "removed_difference": structured + zeros - plan.budget,

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mosaic_kernels.models import STAGES, Block, ModelAdapter
+from mosaic_kernels.models import STAGES, ModelAdapter
 from mosaic_kernels.prune.allocate import MOST_SPARSE
 from mosaic_kernels.prune.block import prune_block
-from mosaic_kernels.prune.capture import Batch, advance, collect_and_advance, embed, predict
+from mosaic_kernels.prune.capture import Batch, collect_and_advance, embed, predictions
 from mosaic_kernels.prune.composite import Plan
 from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.sensitivity import GRAM_TOKENS, divergence
@@ -54,8 +54,8 @@ def search(adapter: ModelAdapter, plan: Plan, tokens: Tensor, seed: int, evoluti
     """The plan with its zeros spread better; every count of units and the sum of the zeros stay.
 
     Works on a copy of the model; every projection is solved for each count that is tried, by the quickest
-    solver on the dense model's Grams, and remembered. Memory: that copy, the Grams of all blocks, and the
-    solved weights.
+    solver on the dense model's Grams, and remembered for one generation. Memory: that copy, its dense weights,
+    the Grams of all blocks (22 GB for 7B), and the weights solved in one generation.
 
     Args:
         tokens: ``int64 [sequences, seqlen]``; the last ones judge where there are enough.
@@ -77,6 +77,7 @@ def search(adapter: ModelAdapter, plan: Plan, tokens: Tensor, seed: int, evoluti
         if marked[0][0] < cost:
             best, cost = rivals[0], marked[0][0]
             bar.set_postfix_str(f"{cost:.4f} nats")
+        pool.forget(best)
     logger.info("search: divergence %.4f -> %.4f nats", first, cost)
     return replace(plan, zeros=best)
 
@@ -100,17 +101,11 @@ class _Judge:
     def __init__(self, pool: _Pool, tokens: Tensor) -> None:
         self.pool = pool
         self.batches = embed(pool.adapter, tokens)
-        self.dense = self._logits(pool.adapter.blocks)
-
-    def _logits(self, blocks: tuple[Block, ...]) -> list[Tensor]:
-        current = self.batches
-        for block in blocks:
-            current = advance(block, current)
-        return [predict(self.pool.adapter, batch.hidden) for batch in current]
+        self.dense = predictions(pool.adapter, pool.adapter.blocks, self.batches)
 
     def __call__(self, zeros: dict[str, int]) -> float:
         self.pool.install(zeros)
-        return divergence(self._logits(self.pool.blocks), self.dense)
+        return divergence(predictions(self.pool.adapter, self.pool.blocks, self.batches), self.dense)
 
 
 class _Pool:
@@ -138,8 +133,13 @@ class _Pool:
         self.installed: dict[str, int] = {}
 
     def judge(self, tokens: int) -> _Judge:
-        """A judge on about so many tokens."""
-        return _Judge(self, self.judging[: max(1, tokens // self.judging.shape[1])])
+        """A judge on about so many tokens: whole sequences, or the start of one."""
+        sequences = tokens // self.judging.shape[1]
+        return _Judge(self, self.judging[:sequences] if sequences else self.judging[:1, :tokens])
+
+    def forget(self, zeros: dict[str, int]) -> None:
+        """Drop the solved weights of all other plans: kept, they would be many times the model."""
+        self.solved = {key: weight for key, weight in self.solved.items() if zeros[key[0]] == key[1]}
 
     @torch.no_grad()
     def install(self, zeros: dict[str, int]) -> None:

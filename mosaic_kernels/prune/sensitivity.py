@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mosaic_kernels.models import STAGES, Block, ModelAdapter
-from mosaic_kernels.prune.capture import Batch, advance, collect_and_advance, embed, predict
+from mosaic_kernels.prune.capture import Batch, advance, collect_and_advance, embed, predictions
 from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.solvers import Solver, Target, solve
 from mosaic_kernels.prune.structured import refit, sweep
@@ -112,12 +112,15 @@ class Sensitivity:
         curves = {str(name): Curve(*map(float, constants)) for name, constants in body["curves"].items()}
         weights = {name: float(body["weights"][name]) for name in curves}
         removal = {}
-        for prefix, halves in body["removal"].items():
+        for prefix, halves in body.get("removal", {}).items():
             groups, channels = (
                 RemovalCost(tuple(map(int, half["removed"])), tuple(map(float, half["costs"]))) for half in halves
             )
             removal[str(prefix)] = (groups, channels)
-        return cls(curves, weights, bool(body["per_projection"]), removal)
+        numbers = [*weights.values(), *(cost for halves in removal.values() for half in halves for cost in half.costs)]
+        if not all(math.isfinite(number) and number >= 0 for number in numbers):
+            raise ValueError("a cost is not a finite number from 0 on")
+        return cls(curves, weights, bool(body.get("per_projection", False)), removal)
 
 
 @torch.no_grad()
@@ -171,13 +174,7 @@ class _Probe:
 
     def __init__(self, adapter: ModelAdapter, batches: list[Batch]) -> None:
         self.adapter, self.batches = adapter, batches
-        self.dense = self._logits(0)
-
-    def _logits(self, start: int) -> list[Tensor]:
-        current = self.batches
-        for block in self.adapter.blocks[start:]:
-            current = advance(block, current)
-        return [predict(self.adapter, batch.hidden) for batch in current]
+        self.dense = predictions(adapter, adapter.blocks, batches)
 
     @timed("probe")
     def advance(self, block: Block) -> None:
@@ -190,7 +187,8 @@ class _Probe:
         try:
             for name, weight in weights.items():
                 block.projection(name).weight.copy_(weight)
-            return divergence(self._logits(block.index), self.dense)
+            rest = self.adapter.blocks[block.index :]
+            return divergence(predictions(self.adapter, rest, self.batches), self.dense)
         finally:
             for name, weight in before.items():
                 block.projection(name).weight.copy_(weight)

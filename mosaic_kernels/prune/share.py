@@ -6,13 +6,12 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from mosaic_kernels.config import PruneConfig
 from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.prune.block import prune_block
-from mosaic_kernels.prune.capture import Batch, advance, embed, predict
+from mosaic_kernels.prune.capture import Batch, embed, predictions
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.sensitivity import divergence
@@ -25,6 +24,7 @@ logger = logging.getLogger(__name__)
 PARTS = (1 / 6, 1 / 3, 1 / 2)
 # Whole units make every matrix and the KV cache smaller, which pays at once everywhere, but each costs
 # more than as many zeros: the largest share is taken whose divergence is at most this multiple of the least.
+# The example at 60 %: .022, .030 and .049 nats at 10, 20 and 30 %, so 20 % are taken.
 TOLERANCE = 1.5
 SOLVE_TOKENS, JUDGE_TOKENS = 8192, 4096
 
@@ -42,32 +42,21 @@ def choose_share(adapter: ModelAdapter, ranks: Ranks, config: PruneConfig, token
     judges = max(1, min(len(tokens) // 3, -(-JUDGE_TOKENS // seqlen)))
     solves = tokens[judges:][: max(1, SOLVE_TOKENS // seqlen)]
     batches = embed(adapter, solves if len(solves) else tokens) + embed(adapter, tokens[:judges], held_out=True)
-    dense = _judged(adapter, _dense(adapter, batches))
+    dense = predictions(adapter, adapter.blocks, [batch for batch in batches if batch.held_out])
     costs: dict[float, float] = {}
     for part in PARTS:
         share = part * config.sparsity
         plan = make_plan(adapter, ranks, replace(config, structured_share=share))
-        costs[share] = divergence(_judged(adapter, _pruned(adapter, batches, plan)), dense)
+        costs[share] = divergence(predictions(adapter, (), _pruned(adapter, batches, plan)), dense)
     chosen = max(share for share, cost in costs.items() if cost <= TOLERANCE * min(costs.values()))
     shown = ", ".join(f"{share:.1%}: {cost:.4f}" for share, cost in costs.items())
     logger.info("structured share %.1f %% of all parameters (divergence in nats at %s)", 100 * chosen, shown)
     return replace(config, structured_share=chosen)
 
 
-def _dense(adapter: ModelAdapter, batches: list[Batch]) -> list[Batch]:
-    judges = [batch for batch in batches if batch.held_out]
-    for block in adapter.blocks:
-        judges = advance(block, judges)
-    return judges
-
-
 def _pruned(adapter: ModelAdapter, batches: list[Batch], plan: Plan) -> list[Batch]:
+    """The batches that judge, after every block was pruned."""
     solver = choose_solver("admm", "fast")
     for block, units in zip(adapter.blocks, plan.units, strict=True):
         batches = prune_block(block.copy(), batches, solver, units, plan.zeros, None)
-    return batches
-
-
-@torch.no_grad()
-def _judged(adapter: ModelAdapter, batches: list[Batch]) -> list[Tensor]:
-    return [predict(adapter, batch.hidden) for batch in batches if batch.held_out]
+    return [batch for batch in batches if batch.held_out]

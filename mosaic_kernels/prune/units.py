@@ -147,15 +147,16 @@ def plan_by_cost(
         # No block has a channel to give, or one to take back: a group goes or returns, and channels make up for it.
         more = 1 if missing > 0 else -1
         able = [i for i, shape in enumerate(shapes) if 0 <= groups[i] + more < shape.groups]
-        if not able:
+        rises = {i: group_costs[i](groups[i] + more) - group_costs[i](groups[i]) for i in able}
+        for i in sorted(able, key=rises.__getitem__):
+            groups_now, lost_now = [*groups], [*lost]
+            groups_now[i] += more
+            now = _single_steps(shapes, channel_costs, groups_now, lost_now, budget, multiple, at_most=at_most)
+            if abs(now) < abs(missing) and not (at_most and now < 0):
+                groups, lost, missing = groups_now, lost_now, now
+                break
+        else:
             break
-        cheapest = min(able, key=lambda i: group_costs[i](groups[i] + more) - group_costs[i](groups[i]))
-        groups_now, lost_now = [*groups], [*lost]
-        groups_now[cheapest] += more
-        now = _single_steps(shapes, channel_costs, groups_now, lost_now, budget, multiple, at_most=at_most)
-        if abs(now) >= abs(missing) or (at_most and now < 0):
-            break
-        groups, lost, missing = groups_now, lost_now, now
     return [Units(g, c) for g, c in zip(groups, lost, strict=True)]
 
 
@@ -228,10 +229,7 @@ def _single_steps(
             if not 0 <= place < len(options[i]):
                 continue
             step = (options[i][place] - channels[i]) * shape.channel_parameters
-            after = missing - step
-            if (at_most and after < 0 and missing >= 0) or (
-                abs(after) >= abs(missing) and not (at_most and missing < 0)
-            ):
+            if not _is_nearer(missing - step, missing, at_most=at_most):
                 continue
             able.append(((costs[i](options[i][place]) - costs[i](channels[i])) / step * direction, i))
         if not missing or not able:

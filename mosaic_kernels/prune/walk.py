@@ -16,8 +16,9 @@ from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.timing import timed
 
 # Inputs of a stage are kept from its statistics to its product as long as they fit; beyond, the half of
-# the block before them runs again. 7B at 128 x 2048 tokens: 2 GiB before o_proj, 5.5 before down_proj.
-KEPT_BYTES = 4 << 30
+# the block before them runs again. 7B at 128 x 2048 tokens: 2 GiB before o_proj, 5.5 before down_proj, in
+# each of two streams; hosts must do with less, since a solve may take 5 GiB beside.
+KEPT_BYTES = {"cpu": 1 << 29, "cuda": 8 << 30}
 
 ATTENTION_OUT, FFN_IN, FFN_OUT = 1, 2, 3
 WRITES_RESIDUAL = (ATTENTION_OUT, FFN_OUT)  # the stages of o_proj and down_proj
@@ -43,7 +44,8 @@ class Walk:
         found = self._kept.get((stage, index))
         if found is None:
             found = self._run(stage, index)
-            if stage in WRITES_RESIDUAL and sum(x.nbytes for x in self._kept.values()) + found.nbytes <= KEPT_BYTES:
+            kept = sum(x.nbytes for x in self._kept.values()) + found.nbytes
+            if stage in WRITES_RESIDUAL and kept <= KEPT_BYTES.get(found.device.type, 0):
                 self._kept[stage, index] = found
         return found
 

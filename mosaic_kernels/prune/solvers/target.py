@@ -41,7 +41,10 @@ class Target:
         return ops.select(torch.where(keep, scores, -1.0), count, "matrix")
 
     def keep_best_per_row(self, scores: Tensor) -> Tensor:
-        """The same with equal counts in every row; the first rows lose one more where it does not divide."""
+        """The same with equal counts in every row, the first rows losing one more where it does not divide.
+
+        With a group it is :meth:`keep_best`, which has them wherever the pattern removes all.
+        """
         if self.group is not None:
             return self.keep_best(scores)
         rows, columns = scores.shape
