@@ -90,7 +90,12 @@ class PruneConfig:
     @property
     def group(self) -> tuple[int, int] | None:
         """(n, m) of an N:M pattern that keeps n of every m, or ``None``."""
-        return None if self.pattern == "unstructured" else _parse_group(self.pattern)
+        return None if self.pattern in ("unstructured", "row") else _parse_group(self.pattern)
+
+    @property
+    def per_row(self) -> bool:
+        """Whether every row of a projection loses equally many weights."""
+        return self.pattern == "row"
 
     @property
     def by_curves(self) -> bool:
@@ -131,10 +136,12 @@ class PruneConfig:
             return self.structured_share
         if self.group is not None:  # the pattern fixes the unstructured part: 1 - S = (1 - share) n / m
             n, m = self.group
-            return max(0.0, round(1 - (1 - self.sparsity) * m / n, 12))
+            return 0.0 if self.sparsity == (m - n) / m else 1 - (1 - self.sparsity) * m / n
         return self.sparsity * DEFAULT_STRUCTURED_PART
 
     def _check_pattern(self) -> None:
+        if self.per_row and self.category == "structured":
+            raise UsageError("pattern row sets weights to zero; category structured removes units only")
         if self.group is None:
             return
         n, m = self.group
@@ -175,5 +182,5 @@ def _parse_group(pattern: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     n, m = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 < n < m:
-        raise UsageError(f"pattern must be 'unstructured' or N:M with 0 < N < M such as 2:4, got {pattern!r}")
+        raise UsageError(f"pattern must be 'unstructured', 'row' or N:M with 0 < N < M such as 2:4, got {pattern!r}")
     return n, m

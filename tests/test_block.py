@@ -74,6 +74,17 @@ def test_a_pattern_holds(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+def test_rows_lose_equally_many(solver: str) -> None:
+    block, batches = prepared()
+    zeros = zeros_of(block, after(block, Units()), 0.5)
+    prune_block(block, batches, SOLVERS[solver], Units(), zeros, None, per_row=True)
+    assert counted(block) == zeros
+    for name in PROJECTIONS:
+        per_row = (block.projection(name).weight == 0).sum(1)
+        assert int(per_row.max() - per_row.min()) <= 1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("untouched", [("mlp.down_proj",), QKV, PROJECTIONS])
 def test_zeros_the_model_came_with_do_not_add_up(solver: str, untouched: tuple[str, ...]) -> None:
     block, batches = prepared()

@@ -283,3 +283,16 @@ def test_two_runs_are_equal_whatever_the_layout(name: str) -> None:
         solved = solve(SOLVERS[name], same, statistics_of(x), target, "w")
         assert int((solved == 0).sum()) == 1000
         assert output_error(weight, solved, x) == pytest.approx(output_error(weight, first, x), rel=1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("remove", [0, 1, 7 * 300 // 2, 7 * 300 - 4])
+def test_rows_lose_equally_many_over_many_blocks_of_columns(solver: str, remove: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    found = InputStatistics(300, torch.device("cpu"), with_gram=True)
+    found.add(torch.randn(400, 300, generator=generator))
+    weight = torch.randn(7, 300, generator=generator)
+    pruned = solve(SOLVERS[solver], weight, found.finish("x"), Target(remove, per_row=True), "w")
+    per_row = (pruned == 0).sum(1)
+    assert int(per_row.sum()) == remove
+    assert int(per_row.max() - per_row.min()) <= 1

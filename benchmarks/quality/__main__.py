@@ -33,7 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python benchmarks/quality", description=(__doc__ or "").split("\n")[0])
-    models = [ROOT / "examples" / "tiny-llama"]
+    models = [ROOT / "examples" / name for name in ("tiny-llama", "tiny-llama-mha")]
     text = ROOT / "examples" / "text"
     parser.add_argument("--models", type=Path, nargs="+", metavar="DIR", default=models, help="dense models")
     chosen = parser.add_argument_group("which cells (default: all)")
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--validation", type=Path, default=text / "validation.txt", metavar="FILE")
     run.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (%(default)s)")
     run.add_argument("--seqlen", type=int, default=256, metavar="N", help="tokens in any window (%(default)s)")
-    run.add_argument("--eval-tokens", type=int, default=60_000, metavar="N", help="held-out tokens (%(default)s)")
+    run.add_argument("--eval-tokens", type=int, default=40_000, metavar="N", help="held-out tokens (%(default)s)")
     run.add_argument("--kl-tokens", type=int, default=8192, metavar="N", help="of these, for the KL (%(default)s)")
     run.add_argument("--judge-dtype", default="auto", help="in which models are judged (%(default)s)")
     run.add_argument("--device", default="auto")
@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     out = parser.add_argument_group("results")
     out.add_argument("--output", type=Path, metavar="FILE", help="JSONL of cells (results/quality-MODEL.jsonl)")
     out.add_argument("--report-only", action="store_true", help="run nothing; report on what is finished")
-    out.add_argument("--plots", type=Path, metavar="DIR", help="draw figures there (needs matplotlib)")
+    out.add_argument("--plots", type=Path, metavar="DIR", help="figures (DIR/MODEL; default: beside the JSONL)")
     timing = parser.add_argument_group("instead of quality")
     timing.add_argument("--speed", action="store_true", help="seconds against a naive SparseGPT loop")
     timing.add_argument("--repeats", type=int, default=5, metavar="N")
@@ -98,9 +98,12 @@ def _quality(path: Path, settings: Settings, arguments: argparse.Namespace) -> i
     print(summary.markdown(result))
     for line in unavoidable:
         print(f"within one unit: {line}")
-    if arguments.plots:
-        for figure in plots.draw(result, records, arguments.plots):
+    try:
+        folder = arguments.plots / path.resolve().name if arguments.plots else output.with_suffix("")
+        for figure in plots.draw(result, records, folder):
             print(figure)
+    except ImportError as error:
+        print(f"no figures: {error}; pip install 'mosaic-kernels[plots]'", file=sys.stderr)
     for line in faults:
         print(f"counts differ: {line}", file=sys.stderr)
     for line in failed:

@@ -45,7 +45,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="fraction of all prunable parameters removed as heads and channels (composite; default: S/6, S/3 or S/2, "
         "as trials tell)",
     )
-    target.add_argument("--pattern", help="unstructured, or N:M such as 2:4, which keeps N of every M")
+    target.add_argument(
+        "--pattern", help="unstructured, row (equal counts in every row), or N:M such as 2:4, which keeps N of M"
+    )
     target.add_argument("--channel-multiple", type=int, metavar="M", help="FFN widths stay multiples of M channels")
 
     method = parser.add_argument_group("method")

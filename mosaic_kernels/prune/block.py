@@ -30,6 +30,7 @@ def prune_block(
     group: tuple[int, int] | None,
     dense: Block | None = None,
     *,
+    per_row: bool = False,
     recover: bool = False,
 ) -> list[Batch]:
     """Prune ``block`` in place and take the batches through it.
@@ -41,6 +42,7 @@ def prune_block(
         units: heads and channels to remove.
         zeros: weights to set to zero, by the projection's full name.
         group: ``(n, m)`` of an N:M pattern.
+        per_row: every row of a projection loses equally many.
         dense: an untouched copy of the block, for solvers that aim at its outputs, and for recovery.
         recover: tune the kept weights of each half by gradient descent; needs ``dense``.
 
@@ -53,7 +55,7 @@ def prune_block(
     """
     if recover and dense is None:
         raise MosaicError("reconstruction needs the dense block beside the pruned one but none was given")
-    targets = {name: Target(zeros[block.full_name(name)], group) for stage in STAGES for name in stage}
+    targets = {name: Target(zeros[block.full_name(name)], group, per_row) for stage in STAGES for name in stage}
     return _Work(block, batches, solver, targets, dense, exact=any(zeros.values()), recover=recover).run(units)
 
 

@@ -268,7 +268,9 @@ def _prune_blocks(
             batches = advance(block, batches, dense)
             continue
         recover = config.recover == "reconstruct"
-        batches = prune_block(block, batches, solver, units, plan.zeros, config.group, dense, recover=recover)
+        batches = prune_block(
+            block, batches, solver, units, plan.zeros, config.group, dense, per_row=config.per_row, recover=recover
+        )
         if journal is not None:
             journal.record(block)
     return batches

@@ -31,8 +31,12 @@ def sparsegpt(weight: Tensor, statistics: InputStatistics, target: Target, name:
         part = weight[:, start:end].contiguous()
         if target.group is None:
             scores = (part / inner.diagonal()).square().masked_fill_(dead[start:end], 0)
-            remove = target.remove * end // columns - target.remove * start // columns
-            mask = ops.select(scores, scores.numel() - remove)
+            if target.per_row:
+                whole = target.removed_per_row(len(scores))
+                mask = ops.select(scores, end - start - (whole * end // columns - whole * start // columns), "row")
+            else:
+                remove = target.remove * end // columns - target.remove * start // columns
+                mask = ops.select(scores, scores.numel() - remove, "matrix")
             part, errors, mask = ops.obs_block(part, inner, mask)
         else:
             n, m = target.group

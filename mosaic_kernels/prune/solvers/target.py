@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,17 +18,21 @@ class Target:
     Attributes:
         remove: how many, exactly; with a group, what the pattern removes or more.
         group: ``(n, m)`` keeps at most n of every m neighbours in a row; ``None`` leaves the places free.
+        per_row: every row loses equally many, the first ones one more where it does not divide.
     """
 
     remove: int
     group: tuple[int, int] | None = None
+    per_row: bool = False
 
     def part(self, share: float) -> Target:
         """A target of ``share`` of the zeros, on the way there; a pattern is kept from the start."""
-        return self if self.group is not None or share >= 1 else Target(round(self.remove * share))
+        return self if self.group is not None or share >= 1 else replace(self, remove=round(self.remove * share))
 
     def keep_best(self, scores: Tensor) -> Tensor:
-        """Mask of the best scores in this pattern, over the whole matrix."""
+        """Mask of the best scores in this pattern; where it leaves the places free, over the whole matrix."""
+        if self.per_row:
+            return self.keep_best_per_row(scores)
         if self.group is not None:
             return self.thin(scores, ops.select(scores, self.group, "group"))
         return ops.select(scores, scores.numel() - self.remove, "matrix")
@@ -47,7 +51,10 @@ class Target:
         """
         if self.group is not None:
             return self.keep_best(scores)
-        rows, columns = scores.shape
-        counts = torch.full((rows,), columns - self.remove // rows, dtype=torch.int64)
-        counts[: self.remove % rows] -= 1
-        return ops.select(scores, counts, "row")
+        return ops.select(scores, scores.shape[1] - self.removed_per_row(len(scores)), "row")
+
+    def removed_per_row(self, rows: int) -> Tensor:
+        """How many weights each row loses, ``int64 [rows]``."""
+        counts = torch.full((rows,), self.remove // rows, dtype=torch.int64)
+        counts[: self.remove % rows] += 1
+        return counts
