@@ -82,7 +82,7 @@ def test_discard_touches_nothing_else(old: Path) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 def test_what_an_interrupted_run_left(tmp_path: Path, resume: bool) -> None:
     (OutputDirectory(tmp_path / "out").journal / "block-0").write_text("done")
-    output = OutputDirectory(tmp_path / "out", resume=resume)
+    output = OutputDirectory(tmp_path / "out", resume=resume, overwrite=not resume)
     assert _names(output.journal) == ({"block-0"} if resume else set())
 
 
@@ -187,3 +187,22 @@ raise SystemExit(run_command(body))
     )
     assert done.returncode == 3, done.stderr
     assert "disk full while writing" in done.stderr
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    first = OutputDirectory(tmp_path / "out")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UsageError, match="another run is writing"):
+            OutputDirectory(tmp_path / "out", **options)
+    (first.staging / "config.json").write_text("{}")
+    first.publish()
+    assert (tmp_path / "out" / "config.json").exists()
+    OutputDirectory(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+def test_finished_blocks_are_not_dropped_by_repeating_the_command(tmp_path: Path, options: dict[str, bool]) -> None:
+    (OutputDirectory(tmp_path / "out").journal / "block-00000.safetensors").write_text("work")
+    with pytest.raises(UsageError, match="--resume goes on"):
+        OutputDirectory(tmp_path / "out")
+    assert any(OutputDirectory(tmp_path / "out", **options).journal.iterdir()) == ("resume" in options)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +33,9 @@ class OutputDirectory:
         resume: keep what an interrupted run left in ``staging``; without such a run, start afresh.
 
     Raises:
-        UsageError: ``path`` holds files and neither ``overwrite`` nor ``resume`` is given, or it
-            cannot be replaced (a file, a mount point, the home directory, a git repository).
+        UsageError: ``path`` holds files, or ``staging`` finished blocks, and neither ``overwrite`` nor ``resume``
+            is given; another run is writing there; or ``path`` cannot be replaced (a file, a mount point, the home
+            directory, a git repository).
         EnvironmentError_: the place is not writable.
     """
 
@@ -50,10 +53,32 @@ class OutputDirectory:
                 "or --resume to continue an interrupted run"
             )
         with write_errors(self.path):
+            held = self._lock()  # before anything of another run is touched
             self._recover()
             if not resume:
+                if not overwrite and any(self.journal.glob("block-*")):
+                    raise UsageError(
+                        f"an interrupted run has left finished blocks in {self.journal}: --resume goes on with them, "
+                        "--overwrite starts afresh"
+                    )
                 self.discard()
             self.journal.mkdir(parents=True, exist_ok=True)
+            if not (held and resume):
+                self._lock()
+
+    def _lock(self) -> bool:
+        """Hold the journal's folder, if there is one, while this object lives: no second run may write into it."""
+        if not self.journal.exists():
+            return False
+        handle = os.open(self.journal, os.O_RDONLY)
+        weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another run is writing {self.path}: wait for it, or choose another --output-dir"
+            ) from None
+        return True
 
     @property
     def has_files(self) -> bool:
