@@ -110,6 +110,11 @@ def test_resume_with_other_options(run: Run, dense_dir: Path) -> None:
     assert run(*resume_command(result.err)).code == 0  # what was done is still there
 
 
+def _as_from_a_terminal() -> None:
+    """Background jobs of a shell ignore SIGINT, and their children with them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_real_signal(tmp_path: Path) -> None:
     """SIGINT while blocks are being solved: 130, a journal, and a command that finishes the work."""
     random_model(num_hidden_layers=60).save_pretrained(tmp_path / "deep")
@@ -117,8 +122,9 @@ def test_a_real_signal(tmp_path: Path) -> None:
     command += ["--policy", "uniform", "--solver", "sparsegpt", "--samples", "64"]  # not done before the signal comes
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
-    ) as process:
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path,
+        preexec_fn=_as_from_a_terminal,
+    ) as process:  # fmt: skip
         journal = tmp_path / ".out.partial" / "journal"
         deadline = time.monotonic() + 120
         while not (journal / "block-00002.safetensors").exists():
