@@ -18,6 +18,7 @@ from mosaic_kernels.prune.capture import Batch, advance, embed
 from mosaic_kernels.prune.gram import InputStatistics
 from mosaic_kernels.prune.solvers import SOLVERS, Target
 from mosaic_kernels.prune.units import Units
+from mosaic_kernels.prune.walk import Walk, collect
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,3 +180,12 @@ def test_overflow_is_named(solver: str) -> None:
 
 def test_stages_cover_every_projection_once() -> None:
     assert sorted(name for stage in STAGES for name in stage) == sorted(set(PROJECTIONS))
+
+
+def test_fast_skips_tokens_only_where_there_are_plenty() -> None:
+    block, batches = prepared()  # 192 tokens for 64 and 40 features
+    walk = Walk(block, batches, [batch.hidden for batch in batches])
+    assert collect(walk, 0, with_gram=True, every=2).tokens == 192
+    narrow, many = prepared(hidden_size=4, num_attention_heads=2, num_key_value_heads=2, head_dim=2)
+    found = collect(Walk(narrow, many, [batch.hidden for batch in many]), 0, with_gram=True, every=2)
+    assert found.tokens == 96

@@ -117,7 +117,7 @@ class _Work:
     def _collect(self, stage: int, *, with_gram: bool) -> InputStatistics:
         if self.aims and self.beside is not None:
             return collect_pair(self.walk, self.beside, stage)
-        return collect(self.walk, stage, with_gram=with_gram)
+        return collect(self.walk, stage, with_gram=with_gram, every=self.solver.every)
 
     @torch.no_grad()
     def _solve_stage(self, stage: int, statistics: InputStatistics) -> None:

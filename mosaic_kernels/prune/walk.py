@@ -20,6 +20,8 @@ from mosaic_kernels.prune.timing import timed
 # each of two streams; hosts must do with less, since a solve may take 5 GiB beside.
 KEPT_BYTES = {"cpu": 1 << 29, "cuda": 8 << 30}
 
+ENOUGH_TOKENS_PER_FEATURE = 32
+
 ATTENTION_OUT, FFN_IN, FFN_OUT = 1, 2, 3
 WRITES_RESIDUAL = (ATTENTION_OUT, FFN_OUT)  # the stages of o_proj and down_proj
 
@@ -72,17 +74,19 @@ class Walk:
 
 
 @torch.no_grad()
-def collect(walk: Walk, stage: int, *, with_gram: bool) -> InputStatistics:
-    """Statistics of one stage's input.
+def collect(walk: Walk, stage: int, *, with_gram: bool, every: int = 1) -> InputStatistics:
+    """Statistics of one stage's input, from one token in ``every`` if that leaves enough for each feature.
 
     Raises:
         NonFiniteError: an input is NaN or infinite.
     """
     layer = walk.block.projection(STAGES[stage][0])
     found = InputStatistics(layer.in_features, layer.weight.device, with_gram=with_gram)
+    tokens = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in walk.batches if not batch.held_out)
+    every = every if tokens >= ENOUGH_TOKENS_PER_FEATURE * layer.in_features else 1
     for index, batch in enumerate(walk.batches):
         if not batch.held_out:
-            found.add(walk.input(stage, index))
+            found.add(walk.input(stage, index).flatten(0, -2)[::every])
     return found.finish(walk.block.full_name(STAGES[stage][0]))
 
 
