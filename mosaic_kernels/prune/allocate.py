@@ -165,8 +165,6 @@ def by_curves(
     curves: Mapping[str, Callable[[float], float]],
     weights: Mapping[str, float],
     budget: int,
-    *,
-    deviation: float = CURVE_DEVIATION,
 ) -> dict[str, int]:
     """Minimise ``sum_p weight_p * curve_p(s_p)`` under the budget.
 
@@ -176,9 +174,8 @@ def by_curves(
     Args:
         curves: error of each projection at a sparsity.
         weights: what a unit of that error costs the model.
-        deviation: no sparsity is further from the mean than this.
     """
-    low, high, at = _bisect_price(sizes, curves, weights, budget, deviation)
+    low, high, at = _bisect_price(sizes, curves, weights, budget)
     # At the price itself whoever has an edge of that slope may stand anywhere on it: go along all these
     # edges by the same share, which keeps to the optimum and the bounds.
     less, more = at(low), at(high)
@@ -192,16 +189,14 @@ def marginal_price(
     curves: Mapping[str, Callable[[float], float]],
     weights: Mapping[str, float],
     budget: int,
-    *,
-    deviation: float = CURVE_DEVIATION,
 ) -> float:
     """What the last zero of :func:`by_curves` costs."""
-    return _bisect_price(sizes, curves, weights, budget, deviation)[1]
+    return _bisect_price(sizes, curves, weights, budget)[1]
 
 
-def sparsity_grid(mean: float, deviation: float = CURVE_DEVIATION) -> NDArray[np.float64]:
+def sparsity_grid(mean: float) -> NDArray[np.float64]:
     """The sparsities that :func:`by_curves` chooses from."""
-    return np.linspace(max(0.0, mean - deviation), min(MOST_SPARSE, mean + deviation), CURVE_POINTS)
+    return np.linspace(max(0.0, mean - CURVE_DEVIATION), min(MOST_SPARSE, mean + CURVE_DEVIATION), CURVE_POINTS)
 
 
 def _bisect_price(
@@ -209,10 +204,9 @@ def _bisect_price(
     curves: Mapping[str, Callable[[float], float]],
     weights: Mapping[str, float],
     budget: int,
-    deviation: float,
 ) -> tuple[float, float, Callable[[float], dict[str, float]]]:
     """The price per parameter just below and just above the budget, and the sparsities at a price."""
-    grid = sparsity_grid(budget / max(1, sum(sizes.values())), deviation)
+    grid = sparsity_grid(budget / max(1, sum(sizes.values())))
     hulls = {}
     for name in sizes:
         costs = np.array([weights[name] * curves[name](s) for s in grid])

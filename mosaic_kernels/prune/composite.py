@@ -106,26 +106,25 @@ def _plan_units(adapter: ModelAdapter, ranks: Ranks | None, budget: int, config:
     sensitivity = None if ranks is None else ranks.sensitivity
     if not config.by_curves or sensitivity is None or not sensitivity.removal:
         return units
-    for _ in range(PRICE_ROUNDS):
-        # What zeros cost depends on what is left for them, and what is left on what zeros cost.
-        removal = _removal_costs(adapter, sensitivity, units, budget, config)
+    # What zeros cost depends on what is left for them, and what is left on what zeros cost.
+    priced = config.needs_curves and bool(sensitivity.curves)
+    for _ in range(PRICE_ROUNDS if priced else 1):
+        removal = _removal_costs(adapter, sensitivity, units, budget, priced=priced)
         units = plan_by_cost(shapes, *removal, share, multiple, at_most=at_most)
-        if config.category == "structured":
-            break
     return units
 
 
 def _removal_costs(
-    adapter: ModelAdapter, sensitivity: Sensitivity, units: list[Units], budget: int, config: PruneConfig
+    adapter: ModelAdapter, sensitivity: Sensitivity, units: list[Units], budget: int, *, priced: bool
 ) -> tuple[list[Cost], list[Cost]]:
-    """Of every block, what losing groups and what losing channels costs, zeros in the rest included.
+    """Of every block, what losing groups and what losing channels costs; ``priced``: zeros in the rest included.
 
     At the optimum a zero costs the same everywhere, the *price*. A half block that loses a unit loses the places
     for some zeros too: each is charged at that price, less what it would have cost there.
     """
     groups: list[Cost] = [sensitivity.removal[block.prefix][0] for block in adapter.blocks]
     channels: list[Cost] = [sensitivity.removal[block.prefix][1] for block in adapter.blocks]
-    if config.category == "structured" or config.group is not None or not sensitivity.curves:
+    if not priced:
         return groups, channels
     shapes = _shapes_of(adapter, units)
     sizes = {name: o * i for name, (o, i) in shapes.items()}
