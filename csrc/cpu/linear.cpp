@@ -17,7 +17,7 @@ constexpr int64_t kMinChunkWork = 1 << 15;
 constexpr int64_t kCachedBytes = 1 << 18;
 constexpr int64_t kRowMultiple = 12;
 constexpr int64_t kLoadBytes = 64;
-constexpr int64_t kInlinePacking = 1 << 19;  // elements of x that the caller interleaves alone
+constexpr int64_t kInlinePacking = 1 << 16;  // elements of x that the caller interleaves alone
 
 // The first row of chunk c when the nnz are cut into `chunks` equal parts, a multiple of the most rows
 // that a kernel takes at once.
@@ -68,7 +68,11 @@ Status sparse_linear(const LinearArgs& args) {
   if (args.threads > 1 && weights * args.rows > kInlineWork) {
     chunks = std::min(args.threads * kChunksPerThread, weights * args.rows / kMinChunkWork);
   }
-  if (args.rows > kRowBlock) chunks = std::max(chunks, weights * item_size(args.dtype) / kCachedBytes);
+  if (args.rows > kRowBlock) {
+    // Equal parts for every thread: 17 chunks would leave one of two threads idle for a ninth of the time.
+    const int64_t rounds = weights * item_size(args.dtype) / kCachedBytes / args.threads + 1;
+    chunks = std::max(chunks, rounds * args.threads);
+  }
   parallel_for(args.threads, chunks, [&](int64_t c) {
     const int64_t begin = first_row(args, c, chunks), end = first_row(args, c + 1, chunks);
     if (begin < end) table.linear[kind](task, begin, end);

@@ -137,6 +137,7 @@ struct Values {
     value[r] += popcount(word);
     if (kWithin) return Traits<T>::expand_within(word, from);
     _mm_prefetch(reinterpret_cast<const char*>(from + ahead[r]), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(bits + (R + r) * words + w), _MM_HINT_T1);
     return Traits<T>::expand(word, from);
   }
 

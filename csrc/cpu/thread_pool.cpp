@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -100,14 +101,33 @@ class Pool {
   int workers_ = 0;
 };
 
-// Never destroyed: workers may outlive static destructors. A forked child has none of its parent's
-// threads, and the mutex may have been held at the fork, so it starts over with a new pool.
+// The OpenMP runtime that the process has loaded anyway, torch's; csrc links none and looks it up by name.
+struct OpenMp {
+  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+  int (*max_threads)();
+};
+
+const OpenMp& open_mp() {
+  static const OpenMp found = {
+      reinterpret_cast<decltype(OpenMp::parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel")),
+      reinterpret_cast<decltype(OpenMp::max_threads)>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"))};
+  return found;
+}
+
+// A forked child has none of its parent's OpenMP threads, and that runtime would wait for them forever.
+std::atomic<bool> g_forked{false};
+
+// Never destroyed: workers may outlive static destructors. A forked child starts over with a new pool,
+// because the threads are gone and the mutex may have been held at the fork.
 Pool* g_pool = nullptr;
 
 Pool& pool() {
   static const bool once = [] {
     g_pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
+    pthread_atfork(nullptr, nullptr, [] {
+      g_pool = new Pool;
+      g_forked = true;
+    });
     return true;
   }();
   (void)once;
@@ -132,7 +152,14 @@ void run_chunks(int threads, int64_t chunks, ChunkBody body, const void* context
     return;
   }
   Job job{body, context, chunks, static_cast<int>(useful - 1)};
-  pool().run(job);
+  Pool& own = pool();
+  const OpenMp& team = open_mp();
+  // Only a team of the size that torch uses: OpenMP ends and starts threads whenever the size changes.
+  if (!g_forked && team.parallel && team.max_threads && team.max_threads() == threads) {
+    team.parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, threads, 0);
+  } else {
+    own.run(job);
+  }
 }
 
 void* scratch(int slot, int64_t bytes) {
