@@ -15,13 +15,24 @@ from typing import TYPE_CHECKING, Any
 from mosaic_kernels.checkpoint import register_with_transformers
 from mosaic_kernels.errors import MosaicError
 from mosaic_kernels.format import PackedWeight
+from mosaic_kernels.int8 import quantize
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.ops import pack, sparse_linear, unpack
 
 if TYPE_CHECKING:  # at run time the subpackage itself is callable, see prune/__init__.py
     from mosaic_kernels.prune.pipeline import prune
 
-__all__ = ["MosaicError", "MosaicLinear", "PackedWeight", "__version__", "pack", "prune", "sparse_linear", "unpack"]
+__all__ = [
+    "MosaicError",
+    "MosaicLinear",
+    "PackedWeight",
+    "__version__",
+    "pack",
+    "prune",
+    "quantize",
+    "sparse_linear",
+    "unpack",
+]
 
 try:
     __version__ = version("mosaic-kernels")

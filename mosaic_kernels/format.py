@@ -10,12 +10,17 @@ words, ``int32 [out_features, ceil(in_features / 32)]``; and ``offsets``, ``int6
 where each row's values begin. Where ``in_features`` is a multiple of 32 the words are a view of the
 canonical bytes, so a loaded layer holds its bits once.
 
+*int8 values* come with ``scales``, ``float32 [out_features, groups]``: one for each row (4 bytes), or one
+for every 64 columns of it (half a bit for each weight, kept or not; scales in bf16 would save a quarter
+bit and add their own error to every weight). A weight is ``value * scale`` with values of -127 to 127.
+
 ``csrc/include/mosaic/format.h`` states the same index arithmetic for C++.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +29,9 @@ from mosaic_kernels.errors import FormatError
 
 FORMAT_VERSION = 1
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROUP_COLUMNS = 64  # columns that share a scale where a row has several
+
+Weights = Literal["float", "int8", "int8-group"]
 
 _BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -38,9 +46,22 @@ def bitmask_words(in_features: int) -> int:
     return -(-in_features // 32)
 
 
-def packed_bytes(out_features: int, in_features: int, nnz: int, itemsize: int) -> int:
-    """Bytes of a projection in canonical form, without its bias."""
-    return nnz * itemsize + out_features * bitmask_bytes(in_features)
+def scale_groups(in_features: int, group: int | None) -> int:
+    """Scales that one row of int8 values has: one, or one for every ``group`` columns."""
+    return 1 if group is None else max(1, -(-in_features // group))
+
+
+def weights_group(weights: Weights) -> int | None:
+    """Columns that share a scale in int8 ``weights``; ``None``: the whole row."""
+    return GROUP_COLUMNS if weights == "int8-group" else None
+
+
+def packed_bytes(out_features: int, in_features: int, nnz: int, itemsize: int, weights: Weights = "float") -> int:
+    """Bytes of a projection in canonical form, without its bias; ``itemsize`` is that of float values."""
+    if weights == "float":
+        return nnz * itemsize + out_features * bitmask_bytes(in_features)
+    scales = 4 * out_features * scale_groups(in_features, weights_group(weights))
+    return nnz + out_features * bitmask_bytes(in_features) + scales
 
 
 def mask_to_bits(mask: Tensor) -> Tensor:
@@ -69,14 +90,36 @@ def words_from_bits(bits: Tensor) -> Tensor:
     return padded.view(torch.int32)
 
 
-def row_offsets(bits: Tensor) -> Tensor:
-    """``int64 [rows + 1]``: where each row's values begin, and after the last one the nnz."""
+def _byte_counts(bits: Tensor) -> Tensor:
+    """Set bits of every byte."""
     pairs = bits - ((bits >> 1) & 0x55)  # population count inside each byte: of 2, 4, then 8 bits
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    counts = ((fours + (fours >> 4)) & 0x0F).sum(1, dtype=torch.int64)
+    return (fours + (fours >> 4)) & 0x0F
+
+
+def row_offsets(bits: Tensor) -> Tensor:
+    """``int64 [rows + 1]``: where each row's values begin, and after the last one the nnz."""
+    counts = _byte_counts(bits).sum(1, dtype=torch.int64)
     offsets = torch.zeros(bits.shape[0] + 1, dtype=torch.int64, device=bits.device)
     torch.cumsum(counts, 0, out=offsets[1:])
     return offsets
+
+
+def scale_counts(bits: Tensor, groups: int) -> Tensor:
+    """``int64 [rows, groups]``: values that share each scale, in the order of the values."""
+    counts = _byte_counts(bits)
+    if groups == 1:
+        return counts.sum(1, keepdim=True, dtype=torch.int64)
+    group_bytes = GROUP_COLUMNS // 8
+    padded = counts.new_zeros(len(counts), groups * group_bytes)
+    padded[:, : counts.shape[1]] = counts
+    return padded.view(len(counts), groups, group_bytes).sum(-1, dtype=torch.int64)
+
+
+def dequantize(values: Tensor, scales: Tensor, bits: Tensor) -> Tensor:
+    """The fp32 values that int8 ``values`` stand for; rows of ``bits`` may be padded to whole words."""
+    counts = scale_counts(bits, scales.shape[1])
+    return values * scales.flatten().repeat_interleave(counts.flatten(), output_size=values.numel())
 
 
 @dataclass(frozen=True)
@@ -105,20 +148,26 @@ class PackedWeight:
     """A sparse ``[out_features, in_features]`` weight in canonical bitmask form.
 
     Attributes:
-        values: kept weights, row-major, ``[nnz]``, fp32, bf16 or fp16.
+        values: kept weights, row-major, ``[nnz]``, fp32, bf16, fp16 or int8.
         bitmask: ``uint8 [out_features, ceil(in_features / 8)]``, least significant bit first.
         shape: ``(out_features, in_features)``.
+        scales: of int8 values, ``float32 [out_features, groups]``, where ``groups`` is 1 or
+            ``ceil(in_features / 64)``; of float values ``None``.
+
+    Raises:
+        FormatError: a dtype or shape is another.
     """
 
     values: Tensor
     bitmask: Tensor
     shape: tuple[int, int]
+    scales: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
-        if self.values.dim() != 1 or self.values.dtype not in VALUE_DTYPES:
+        if self.values.dim() != 1 or self.values.dtype not in (*VALUE_DTYPES, torch.int8):
             raise FormatError(
-                f"packed values must be 1-D fp32, bf16 or fp16, "
+                f"packed values must be 1-D fp32, bf16 or fp16, or int8, "
                 f"got {self.values.dtype} of shape {list(self.values.shape)}"
             )
         expected = [rows, bitmask_bytes(columns)]
@@ -127,6 +176,28 @@ class PackedWeight:
                 f"the bitmask of a {rows}x{columns} weight is uint8 {expected}, "
                 f"got {self.bitmask.dtype} {list(self.bitmask.shape)}"
             )
+        self._check_scales(rows, columns)
+
+    def _check_scales(self, rows: int, columns: int) -> None:
+        if self.values.dtype != torch.int8:
+            if self.scales is not None:
+                raise FormatError(f"only int8 values have scales, and these are {self.values.dtype}")
+            return
+        if self.scales is None:
+            raise FormatError("int8 values need scales: make both with quantize()")
+        shapes = [[rows, scale_groups(columns, group)] for group in (None, GROUP_COLUMNS)]
+        if self.scales.dtype != torch.float32 or list(self.scales.shape) not in shapes:
+            raise FormatError(
+                f"the scales of a {rows}x{columns} weight are float32 {shapes[0]} or {shapes[1]}, "
+                f"got {self.scales.dtype} {list(self.scales.shape)}"
+            )
+
+    @property
+    def weights(self) -> Weights:
+        """What the values are; with 64 columns or fewer, a scale for each row is also one for each group."""
+        if self.scales is None:
+            return "float"
+        return "int8" if self.scales.shape[1] == 1 else "int8-group"
 
     @property
     def nnz(self) -> int:
@@ -140,8 +211,8 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values and the bits."""
-        return packed_bytes(*self.shape, self.nnz, self.values.element_size())
+        """Bytes of the values, the bits and the scales."""
+        return packed_bytes(*self.shape, self.nnz, self.values.element_size(), self.weights)
 
     def index(self) -> RowIndex:
         """The row bitmap's index, built at the first call and kept."""
@@ -152,10 +223,18 @@ class PackedWeight:
         return cached
 
     def validate(self, name: str = "packed weight") -> None:
-        """Raise :class:`FormatError` where bits, values and shape contradict each other."""
+        """Raise :class:`FormatError` where bits, values, scales and shape contradict each other."""
+        if self.__dict__.get("_valid"):
+            return
         bits = int(self.index().offsets[-1])
         if bits != self.nnz:
             raise FormatError(f"{name}: the bitmask counts {bits} weights but {self.nnz} values are stored")
         spare = self.bitmask.shape[1] * 8 - self.shape[1]
         if spare and bool((self.bitmask[:, -1] >> (8 - spare)).any()):
             raise FormatError(f"{name}: bits beyond column {self.shape[1]} are set")
+        if self.scales is not None:
+            if not bool((torch.isfinite(self.scales) & (self.scales >= 0)).all()):
+                raise FormatError(f"{name}: scales must be finite and not negative")
+            if self.nnz and int(self.values.min()) < -127:
+                raise FormatError(f"{name}: int8 values lie in -127 to 127, and -128 is among them")
+        object.__setattr__(self, "_valid", True)  # as the index, kept: the tensors are not to change

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mosaic_kernels.errors import KernelError
-from mosaic_kernels.format import VALUE_DTYPES, PackedWeight
+from mosaic_kernels.format import VALUE_DTYPES, PackedWeight, dequantize
 from mosaic_kernels.ops import cpu, cuda, reference, triton
 from mosaic_kernels.ops import select as _select
 from mosaic_kernels.ops.select import use_backend
@@ -32,6 +32,8 @@ __all__ = [
 
 _SCHEMAS = {
     "sparse_linear": "(Tensor x, Tensor values, Tensor words, Tensor offsets, Tensor? bias, int in_features) -> Tensor",
+    "sparse_linear_int8": "(Tensor x, Tensor values, Tensor scales, Tensor words, Tensor offsets, Tensor? bias, "
+    "int in_features, bool quantize_x) -> Tensor",
     "pack": "(Tensor weight) -> (Tensor values, Tensor bitmask)",
     "unpack": "(Tensor values, Tensor bitmask, int in_features) -> Tensor",
     "outlier_stats": "(Tensor weight, Tensor column_norms, float[] alphas) -> (Tensor score_sum, Tensor counts)",
@@ -63,6 +65,20 @@ for _op, _schema in _SCHEMAS.items():
 
 @torch.library.register_fake("mosaic::sparse_linear")
 def _(x: Tensor, values: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], words.shape[0]))
+
+
+@torch.library.register_fake("mosaic::sparse_linear_int8")
+def _(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    words: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    quantize_x: bool,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], words.shape[0]))
 
 
@@ -100,13 +116,24 @@ def _(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Ten
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, values, words, _, bias, in_features = inputs
-    if any(t is not None and t.requires_grad for t in (values, bias)):
-        raise KernelError(
-            "sparse_linear is differentiable in its activations only; call .requires_grad_(False) on the packed "
-            "values and the bias, or train the dense layer"
-        )
+    _require_frozen(values, bias)
     ctx.save_for_backward(values, words)
     ctx.in_features = in_features
+
+
+def _save_int8_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, scales, words, _, bias, in_features, _ = inputs
+    _require_frozen(scales, bias)
+    ctx.save_for_backward(values, scales, words)
+    ctx.in_features = in_features
+
+
+def _require_frozen(*constants: Tensor | None) -> None:
+    if any(t is not None and t.requires_grad for t in constants):
+        raise KernelError(
+            "sparse_linear is differentiable in its activations only; call .requires_grad_(False) on the packed "
+            "values, their scales and the bias, or train the dense layer"
+        )
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,7 +142,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad @ weight, None, None, None, None, None
 
 
+def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # activations that are rounded on their way in pass gradients as if they were not
+    values, scales, words = ctx.saved_tensors
+    bits = words.view(torch.uint8)
+    weight = torch.ops.mosaic.unpack(dequantize(values, scales, bits).to(grad.dtype), bits, ctx.in_features)
+    return grad @ weight, None, None, None, None, None, None, None
+
+
 torch.library.register_autograd("mosaic::sparse_linear", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd("mosaic::sparse_linear_int8", _int8_backward, setup_context=_save_int8_for_backward)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -149,7 +185,7 @@ def pack(weight: Tensor) -> PackedWeight:
 
 
 def unpack(packed: PackedWeight) -> Tensor:
-    """The dense ``[out_features, in_features]`` weight of a packed one.
+    """The dense ``[out_features, in_features]`` weight of a packed one, fp32 where its values are int8.
 
     Raises:
         FormatError: the number of set bits is not the number of values.
@@ -160,17 +196,23 @@ def unpack(packed: PackedWeight) -> Tensor:
         [[1.0, 0.0], [0.0, 1.0]]
     """
     packed.validate()
-    dense: Tensor = torch.ops.mosaic.unpack(packed.values, packed.bitmask, packed.shape[1])
+    values = packed.values
+    if packed.scales is not None:
+        values = dequantize(values, packed.scales, packed.bitmask)
+    dense: Tensor = torch.ops.mosaic.unpack(values, packed.bitmask, packed.shape[1])
     return dense
 
 
-def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, quantize_x: bool = False) -> Tensor:
     """``F.linear(x, unpack(packed), bias)`` without unpacking; differentiable in ``x``.
 
     Args:
-        x: activations ``[..., in_features]``, dtype and device of the packed values.
+        x: activations ``[..., in_features]`` on the device of the packed values and in their dtype;
+            fp32, bf16 or fp16 where they are int8.
         packed: the weight, ``[out_features, in_features]``.
-        bias: ``[out_features]`` or ``None``.
+        bias: ``[out_features]`` or ``None``, dtype of ``x``.
+        quantize_x: of int8 values: round each row of ``x`` to int8 too, in steps of absmax / 127, so that
+            products are of integers. Faster where the machine has dot products of bytes; adds their error.
 
     Returns:
         ``[..., out_features]`` in the dtype of ``x``; sums are kept in fp32.
@@ -189,7 +231,11 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
         x.dim() >= 1 and x.shape[-1] == columns,
         f"x has {x.shape[-1] if x.dim() else 0} features but this projection takes {columns}",
     )
-    _require(x.dtype == packed.values.dtype, f"x is {x.dtype} but the packed values are {packed.values.dtype}")
+    if packed.scales is None:
+        _require(x.dtype == packed.values.dtype, f"x is {x.dtype} but the packed values are {packed.values.dtype}")
+        _require(not quantize_x, f"quantize_x is for int8 values, and these are {packed.values.dtype}")
+    else:
+        _require(x.dtype in VALUE_DTYPES, f"x must be fp32, bf16 or fp16, got {x.dtype}")
     _require(
         x.device == packed.values.device, f"x is on {x.device} but the packed values are on {packed.values.device}"
     )
@@ -198,7 +244,12 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
         _require(bias.dtype == x.dtype, f"bias is {bias.dtype} but x is {x.dtype}")
     packed.validate()
     index = packed.index()
-    out: Tensor = torch.ops.mosaic.sparse_linear(x, packed.values, index.words, index.offsets, bias, columns)
+    where = (index.words, index.offsets, bias, columns)
+    out: Tensor
+    if packed.scales is None:
+        out = torch.ops.mosaic.sparse_linear(x, packed.values, *where)
+    else:
+        out = torch.ops.mosaic.sparse_linear_int8(x, packed.values, packed.scales, *where, quantize_x)
     return out
 
 

@@ -10,13 +10,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic_kernels.errors import NonFiniteError
-from mosaic_kernels.format import bits_to_mask, mask_to_bits
+from mosaic_kernels.format import GROUP_COLUMNS, bits_to_mask, dequantize, mask_to_bits
 
 
 def sparse_linear(
     x: Tensor, values: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None, in_features: int
 ) -> Tensor:
     return F.linear(x, unpack(values, words.view(torch.uint8), in_features), bias)
+
+
+def sparse_linear_int8(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    words: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    quantize_x: bool,
+) -> Tensor:
+    bits = words.view(torch.uint8)
+    if quantize_x:
+        rounded, steps = quantize_rows(x)
+        columns = in_features if scales.shape[1] == 1 else GROUP_COLUMNS
+        weight = unpack(values.double(), bits, in_features)  # exact for whole numbers up to 2^53
+        groups = zip(torch.split(rounded.double(), columns, -1), torch.split(weight, columns, 1), strict=True)
+        sums = (F.linear(*group).float() * scale for group, scale in zip(groups, scales.unbind(1), strict=True))
+        out = steps * sum(sums, start=torch.zeros_like(steps))
+    else:
+        out = F.linear(x.float(), unpack(dequantize(values, scales, bits), bits, in_features))
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers of -127 to 127 in fp32 (a row with NaN or Inf: NaN), and the size of each row's steps."""
+    steps = x.float().abs().amax(-1, keepdim=True) / 127
+    return torch.where(steps == 0, 0, x.float() / steps).round().clamp(-127, 127), steps
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
