@@ -10,12 +10,15 @@ from mosaic_kernels.errors import FormatError
 from mosaic_kernels.format import (
     PackedWeight,
     RowIndex,
+    Weights,
     bitmask_bytes,
     bitmask_words,
     bits_to_mask,
+    dequantize,
     mask_to_bits,
     packed_bytes,
     row_offsets,
+    scale_counts,
     words_from_bits,
 )
 
@@ -117,4 +120,70 @@ def test_bits_that_contradict_the_values() -> None:
 def test_bits_beyond_the_last_column() -> None:
     packed = PackedWeight(torch.ones(1), torch.tensor([[1 << 5]], dtype=torch.uint8), (1, 5))
     with pytest.raises(FormatError, match="beyond column 5"):
+        packed.validate()
+
+
+def _int8(shape: tuple[int, int], groups: int) -> PackedWeight:
+    rows, columns = shape
+    mask = torch.rand(shape) < 0.5
+    values = torch.randint(-127, 128, (int(mask.sum()),), dtype=torch.int8)
+    return PackedWeight(values, mask_to_bits(mask), (rows, columns), torch.rand(rows, groups))
+
+
+@pytest.mark.parametrize(("shape", "groups", "weights"), [((3, 130), 1, "int8"), ((3, 130), 3, "int8-group")])
+def test_int8_values_and_their_scales_count(shape: tuple[int, int], groups: int, weights: Weights) -> None:
+    packed = _int8(shape, groups)
+    packed.validate()
+    assert packed.weights == weights
+    assert packed.scales is not None
+    stored = packed.values.nbytes + packed.bitmask.nbytes + packed.scales.nbytes
+    assert packed.nbytes == stored == packed_bytes(*shape, packed.nnz, 2, weights)
+    assert packed_bytes(*shape, packed.nnz, 2) == 2 * packed.nnz + packed.bitmask.nbytes
+
+
+@pytest.mark.parametrize(("columns", "groups"), [(1, 1), (64, 1), (65, 2), (130, 3), (130, 1), (192, 3)])
+def test_every_value_meets_the_scale_of_its_columns(columns: int, groups: int) -> None:
+    packed = _int8((4, columns), groups)
+    assert packed.scales is not None
+    mask = bits_to_mask(packed.bitmask, columns)
+    counts = scale_counts(packed.bitmask, groups)
+    parts = mask.split(columns if groups == 1 else 64, 1)
+    assert counts.tolist() == torch.stack([part.sum(1) for part in parts], 1).tolist()
+    each = packed.scales.repeat_interleave(columns if groups == 1 else 64, 1)[:, :columns]
+    for bits in (packed.bitmask, packed.index().words.view(torch.uint8)):  # padded to words or not
+        assert torch.equal(dequantize(packed.values, packed.scales, bits), packed.values * each[mask])
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        (None, "int8 values need scales"),
+        (torch.ones(2, 1, dtype=torch.bfloat16), r"are float32 \[2, 1\] or \[2, 2\], got torch.bfloat16 \[2, 1\]"),
+        (torch.ones(2, 3), r"got torch.float32 \[2, 3\]"),
+        (torch.ones(2), r"got torch.float32 \[2\]"),
+    ],
+)
+def test_scales_that_do_not_fit(scales: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        PackedWeight(torch.ones(2, dtype=torch.int8), torch.zeros(2, 9, dtype=torch.uint8), (2, 70), scales)
+
+
+def test_float_values_have_no_scales() -> None:
+    with pytest.raises(FormatError, match=r"only int8 values have scales, and these are torch\.float32"):
+        PackedWeight(torch.ones(2), torch.zeros(2, 1, dtype=torch.uint8), (2, 8), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_scales_that_are_no_steps(bad: float) -> None:
+    packed = _int8((3, 70), 2)
+    assert packed.scales is not None
+    packed.scales[1, 1] = bad
+    with pytest.raises(FormatError, match=r"layers\.0\.q: scales must be finite and not negative"):
+        packed.validate("layers.0.q")
+
+
+def test_the_range_of_int8_values_is_symmetric() -> None:
+    packed = _int8((3, 70), 1)
+    packed.values[0] = -128
+    with pytest.raises(FormatError, match="-128"):
         packed.validate()
