@@ -10,20 +10,29 @@ from torch import Tensor, nn
 
 from mosaic_kernels import ops
 from mosaic_kernels.errors import FormatError
-from mosaic_kernels.format import PackedWeight, RowIndex, bitmask_bytes
-from mosaic_kernels.ops.select import fast_sparse_linear
+from mosaic_kernels.format import PackedWeight, RowIndex, Weights, bitmask_bytes, scale_groups, weights_group
+from mosaic_kernels.int8 import quantize
+from mosaic_kernels.ops.select import fast_sparse_linear, fast_sparse_linear_int8
 
 
 class MosaicLinear(nn.Linear):
     """Drop-in replacement of ``nn.Linear`` for a weight with zeros.
 
     Equivalent to ``F.linear(x, unpack(packed), bias)``. The weight is frozen: gradients reach the
-    input, never the packed values.
+    input, never the packed values. A cast (``.to(dtype)``) changes float values and the bias; int8 values
+    and their scales stay as they are, and the output has the input's dtype.
 
     Attributes:
-        weight: kept values in row-major order, ``[nnz]``, fp32, bf16 or fp16.
+        weight: kept values in row-major order, ``[nnz]``, fp32, bf16, fp16 or int8.
         bitmask: ``uint8 [out_features, ceil(in_features / 8)]``, least significant bit first.
+        scales: of int8 values, ``float32 [out_features, groups]``, see :mod:`mosaic_kernels.format`; else ``None``.
         bias: ``[out_features]`` or ``None``.
+        quantize_activations: with int8 values, round each row of the input to int8 as well.
+
+    Args:
+        nnz: kept weights to make room for.
+        dtype: of float values, and of the bias.
+        weights: ``float``, ``int8`` (a scale for each row) or ``int8-group`` (for each 64 columns of it).
 
     Example:
         >>> import torch, mosaic_kernels as mk
@@ -36,6 +45,7 @@ class MosaicLinear(nn.Linear):
     """
 
     bitmask: nn.Parameter
+    scales: nn.Parameter | None
 
     def __init__(
         self,
@@ -46,24 +56,39 @@ class MosaicLinear(nn.Linear):
         nnz: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        weights: Weights = "float",
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.weight = _frozen(torch.zeros(nnz, device=device, dtype=dtype))
+        self.quantize_activations = False
+        self.weight = _frozen(torch.zeros(nnz, device=device, dtype=dtype if weights == "float" else torch.int8))
+        self.scales = None  # an ordinary attribute while it is None: a parameter takes 10 times as long to look up
+        if weights != "float":
+            groups = scale_groups(in_features, weights_group(weights))
+            self.scales = _frozen(torch.zeros(out_features, groups, device=device, dtype=torch.float32))
         self.bitmask = _frozen(torch.zeros(out_features, bitmask_bytes(in_features), device=device, dtype=torch.uint8))
         self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
         # with the bitmask it was built from, in a tuple: a bare Parameter would register as a second one
         self._index: tuple[nn.Parameter, RowIndex] | None = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> Self:
+    def from_linear(cls, linear: nn.Linear, weights: Weights = "float") -> Self:
         """Pack the zeros of ``linear`` away; device, dtype and bias are kept.
+
+        Args:
+            linear: the dense layer.
+            weights: ``float`` keeps the values bit for bit; ``int8`` and ``int8-group`` round them, see
+                :func:`~mosaic_kernels.int8.quantize`.
 
         Raises:
             KernelError: the layer's weight is not 2-D fp32, bf16 or fp16.
+            NonFiniteError: weights to round are NaN or infinite.
         """
         with torch.no_grad():
-            layer = cls.from_packed(ops.pack(linear.weight.detach()), linear.bias)
+            packed = ops.pack(linear.weight.detach())
+            if weights != "float":
+                packed = quantize(packed, weights_group(weights))
+            layer = cls.from_packed(packed, linear.bias)
         layer.train(linear.training)
         return layer
 
@@ -72,12 +97,13 @@ class MosaicLinear(nn.Linear):
         """A layer over an already packed weight; nothing is copied.
 
         Raises:
-            FormatError: bits, values and shape contradict each other.
+            FormatError: bits, values, scales and shape contradict each other.
         """
         packed.validate()
         rows, columns = packed.shape
-        layer = cls(columns, rows, bias=False, device="meta", dtype=packed.values.dtype)
+        layer = cls(columns, rows, bias=False, device="meta", weights=packed.weights)
         layer.weight, layer.bitmask = _frozen(packed.values), _frozen(packed.bitmask)
+        layer.scales = None if packed.scales is None else _frozen(packed.scales)
         layer.bias = None if bias is None else _frozen(bias.detach())  # type: ignore[assignment]
         layer._index = (layer.bitmask, packed.index())
         return layer
@@ -95,20 +121,29 @@ class MosaicLinear(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """The weight in canonical form, sharing this layer's memory."""
-        return PackedWeight(self.weight.detach(), self.bitmask.detach(), (self.out_features, self.in_features))
+        scales = None if self.scales is None else self.scales.detach()
+        return PackedWeight(self.weight.detach(), self.bitmask.detach(), (self.out_features, self.in_features), scales)
 
-    def to_dense(self) -> nn.Linear:
-        """An ordinary ``nn.Linear`` with the same function."""
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ordinary ``nn.Linear`` with the same function.
+
+        Args:
+            dtype: of its weight and bias; left out, that of the values, where they are int8 that of the
+                bias, and without one fp32.
+        """
+        weight, bias = ops.unpack(self.packed), None if self.bias is None else self.bias.detach()
+        if dtype is None:
+            dtype = weight.dtype if bias is None else bias.dtype
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        dense.weight = _frozen(ops.unpack(self.packed))
-        dense.bias = None if self.bias is None else _frozen(self.bias.detach().clone())
+        dense.weight = _frozen(weight.to(dtype))
+        dense.bias = None if bias is None else _frozen(bias.to(dtype, copy=True))
         return dense.train(self.training)
 
     def build_index(self, name: str = "MosaicLinear") -> None:
         """Derive what the kernels need from the bits; called after the parameters were replaced.
 
         Raises:
-            FormatError: bits, values and shape contradict each other (``name`` is in the message).
+            FormatError: bits, values, scales and shape contradict each other (``name`` is in the message).
         """
         packed = self.packed
         packed.validate(name)
@@ -118,27 +153,42 @@ class MosaicLinear(nn.Linear):
         if self._index is None or self._index[0] is not self.bitmask:
             self.build_index()
         assert self._index is not None  # for the type checker: build_index set it
-        index = self._index[1]
-        return fast_sparse_linear(input, self.weight, index.words, index.offsets, self.bias, self.in_features)
+        index, scales = self._index[1], self.scales
+        if scales is None:
+            return fast_sparse_linear(input, self.weight, index.words, index.offsets, self.bias, self.in_features)
+        return fast_sparse_linear_int8(
+            input, self.weight, scales, index.words, index.offsets, self.bias, self.in_features,
+            self.quantize_activations,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, density={self.density:.3f}"
-        )
+        ) + ("" if self.scales is None else f", weights={self.packed.weights}")
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: the values come from a checkpoint or a dense layer."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         had_index, self._index = self._index is not None, None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales is None:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        else:  # moves between devices, but casts of float tensors pass by integers
+            self.scales = _frozen(self.scales.view(torch.int32))
+            try:
+                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            finally:
+                self.scales = _frozen(self.scales.view(torch.float32))
         if had_index and not self.bitmask.is_meta:  # not after to_empty(), whose bits are garbage
             self.build_index()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         weight = state_dict.get(prefix + "weight")
+        if weight is not None and (weight.dtype == torch.int8) is not (self.weight.dtype == torch.int8):
+            rest[-1].append(f"{prefix}weight: values are {weight.dtype}, and those of this layer {self.weight.dtype}")
+            return  # an ordinary copy would cast them
         if weight is not None and weight.dim() == 1 and weight.shape != self.weight.shape:
             # another pattern has another nnz: take its size, so that the ordinary copy fits
             self.weight = _frozen(self.weight.new_empty(weight.shape))
