@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // mosaic_kernels._C_cpu: addresses and sizes in, exceptions out. The GIL is released around the work.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
 
 #include "mosaic/kernels.h"
 #include "status.h"
@@ -33,6 +37,34 @@ void sparse_linear(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t off
        LinearArgs{address<void>(x), address<void>(values), address<uint32_t>(words),
                   address<int64_t>(offsets), address<void>(bias), address<void>(out), rows, in_features,
                   out_features, nnz, DType(dtype), threads});
+}
+
+void sparse_linear_int8(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias,
+                        uintptr_t out, int64_t rows, int64_t in_features, int64_t out_features, int64_t nnz,
+                        int dtype, int threads, uintptr_t scales, int64_t scale_groups, bool quantize_x) {
+  call(
+      "sparse_linear", cpu::sparse_linear,
+      LinearArgs{address<void>(x), address<void>(values), address<uint32_t>(words), address<int64_t>(offsets),
+                 address<void>(bias), address<void>(out), rows, in_features, out_features, nnz, DType(dtype),
+                 threads, address<float>(scales), scale_groups, quantize_x});
+}
+
+// Each part: (values, words, offsets, bias, out, out_features, nnz, scales, scale_groups).
+void sparse_linear_group(uintptr_t x, int64_t rows, int64_t in_features, int dtype, int threads,
+                         bool quantize_x, const std::vector<std::array<int64_t, 9>>& parts) {
+  std::vector<LinearArgs> args;
+  args.reserve(parts.size());
+  for (const auto& p : parts) {
+    args.push_back({address<void>(x), address<void>(p[0]), address<uint32_t>(p[1]), address<int64_t>(p[2]),
+                    address<void>(p[3]), address<void>(p[4]), rows, in_features, p[5], p[6], DType(dtype),
+                    threads, address<float>(p[7]), p[8], quantize_x});
+  }
+  Status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = cpu::sparse_linear_group(args.data(), static_cast<int64_t>(args.size()));
+  }
+  raise_unless_ok(status, "sparse_linear");
 }
 
 void pack_bits(uintptr_t weight, uintptr_t bitmask, uintptr_t offsets, int64_t rows, int64_t columns,
@@ -85,6 +117,8 @@ PYBIND11_MODULE(_C_cpu, m) {
   using namespace mosaic::python;
   m.doc() = "CPU kernels of mosaic_kernels; call them through mosaic_kernels.ops";
   m.def("sparse_linear", python::sparse_linear<cpu::sparse_linear>);
+  m.def("sparse_linear_int8", python::sparse_linear_int8);
+  m.def("sparse_linear_group", python::sparse_linear_group);
   m.def("emulate_linear_decode", python::sparse_linear<cpu::emulate_linear_decode>);
   m.def("pack_bits", python::pack_bits);
   m.def("pack_values", pack_or_unpack<cpu::pack_values>);

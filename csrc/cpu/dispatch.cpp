@@ -64,7 +64,7 @@ Cpu detect() {
     std::strcat(cpu.features, feature.name);
   }
   if (has_avx2 && fma && f16c && bmi && popcnt) cpu.best = kAvx2;
-  if (cpu.best == kAvx2 && base512 && vbmi2 && bf16) cpu.best = kAvx512;
+  if (cpu.best == kAvx2 && base512 && vbmi2 && bf16 && vnni) cpu.best = kAvx512;
   return cpu;
 }
 

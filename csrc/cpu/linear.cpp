@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shares the rows of a sparse weight out over threads, in chunks of equal nnz.
+// Shares the rows of one or several weights out over threads, in chunks of equal nnz.
 #include <algorithm>
 
 #include "cpu/table.h"
@@ -19,19 +19,25 @@ constexpr int64_t kRowMultiple = 12;
 constexpr int64_t kLoadBytes = 64;
 constexpr int64_t kInlinePacking = 1 << 16;  // elements of x that the caller interleaves alone
 
-// The first row of chunk c when the nnz are cut into `chunks` equal parts, a multiple of the most rows
+constexpr int64_t kMaxParts = 8;
+
+// What a weight costs to read: its words as well as its values.
+int64_t weights_of(const LinearArgs& a) {
+  return a.words ? a.nnz + a.out_features * bitmask_words(a.in_features) : a.out_features * a.in_features;
+}
+
+// The first row of chunk c when a weight is cut into `chunks` equal parts, a multiple of the most rows
 // that a kernel takes at once.
 int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
   if (c <= 0) return 0;
   if (c >= chunks) return a.out_features;
-  // A row costs its words as well as its values, hence the second term.
+  const int64_t target = weights_of(a) / chunks * c;
   const int64_t words = bitmask_words(a.in_features);
-  const int64_t total = a.nnz + a.out_features * words;
-  const int64_t target = total / chunks * c;
   int64_t low = 0, high = a.out_features;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (a.offsets[middle] + middle * words < target) {
+    const int64_t before = a.words ? a.offsets[middle] + middle * words : middle * a.in_features;
+    if (before < target) {
       low = middle + 1;
     } else {
       high = middle;
@@ -40,44 +46,103 @@ int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
   return low / kRowMultiple * kRowMultiple;
 }
 
+struct Part {
+  LinearTask task;
+  void (*run)(const LinearTask&, int64_t begin, int64_t end);
+  int64_t chunks;
+};
+
+WeightKind kind_of(const LinearArgs& a) {
+  if (!a.words) return kDense;
+  if (!a.scales) return kPacked;
+  return a.quantize_x ? kPackedInt8TimesInt8 : kPackedInt8;
+}
+
+int64_t chunks_of(const LinearArgs& a) {
+  const int64_t weights = weights_of(a);
+  int64_t chunks = 1;
+  if (a.threads > 1 && weights * a.rows > kInlineWork) {
+    chunks = std::min(a.threads * kChunksPerThread, weights * a.rows / kMinChunkWork);
+  }
+  if (a.rows > kRowBlock) {
+    // Equal parts for every thread: 17 chunks would leave one of two threads idle for a ninth of the time.
+    const int64_t rounds = weights * item_size(a.dtype) / kCachedBytes / a.threads + 1;
+    chunks = std::max(chunks, rounds * a.threads);
+  }
+  return chunks;
+}
+
+const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
+  if (a.words && a.offsets[a.out_features] != a.nnz)
+    return "offsets end at another number of values than are stored";
+  if (a.scales && a.scale_groups != 1 && a.scale_groups != scale_groups_of(a.in_features))
+    return "int8 values have one scale per row, or one per row and 64 columns";
+  if (a.x != first.x || a.rows != first.rows || a.in_features != first.in_features ||
+      a.dtype != first.dtype || (a.quantize_x && a.scales) != (first.quantize_x && first.scales))
+    return "weights of one dispatch must take the same x";
+  return nullptr;
+}
+
+// Interleaves x, or rounds it to int8, where the kernels want it so.
+bool prepare_x(const KernelTable& table, const LinearArgs& a, LinearTask* task) {
+  const int kind = static_cast<int>(a.dtype);
+  const int64_t padded = bitmask_words(a.in_features) * kWordBits;
+  const bool quantized = a.quantize_x && a.scales;
+  const int x_size = table.packed_x_size(a.dtype);
+  task->x = a.x;
+  if (!quantized && a.rows == 1 && padded == a.in_features && x_size == item_size(a.dtype)) return true;
+  const int64_t row_bytes = quantized ? table.quantized_row_bytes(a.in_features) : padded * x_size;
+  auto* packed = static_cast<char*>(scratch(0, a.rows * row_bytes));
+  float* scales = quantized ? static_cast<float*>(scratch(2, a.rows * sizeof(float))) : nullptr;
+  if (!packed || (quantized && !scales)) return false;
+  const int threads = a.rows * padded > kInlinePacking ? a.threads : 1;
+  parallel_for(threads, (a.rows + kRowBlock - 1) / kRowBlock, [&](int64_t b) {
+    const int64_t n = b * kRowBlock, count = std::min(kRowBlock, a.rows - n);
+    const char* from = static_cast<const char*>(a.x) + n * a.in_features * item_size(a.dtype);
+    if (quantized) {
+      table.quantize_x[kind](from, count, a.in_features, packed + n * row_bytes, scales + n);
+    } else {
+      table.pack_x[kind](from, count, a.in_features, packed + n * row_bytes);
+    }
+  });
+  task->x = packed;
+  task->x_scales = scales;
+  return true;
+}
+
 }  // namespace
 
-Status sparse_linear(const LinearArgs& args) {
-  if (args.offsets[args.out_features] != args.nnz) {
-    return invalid("offsets end at another number of values than are stored");
-  }
-  if (args.rows == 0 || args.out_features == 0) return {};
+Status sparse_linear_group(const LinearArgs* args, int64_t count) {
+  if (count > kMaxParts) return invalid("at most 8 weights in one dispatch");
   const KernelTable& table = kernels();
-  const int kind = static_cast<int>(args.dtype);
-  LinearTask task{args, args.x, std::max<int64_t>(0, args.nnz - kLoadBytes / item_size(args.dtype) + 1)};
-  const int64_t padded = bitmask_words(args.in_features) * kWordBits;
-  const int x_size = table.packed_x_size(args.dtype);
-  if (args.rows > 1 || padded != args.in_features || x_size != item_size(args.dtype)) {
-    auto* packed = static_cast<char*>(scratch(0, args.rows * padded * x_size));
-    if (!packed) return {Code::kUnavailable, "sparse_linear: out of memory"};
-    const int threads = args.rows * padded > kInlinePacking ? args.threads : 1;
-    parallel_for(threads, (args.rows + kRowBlock - 1) / kRowBlock, [&](int64_t b) {
-      const int64_t n = b * kRowBlock;
-      table.pack_x[kind](static_cast<const char*>(args.x) + n * args.in_features * item_size(args.dtype),
-                         std::min(kRowBlock, args.rows - n), args.in_features, packed + n * padded * x_size);
-    });
-    task.x = packed;
+  Part parts[kMaxParts];
+  LinearTask shared{};
+  int64_t used = 0, chunks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const LinearArgs& a = args[i];
+    if (const char* problem = contradiction(a, args[0])) return invalid(problem);
+    if (a.rows == 0 || a.out_features == 0) continue;
+    const auto run = table.linear[kind_of(a)][static_cast<int>(a.dtype)];
+    if (!run) return {Code::kUnavailable, "this processor has no kernel for dense weights"};
+    if (used == 0 && !prepare_x(table, a, &shared)) {
+      return {Code::kUnavailable, "sparse_linear: out of memory"};
+    }
+    const int64_t value_size = a.scales ? 1 : item_size(a.dtype);
+    const int64_t fast_values = std::max<int64_t>(0, a.nnz - kLoadBytes / value_size + 1);
+    parts[used] = {{a, shared.x, fast_values, shared.x_scales}, run, chunks_of(a)};
+    chunks += parts[used++].chunks;
   }
-  const int64_t weights = args.nnz + args.out_features * bitmask_words(args.in_features);
-  int64_t chunks = 1;
-  if (args.threads > 1 && weights * args.rows > kInlineWork) {
-    chunks = std::min(args.threads * kChunksPerThread, weights * args.rows / kMinChunkWork);
-  }
-  if (args.rows > kRowBlock) {
-    // Equal parts for every thread: 17 chunks would leave one of two threads idle for a ninth of the time.
-    const int64_t rounds = weights * item_size(args.dtype) / kCachedBytes / args.threads + 1;
-    chunks = std::max(chunks, rounds * args.threads);
-  }
-  parallel_for(args.threads, chunks, [&](int64_t c) {
-    const int64_t begin = first_row(args, c, chunks), end = first_row(args, c + 1, chunks);
-    if (begin < end) table.linear[kind](task, begin, end);
+  if (used == 0) return {};
+  parallel_for(args[0].threads, chunks, [&](int64_t c) {
+    const Part* part = parts;
+    for (; c >= part->chunks; ++part) c -= part->chunks;
+    const LinearArgs& a = part->task.args;
+    const int64_t begin = first_row(a, c, part->chunks), end = first_row(a, c + 1, part->chunks);
+    if (begin < end) part->run(part->task, begin, end);
   });
   return {};
 }
+
+Status sparse_linear(const LinearArgs& args) { return sparse_linear_group(&args, 1); }
 
 }  // namespace mosaic::cpu

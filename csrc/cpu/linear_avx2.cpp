@@ -52,31 +52,43 @@ __m256 expand(uint32_t byte, const float* values) {
   return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lane, 31)), moved);
 }
 
+__m256 expand(uint32_t byte, const int8_t* values) {
+  const __m128i shuffle = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.lane[byte]));
+  const __m128i kept = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_shuffle_epi8(kept, shuffle)));
+}
+
 float horizontal_sum(__m256 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Adds the bias and stores the sums of `count` weight rows, from `row` on, for row n of x.
+// Scales, adds the bias and stores the sums of `count` weight rows, from `row` on, for row n of x.
 template <typename T>
-void store_sums(const LinearArgs& a, int64_t row, int64_t n, const float* sums, int count) {
+void store_sums(const LinearTask& task, int64_t row, int64_t n, const float* sums, int count) {
+  const LinearArgs& a = task.args;
   const T* bias = static_cast<const T*>(a.bias);
   T* out = static_cast<T*>(a.out) + n * a.out_features + row;
-  for (int r = 0; r < count; ++r) store(bias ? sums[r] + to_float(bias[row + r]) : sums[r], out + r);
+  for (int r = 0; r < count; ++r) {
+    float sum = a.scale_groups == 1 ? sums[r] * a.scales[row + r] : sums[r];
+    if (task.x_scales) sum *= task.x_scales[n];
+    store(bias ? sum + to_float(bias[row + r]) : sum, out + r);
+  }
 }
 
-// R weight rows from `row` on and N rows of x from `first` on. kWithin: never load past the last value
-// of a row, for the rows whose end is less than a full load from the end of the values.
-template <typename T, int R, int N, bool kWithin>
+// R weight rows from `row` on and N rows of x from `first` on; V is what a value is stored as. kWithin: never
+// load past the last value of a row, for the rows whose end is less than a full load from the end of the
+// values.
+template <typename T, typename V, int R, int N, bool kWithin>
 void multiply(const LinearTask& task, int64_t row, int64_t first) {
   static_assert(R * N <= 8, "the sums, a weight and its shuffle must fit 16 registers");
   const LinearArgs& a = task.args;
   const int64_t words = bitmask_words(a.in_features);
   const float* x = static_cast<const float*>(task.x) + first * words * kWordBits;
   const uint32_t* bits = a.words + row * words;
-  const T* value[R];
-  for (int r = 0; r < R; ++r) value[r] = static_cast<const T*>(a.values) + a.offsets[row + r];
+  const V* value[R];
+  for (int r = 0; r < R; ++r) value[r] = static_cast<const V*>(a.values) + a.offsets[row + r];
 
   __m256 sum[R][N];
 #pragma GCC unroll 4
@@ -88,16 +100,20 @@ void multiply(const LinearTask& task, int64_t row, int64_t first) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint32_t word = bits[r * words + w];
-      T copy[kWithin ? kWordBits + kLanes : 1];
-      const T* from = value[r];
+      V copy[kWithin ? kWordBits + kLanes : 1];
+      const V* from = value[r];
       if (kWithin) {
-        std::memcpy(copy, from, popcount(word) * sizeof(T));
+        std::memcpy(copy, from, popcount(word) * sizeof(V));
         from = copy;
       }
 #pragma GCC unroll 4
       for (int q = 0; q < kWordBits / kLanes; ++q) {
         const uint32_t byte = (word >> (q * kLanes)) & 0xff;
-        const __m256 weight = expand(byte, from);
+        __m256 weight = expand(byte, from);
+        if (sizeof(V) == 1 && a.scale_groups > 1) {
+          const float scale = a.scales[(row + r) * a.scale_groups + w * kWordBits / kScaleColumns];
+          weight = _mm256_mul_ps(weight, _mm256_set1_ps(scale));
+        }
         from += popcount(byte);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
@@ -113,27 +129,47 @@ void multiply(const LinearTask& task, int64_t row, int64_t first) {
     float sums[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sums[r] = horizontal_sum(sum[r][n]);
-    store_sums<T>(a, row, first + n, sums, R);
+    store_sums<T>(task, row, first + n, sums, R);
   }
+}
+
+template <typename T, typename V>
+void multiply_all(const LinearTask& task, int64_t begin, int64_t end) {
+  const int64_t guarded = first_guarded_row(task, begin, end);
+  for_each_block(task.args.rows, [&](int64_t first, auto count) {
+    constexpr int N = decltype(count)::value;
+    constexpr int kRows = N <= 2 ? 4 : N <= 4 ? 2 : 1;
+    int64_t row = begin;
+    for (; row + kRows <= guarded; row += kRows) multiply<T, V, kRows, N, false>(task, row, first);
+    for (; row < guarded; ++row) multiply<T, V, 1, N, false>(task, row, first);
+    for (; row < end; ++row) multiply<T, V, 1, N, true>(task, row, first);
+  });
 }
 
 }  // namespace
 
 template <typename T>
 void linear(const LinearTask& task, int64_t begin, int64_t end) {
-  const int64_t guarded = first_guarded_row(task, begin, end);
-  for_each_block(task.args.rows, [&](int64_t first, auto count) {
-    constexpr int N = decltype(count)::value;
-    constexpr int kRows = N <= 2 ? 4 : N <= 4 ? 2 : 1;
-    int64_t row = begin;
-    for (; row + kRows <= guarded; row += kRows) multiply<T, kRows, N, false>(task, row, first);
-    for (; row < guarded; ++row) multiply<T, 1, N, false>(task, row, first);
-    for (; row < end; ++row) multiply<T, 1, N, true>(task, row, first);
-  });
+  multiply_all<T, T>(task, begin, end);
 }
 
-template void linear<float>(const LinearTask&, int64_t, int64_t);
-template void linear<BFloat16>(const LinearTask&, int64_t, int64_t);
-template void linear<Half>(const LinearTask&, int64_t, int64_t);
+template <typename T>
+void linear_int8(const LinearTask& task, int64_t begin, int64_t end) {
+  multiply_all<T, int8_t>(task, begin, end);
+}
+
+template <typename T>
+void linear_int8_times_int8(const LinearTask& task, int64_t begin, int64_t end) {
+  multiply_all<T, int8_t>(task, begin, end);
+}
+
+#define MOSAIC_INSTANTIATE(T)                                        \
+  template void linear<T>(const LinearTask&, int64_t, int64_t);      \
+  template void linear_int8<T>(const LinearTask&, int64_t, int64_t); \
+  template void linear_int8_times_int8<T>(const LinearTask&, int64_t, int64_t);
+MOSAIC_INSTANTIATE(float)
+MOSAIC_INSTANTIATE(BFloat16)
+MOSAIC_INSTANTIATE(Half)
+#undef MOSAIC_INSTANTIATE
 
 }  // namespace mosaic::MOSAIC_ISA

@@ -11,253 +11,82 @@
 // A block of R weight rows and N rows of x keeps R * N sums in registers and reads x, interleaved as
 // [word][N][32] by the driver, in one stream. Every sum is built the same way whatever R and N are, so
 // a row of x gives the same bits alone and in a batch, on one thread and on many.
-#include <immintrin.h>
-
-#include "cpu/linear_blocks.h"
-#include "cpu/thread_pool.h"
+#include "cpu/linear_avx512.h"
 
 namespace mosaic::MOSAIC_ISA {
 namespace {
 
-// Keeps the compiler from folding the load into the expand, whose memory form is slower.
-template <typename Vector>
-Vector in_register(Vector v) {
-  __asm__("" : "+v"(v));
-  return v;
-}
-
+// Kept values and bits. Near the end of the values a word is read without passing its last one.
 template <typename T>
-struct Traits;
+struct Packed {
+  template <int R, bool kWithin>
+  struct Rows {
+    // The values and bits R rows on are asked for at the pace of this block, into L2: 20 GB/s on one core,
+    // where a fixed 3 KB ahead into L1 reached 13 to 17; without the bits a tenth less (4096x11008 and
+    // 11008x4096, Zen 4, Nov 2026).
+    Rows(const LinearArgs& a, int64_t row)
+        : words(bitmask_words(a.in_features)), bits(a.words + row * words) {
+      for (int r = 0; r < R; ++r) {
+        const int64_t next_block = row + R + r < a.out_features ? row + R + r : a.out_features;
+        value[r] = static_cast<const T*>(a.values) + a.offsets[row + r];
+        ahead[r] = a.offsets[next_block] - a.offsets[row + r];
+      }
+    }
+    typename Traits<T>::Word next(int r, int64_t w) {
+      const uint32_t word = bits[r * words + w];
+      const T* from = value[r];
+      value[r] += popcount(word);
+      if (kWithin) return Traits<T>::expand_within(word, from);
+      _mm_prefetch(reinterpret_cast<const char*>(from + ahead[r]), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(bits + (R + r) * words + w), _MM_HINT_T1);
+      return Traits<T>::expand(word, from);
+    }
 
-template <>
-struct Traits<BFloat16> {
-  using X = BFloat16;
-  using Word = __m512i;  // 32 weights, zeros where the bit is clear
-
-  static Word expand(uint32_t bits, const BFloat16* values) {
-    return _mm512_maskz_expand_epi16(bits, in_register(_mm512_loadu_si512(values)));
-  }
-  static Word expand_within(uint32_t bits, const BFloat16* values) {
-    return _mm512_maskz_expand_epi16(bits, _mm512_maskz_loadu_epi16(bits_below(popcount(bits)), values));
-  }
-  // Up to four values: a bias, or sums rounded to nearest even.
-  static __m128 load_few(const BFloat16* from, __mmask8 rows) {
-    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_maskz_loadu_epi16(rows, from)), 16));
-  }
-  static void store_few(BFloat16* to, __m128 sums, __mmask8 rows) {
-    _mm_mask_storeu_epi16(to, rows, (__m128i)_mm_cvtneps_pbh(sums));
-  }
-  static Word load(const X* panel) { return _mm512_loadu_si512(panel); }
-  static void save(X* panel, Word w) { _mm512_storeu_si512(panel, w); }
-  static __m512 dot(__m512 sum, Word w, const X* x) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
-  }
-};
-
-template <>
-struct Traits<Half> {
-  using X = float;
-  struct Word {
-    __m512 low, high;
+    int64_t words;
+    const uint32_t* bits;
+    const T* value[R];
+    int64_t ahead[R];
   };
-
-  static Word widen(__m512i w) {
-    return {_mm512_cvtph_ps(_mm512_castsi512_si256(w)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1))};
-  }
-  static Word expand(uint32_t bits, const Half* values) {
-    return widen(_mm512_maskz_expand_epi16(bits, in_register(_mm512_loadu_si512(values))));
-  }
-  static Word expand_within(uint32_t bits, const Half* values) {
-    return widen(
-        _mm512_maskz_expand_epi16(bits, _mm512_maskz_loadu_epi16(bits_below(popcount(bits)), values)));
-  }
-  static __m128 load_few(const Half* from, __mmask8 rows) {
-    return _mm_cvtph_ps(_mm_maskz_loadu_epi16(rows, from));
-  }
-  static void store_few(Half* to, __m128 sums, __mmask8 rows) {
-    _mm_mask_storeu_epi16(to, rows, _mm_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
-  }
-  static Word load(const X* panel) { return {_mm512_loadu_ps(panel), _mm512_loadu_ps(panel + 16)}; }
-  static void save(X* panel, const Word& w) {
-    _mm512_storeu_ps(panel, w.low);
-    _mm512_storeu_ps(panel + 16, w.high);
-  }
-  static __m512 dot(__m512 sum, const Word& w, const X* x) {
-    sum = _mm512_fmadd_ps(w.low, _mm512_loadu_ps(x), sum);
-    return _mm512_fmadd_ps(w.high, _mm512_loadu_ps(x + 16), sum);
-  }
 };
 
-template <>
-struct Traits<float> : Traits<Half> {
-  static __m128 load_few(const float* from, __mmask8 rows) { return _mm_maskz_loadu_ps(rows, from); }
-  static void store_few(float* to, __m128 sums, __mmask8 rows) { _mm_mask_storeu_ps(to, rows, sums); }
-  static Word expand(uint32_t bits, const float* values) {
-    const __mmask16 first = bits & 0xffff, second = bits >> 16;
-    return {_mm512_maskz_expand_ps(first, in_register(_mm512_loadu_ps(values))),
-            _mm512_maskz_expand_ps(second, in_register(_mm512_loadu_ps(values + popcount(first))))};
-  }
-  static Word expand_within(uint32_t bits, const float* values) {
-    const __mmask16 first = bits & 0xffff, second = bits >> 16;
-    const __mmask16 in_first = bits_below(popcount(first)), in_second = bits_below(popcount(second));
-    return {_mm512_maskz_expand_ps(first, _mm512_maskz_loadu_ps(in_first, values)),
-            _mm512_maskz_expand_ps(second, _mm512_maskz_loadu_ps(in_second, values + popcount(first)))};
-  }
-};
-
-// The lanes of four vectors added up: a transpose that adds, 13 instructions for four sums.
-__m128 horizontal_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xee);
-  const __m512 quarters = _mm512_add_ps(low, high);
-  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-}
-
-// Where R weight rows come from: expand() gives the next word of row r.
-//
-// Values: straight from the packed values. kWithin: never load past the last value of a word, for the
-// rows whose end is less than a full load from the end of the values.
-template <typename T, int R, bool kWithin>
-struct Values {
-  // The values R rows on are asked for at the pace of this block, into L2: 20 GB/s on one core, where a
-  // fixed 3 KB ahead into L1 reached 13 to 17 (4096x11008 and 11008x4096, Zen 4, Nov 2026).
-  Values(const LinearArgs& a, int64_t row)
-      : words(bitmask_words(a.in_features)), bits(a.words + row * words) {
-    for (int r = 0; r < R; ++r) {
-      const int64_t next_block = row + R + r < a.out_features ? row + R + r : a.out_features;
-      value[r] = static_cast<const T*>(a.values) + a.offsets[row + r];
-      ahead[r] = a.offsets[next_block] - a.offsets[row + r];
-    }
-  }
-  typename Traits<T>::Word next(int r, int64_t w) {
-    const uint32_t word = bits[r * words + w];
-    const T* from = value[r];
-    value[r] += popcount(word);
-    if (kWithin) return Traits<T>::expand_within(word, from);
-    _mm_prefetch(reinterpret_cast<const char*>(from + ahead[r]), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(bits + (R + r) * words + w), _MM_HINT_T1);
-    return Traits<T>::expand(word, from);
-  }
-
-  int64_t words;
-  const uint32_t* bits;
-  const T* value[R];
-  int64_t ahead[R];
-};
-
-// Panel: from words expanded before, [word][R][32].
-template <typename T, int R>
-struct Panel {
-  typename Traits<T>::Word next(int r, int64_t w) const {
-    return Traits<T>::load(panel + (w * R + r) * kWordBits);
-  }
-  const typename Traits<T>::X* panel;
-};
-
-// R weight rows from `row` on and N rows of x from `first` on.
-template <typename T, int R, int N, typename Source>
-void multiply(const LinearTask& task, Source weights, int64_t row, int64_t first) {
-  using D = Traits<T>;
-  static_assert(R <= 4 && R * N <= 24, "the sums, R weights and one x must fit 32 registers");
-  const LinearArgs& a = task.args;
-  const int64_t words = bitmask_words(a.in_features);
-  const auto* x = static_cast<const typename D::X*>(task.x) + first * words * kWordBits;
-
-  // Every loop over r and n is unrolled in full: an index that is not constant puts the sums in memory.
-  __m512 sum[4][N];
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sum[r][n] = _mm512_setzero_ps();
-
-  for (int64_t w = 0; w < words; ++w, x += N * kWordBits) {
-    typename D::Word weight[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) weight[r] = weights.next(r, w);
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[r][n] = D::dot(sum[r][n], weight[r], x + n * kWordBits);
-  }
-
-  constexpr __mmask8 kRows = (1 << R) - 1;
-  const T* bias = static_cast<const T*>(a.bias);
-  const __m128 added = bias ? D::load_few(bias + row, kRows) : _mm_setzero_ps();
-#pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) {
-    const __m128 sums = horizontal_sums(sum[0][n], sum[1][n], sum[2][n], sum[3][n]);
-    D::store_few(static_cast<T*>(a.out) + (first + n) * a.out_features + row, _mm_add_ps(sums, added), kRows);
-  }
-}
-
-// Weight rows [begin, end) and N rows of x.
-template <typename T, int N, bool kWithin>
-void multiply_values(const LinearTask& task, int64_t begin, int64_t end, int64_t first) {
-  constexpr int kRows = kWithin ? 1 : N <= 6 ? 4 : 3;
-  int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) {
-    multiply<T, kRows, N>(task, Values<T, kRows, kWithin>(task.args, row), row, first);
-  }
-  for (; row < end; ++row) multiply<T, 1, N>(task, Values<T, 1, kWithin>(task.args, row), row, first);
-}
-
-constexpr int kPanelRows = 3;
-
-// `groups` groups of three weight rows and N rows of x.
-template <typename T, int N>
-void multiply_panel(const LinearTask& task, const typename Traits<T>::X* panel, int64_t row, int64_t groups,
-                    int64_t first) {
-  const int64_t stride = bitmask_words(task.args.in_features) * kPanelRows * kWordBits;
-  for (int64_t g = 0; g < groups; ++g) {
-    multiply<T, kPanelRows, N>(task, Panel<T, kPanelRows>{panel + g * stride}, row + g * kPanelRows, first);
-  }
-}
-
+// A dense row: torch's F.linear reads one at half the speed of memory.
 template <typename T>
-void expand_panel(const LinearTask& task, int64_t row, int64_t groups, typename Traits<T>::X* panel) {
-  const int64_t words = bitmask_words(task.args.in_features);
-  for (int64_t g = 0; g < groups; ++g) {
-    Values<T, kPanelRows, false> weights(task.args, row + g * kPanelRows);
-    for (int64_t w = 0; w < words; ++w) {
-      for (int r = 0; r < kPanelRows; ++r, panel += kWordBits) Traits<T>::save(panel, weights.next(r, w));
+struct Dense {
+  template <int R, bool kWithin>
+  struct Rows {
+    Rows(const LinearArgs& a, int64_t row)
+        : columns(a.in_features), weight(static_cast<const T*>(a.values) + row * columns) {}
+    typename Traits<T>::Word next(int r, int64_t w) const {
+      const T* from = weight + r * columns + w * kWordBits;
+      const int64_t left = columns - w * kWordBits;
+      if (left < kWordBits) return Traits<T>::load_some(from, bits_below(static_cast<uint32_t>(left)));
+      _mm_prefetch(reinterpret_cast<const char*>(from + R * columns), _MM_HINT_T1);
+      return Traits<T>::load_some(from, ~0u);
     }
-  }
-}
 
-// From this many rows on, expanding a weight once and reading it back beats expanding it for every
-// block of rows.
-constexpr int64_t kPanelMinRows = 24;
-constexpr int64_t kPanelBytes = 3 << 17;  // of 1 MB L2; the rest is for a block of x
+    int64_t columns;
+    const T* weight;
+  };
+};
 
 }  // namespace
 
 template <typename T>
 void linear(const LinearTask& task, int64_t begin, int64_t end) {
-  using X = typename Traits<T>::X;
-  const int64_t guarded = first_guarded_row(task, begin, end), rows = task.args.rows;
-  const int64_t group_size = bitmask_words(task.args.in_features) * kWordBits * kPanelRows;
-  if (rows >= kPanelMinRows && guarded - begin >= kPanelRows) {
-    int64_t groups = kPanelBytes / (group_size * sizeof(X));
-    if (groups < 1) groups = 1;
-    X* panel = static_cast<X*>(scratch(1, groups * group_size * sizeof(X)));
-    for (; panel && begin + kPanelRows <= guarded; begin += groups * kPanelRows) {
-      if (begin + groups * kPanelRows > guarded) groups = (guarded - begin) / kPanelRows;
-      expand_panel<T>(task, begin, groups, panel);
-      for_each_block(rows, [&](int64_t n, auto count) {
-        multiply_panel<T, decltype(count)::value>(task, panel, begin, groups, n);
-      });
-    }
-  }
-  for_each_block(rows, [&](int64_t n, auto count) {
-    multiply_values<T, decltype(count)::value, false>(task, begin, guarded, n);
-    multiply_values<T, decltype(count)::value, true>(task, guarded, end, n);
-  });
+  multiply_all<T, Packed<T>>(task, begin, first_guarded_row(task, begin, end), end);
 }
 
-template void linear<float>(const LinearTask&, int64_t, int64_t);
-template void linear<BFloat16>(const LinearTask&, int64_t, int64_t);
-template void linear<Half>(const LinearTask&, int64_t, int64_t);
+template <typename T>
+void linear_dense(const LinearTask& task, int64_t begin, int64_t end) {
+  multiply_all<T, Dense<T>>(task, begin, end, end);
+}
+
+#define MOSAIC_INSTANTIATE(T)                                   \
+  template void linear<T>(const LinearTask&, int64_t, int64_t); \
+  template void linear_dense<T>(const LinearTask&, int64_t, int64_t);
+MOSAIC_INSTANTIATE(float)
+MOSAIC_INSTANTIATE(BFloat16)
+MOSAIC_INSTANTIATE(Half)
+#undef MOSAIC_INSTANTIATE
 
 }  // namespace mosaic::MOSAIC_ISA

@@ -14,9 +14,13 @@ struct LinearTask {
   LinearArgs args;
   // x interleaved block by block, [word][row of the block][32], columns past the last one zero; in the
   // element type that packed_x_size tells. Block b starts at row 8 b of 32 * bitmask_words columns each.
+  // With quantize_x it is what quantize_x made of it.
   const void* x;
-  int64_t fast_values;  // a 64-byte load that starts below this index stays inside `values`
+  int64_t fast_values;    // a 64-byte load that starts below this index stays inside `values`
+  const float* x_scales;  // [rows], with quantize_x
 };
+
+enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt8, kDense, kWeightKinds };
 
 struct RadixPass {
   uint32_t prefix;  // the key's digits found so far
@@ -29,12 +33,15 @@ constexpr int kRadixBins = 2048;
 struct KernelTable {
   const char* name;
 
-  // All rows of x against weight rows [begin, end).
-  void (*linear[3])(const LinearTask&, int64_t begin, int64_t end);
+  // All rows of x against weight rows [begin, end); nullptr where the level has no such kernel (kDense).
+  void (*linear[kWeightKinds][3])(const LinearTask&, int64_t begin, int64_t end);
   // Bytes of an element of LinearTask::x: 4 (fp32), or 2 where the kernel multiplies x as it is.
   int (*packed_x_size)(DType);
   // Interleaves up to kRowBlock rows of x.
   void (*pack_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed);
+  // Rounds up to kRowBlock rows of x to int8, one scale each, and interleaves them as their kernel wants it.
+  void (*quantize_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed, float* scales);
+  int64_t (*quantized_row_bytes)(int64_t in_features);
 
   // Bits of one row; returns its number of kept weights.
   int64_t (*pack_bits)(int item_size, const void* row, uint8_t* bits, int64_t columns);

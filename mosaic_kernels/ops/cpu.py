@@ -20,7 +20,7 @@ except ImportError as error:
 else:
     _IMPORT_ERROR = None
 
-__all__ = ["KERNELS", "sparse_linear_raw", "threads", "why_not"]
+__all__ = ["KERNELS", "sparse_linear_int8_raw", "sparse_linear_raw", "threads", "why_not"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCOPES = {"matrix": 0, "row": 1, "group": 2}
@@ -46,23 +46,35 @@ def why_not() -> str | None:
     return _IMPORT_ERROR
 
 
+def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int) -> None:
+    """Say which argument of a linear kernel does not fit; called where one of the quick checks failed."""
+    if x.shape[-1] != in_features:
+        raise KernelError(f"x has {x.shape[-1]} features but this projection takes {in_features}")
+    if x.dtype not in _DTYPES or (weight.dtype is not torch.int8 and x.dtype is not weight.dtype):
+        raise KernelError(f"x is {x.dtype} but the packed values are {weight.dtype}")
+    if not (x.is_cpu and weight.is_cpu):
+        raise KernelError(
+            f"x is on {x.device} but the packed weight is on {weight.device}: move one of them with .to()"
+        )
+    if bias is not None:
+        raise KernelError(f"bias must be [{out_features}] {x.dtype} on {x.device}, got {bias.dtype} on {bias.device}")
+    raise KernelError("the packed weight lies on several devices: move it with .to()")
+
+
 def sparse_linear_raw(
     x: Tensor, values: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None, in_features: int
 ) -> Tensor:
     """``sparse_linear`` without dispatcher and autograd; x's shape and dtype are checked."""
     shape = x.shape
-    if shape[-1] != in_features:
-        raise KernelError(f"x has {shape[-1]} features but this projection takes {in_features}")
-    if x.dtype is not values.dtype:
-        raise KernelError(f"x is {x.dtype} but the packed values are {values.dtype}")
+    dtype = x.dtype
     out_features = words.shape[0]
-    if not (values.is_cpu and words.is_cpu and offsets.is_cpu):
-        raise KernelError(
-            f"x is on {x.device} but the packed weight is on {values.device}: move one of them with .to()"
-        )
-    if bias is not None and (bias.dtype is not x.dtype or bias.numel() != out_features or not bias.is_cpu):
-        raise KernelError(f"bias must be [{out_features}] {x.dtype} on {x.device}, got {bias.dtype} on {bias.device}")
-    rows = x.numel() // in_features if in_features else shape[:-1].numel()
+    if (
+        shape[-1] != in_features
+        or dtype is not values.dtype
+        or not (x.is_cpu and values.is_cpu and words.is_cpu and offsets.is_cpu)
+        or (bias is not None and (bias.dtype is not dtype or bias.numel() != out_features or not bias.is_cpu))
+    ):
+        _refuse(x, values, bias, in_features, out_features)
     x = x.contiguous()
     out = x.new_empty((*shape[:-1], out_features))
     _C_cpu.sparse_linear(
@@ -72,12 +84,53 @@ def sparse_linear_raw(
         offsets.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        rows,
+        out.numel() // out_features if out_features else 0,
+        in_features,
+        out_features,
+        values.numel(),
+        _DTYPES[dtype],
+        _FORCED_THREADS or torch.get_num_threads(),
+    )
+    return out
+
+
+def sparse_linear_int8_raw(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    words: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    quantize_x: bool,
+) -> Tensor:
+    """``sparse_linear_int8`` without dispatcher and autograd; x's shape and dtype are checked."""
+    out_features = words.shape[0]
+    if (
+        x.shape[-1] != in_features
+        or x.dtype not in _DTYPES
+        or not (x.is_cpu and values.is_cpu and scales.is_cpu and words.is_cpu and offsets.is_cpu)
+        or (bias is not None and (bias.dtype is not x.dtype or bias.numel() != out_features or not bias.is_cpu))
+    ):
+        _refuse(x, values, bias, in_features, out_features)
+    x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], out_features))
+    _C_cpu.sparse_linear_int8(
+        x.data_ptr(),
+        values.data_ptr(),
+        words.data_ptr(),
+        offsets.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.numel() // out_features if out_features else 0,
         in_features,
         out_features,
         values.numel(),
         _DTYPES[x.dtype],
-        _FORCED_THREADS or torch.get_num_threads(),
+        threads(),
+        scales.data_ptr(),
+        scales.shape[1],
+        quantize_x,
     )
     return out
 
@@ -175,6 +228,7 @@ def _obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> 
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "sparse_linear": sparse_linear_raw,
+    "sparse_linear_int8": sparse_linear_int8_raw,
     "pack": _pack,
     "unpack": _unpack,
     "outlier_stats": _outlier_stats,

@@ -28,6 +28,11 @@ MOSAIC_HD int64_t bitmask_bytes(int64_t columns) { return (columns + 7) / 8; }
 
 MOSAIC_HD int64_t bitmask_words(int64_t columns) { return (columns + kWordBits - 1) / kWordBits; }
 
+// Columns that share one scale where int8 values have more than one scale in a row.
+constexpr int kScaleColumns = 64;
+
+MOSAIC_HD int64_t scale_groups_of(int64_t columns) { return (columns + kScaleColumns - 1) / kScaleColumns; }
+
 MOSAIC_HD int item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 MOSAIC_HD int popcount(uint32_t bits) {

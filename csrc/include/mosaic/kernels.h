@@ -10,7 +10,9 @@
 
 namespace mosaic {
 
-// out [rows, out_features] = x [rows, in_features] . W^T + bias, with W in row bitmap form.
+// out [rows, out_features] = x [rows, in_features] . W^T + bias. W is in row bitmap form; where `words` is
+// nullptr it is dense and `values` its rows. Where there are scales the values are int8 and a weight is its
+// value times its row's scale, or that of its row and 64 columns.
 struct LinearArgs {
   const void* x;
   const void* values;  // [nnz], no padding behind the last one
@@ -22,8 +24,11 @@ struct LinearArgs {
   int64_t in_features;
   int64_t out_features;
   int64_t nnz;
-  DType dtype;  // of x, values, bias and out; sums are fp32
+  DType dtype;  // of x, bias and out, and of the values that are not int8; sums are fp32
   int threads;
+  const float* scales = nullptr;  // [out_features, scale_groups]
+  int64_t scale_groups = 0;       // 1, or scale_groups_of(in_features)
+  bool quantize_x = false;        // with scales: each row of x is rounded to int8, products are exact
 };
 
 // First half of packing: the bits of a weight, and offsets [rows + 1] from which the caller learns nnz.
@@ -100,6 +105,9 @@ struct ObsArgs {
 namespace cpu {
 
 Status sparse_linear(const LinearArgs&);
+// Several weights on one x in one dispatch (query, key and value; gate and up): x, rows, in_features, dtype,
+// threads and quantize_x are the same in all.
+Status sparse_linear_group(const LinearArgs* parts, int64_t count);
 Status pack_bits(const PackBitsArgs&);
 Status pack_values(const PackValuesArgs&);
 Status unpack(const PackValuesArgs&);
