@@ -46,24 +46,22 @@ void pack_x(const void* from, int64_t rows, int64_t in_features, void* packed) {
   }
 }
 
+namespace {
+
+// Where whole numbers are multiplied as such: [group of 64][row of the block][64], int8 as unsigned bytes
+// with 128 added, which is how vpdpbusd wants them. Elsewhere whole numbers in fp32, laid out as pack_x does
+// it.
 #if defined(__AVX512VNNI__)
-// 64 bytes at a time, [group of 64][row of the block][64], as vpdpbusd wants them: unsigned, 128 added.
-constexpr int64_t kBytes = 64;
-constexpr int kOffset = 128;
-using Quantized = uint8_t;
+constexpr bool kWhole = true;
+constexpr int64_t kColumns = kScaleColumns;
 #else
-// Whole numbers in fp32, laid out as pack_x does it.
-constexpr int64_t kBytes = kWordBits;
-constexpr int kOffset = 0;
-using Quantized = float;
+constexpr bool kWhole = false;
+constexpr int64_t kColumns = kWordBits;
 #endif
 
-int64_t quantized_row_bytes(int64_t in_features) {
-  return (in_features + kBytes - 1) / kBytes * kBytes * static_cast<int64_t>(sizeof(Quantized));
-}
-
-template <typename T>
-void quantize_x(const void* from, int64_t rows, int64_t in_features, void* packed, float* scales) {
+template <typename T, typename Q>
+void round_rows(const void* from, int limit, int offset, int64_t rows, int64_t in_features, void* packed,
+                float* scales) {
   for (int64_t n = 0; n < rows; ++n) {
     const T* x = static_cast<const T*>(from) + n * in_features;
     float largest = 0, strange = 0;
@@ -73,22 +71,45 @@ void quantize_x(const void* from, int64_t rows, int64_t in_features, void* packe
       largest = v > largest ? v : largest;
     }
     const bool usable = strange == 0 && largest > 0;
-    scales[n] = strange == 0 ? largest / 127 : strange;
-    auto* to = static_cast<Quantized*>(packed) + n * kBytes;
-    for (int64_t first = 0; first < in_features; first += kBytes, to += rows * kBytes) {
-      const int64_t count = in_features - first < kBytes ? in_features - first : kBytes;
+    scales[n] = strange == 0 ? largest / static_cast<float>(limit) : strange;
+    auto* to = static_cast<Q*>(packed) + n * kColumns;
+    for (int64_t first = 0; first < in_features; first += kColumns, to += rows * kColumns) {
+      const int64_t count = in_features - first < kColumns ? in_features - first : kColumns;
       for (int64_t i = 0; i < count; ++i) {
         const float whole = usable ? __builtin_rintf(to_float(x[first + i]) / scales[n]) : 0;
-        to[i] = static_cast<Quantized>(whole + kOffset);
+        to[i] = static_cast<Q>(static_cast<int>(whole) + offset);
       }
-      for (int64_t i = count; i < kBytes; ++i) to[i] = 0;
+      for (int64_t i = count; i < kColumns; ++i) to[i] = 0;
     }
   }
 }
 
-template void quantize_x<float>(const void*, int64_t, int64_t, void*, float*);
-template void quantize_x<BFloat16>(const void*, int64_t, int64_t, void*, float*);
-template void quantize_x<Half>(const void*, int64_t, int64_t, void*, float*);
+}  // namespace
+
+XForm x_form(WeightKind kind, DType dtype) {
+  if (kind == kPackedInt8TimesInt8) return XForm::kInt8;
+  return kWhole && kind == kPackedInt8 && dtype == DType::kBFloat16 ? XForm::kInt16 : XForm::kPlain;
+}
+
+int64_t rounded_row_bytes(XForm form, int64_t in_features) {
+  const int64_t item = !kWhole ? 4 : form == XForm::kInt8 ? 1 : 2;
+  return (in_features + kColumns - 1) / kColumns * kColumns * item;
+}
+
+template <typename T>
+void round_x(const void* from, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales) {
+  if (!kWhole) {
+    round_rows<T, float>(from, 127, 0, rows, in_features, packed, scales);
+  } else if (form == XForm::kInt8) {
+    round_rows<T, uint8_t>(from, 127, 128, rows, in_features, packed, scales);
+  } else {
+    round_rows<T, int16_t>(from, 32767, 0, rows, in_features, packed, scales);
+  }
+}
+
+template void round_x<float>(const void*, XForm, int64_t, int64_t, void*, float*);
+template void round_x<BFloat16>(const void*, XForm, int64_t, int64_t, void*, float*);
+template void round_x<Half>(const void*, XForm, int64_t, int64_t, void*, float*);
 
 template void pack_x<float>(const void*, int64_t, int64_t, void*);
 template void pack_x<BFloat16>(const void*, int64_t, int64_t, void*);

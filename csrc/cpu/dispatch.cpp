@@ -49,7 +49,8 @@ Cpu detect() {
   const unsigned subleaves = a;
   const bool bmi = bit(b, 3) && bit(b, 8), has_avx2 = os_ymm && bit(b, 5);
   const bool base512 = os_zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
-  const bool vbmi2 = os_zmm && bit(c, 6), vnni = os_zmm && bit(c, 11);
+  const bool vbmi2 = os_zmm && bit(c, 1) && bit(c, 6),                                  // VBMI and VBMI2
+      vnni = os_zmm && bit(c, 11);
   bool bf16 = false;
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = os_zmm && bit(a, 5);
   const struct {

@@ -78,29 +78,31 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
   if (a.scales && a.scale_groups != 1 && a.scale_groups != scale_groups_of(a.in_features))
     return "int8 values have one scale per row, or one per row and 64 columns";
   if (a.x != first.x || a.rows != first.rows || a.in_features != first.in_features ||
-      a.dtype != first.dtype || (a.quantize_x && a.scales) != (first.quantize_x && first.scales))
-    return "weights of one dispatch must take the same x";
+      a.dtype != first.dtype ||
+      kernels().x_form(kind_of(a), a.dtype) != kernels().x_form(kind_of(first), a.dtype))
+    return "weights of one dispatch must take the same x, rounded alike";
   return nullptr;
 }
 
-// Interleaves x, or rounds it to int8, where the kernels want it so.
+// Interleaves x, or rounds it to whole numbers, where the kernels want it so.
 bool prepare_x(const KernelTable& table, const LinearArgs& a, LinearTask* task) {
   const int kind = static_cast<int>(a.dtype);
   const int64_t padded = bitmask_words(a.in_features) * kWordBits;
-  const bool quantized = a.quantize_x && a.scales;
+  const XForm form = table.x_form(kind_of(a), a.dtype);
+  const bool whole = form != XForm::kPlain;
   const int x_size = table.packed_x_size(a.dtype);
   task->x = a.x;
-  if (!quantized && a.rows == 1 && padded == a.in_features && x_size == item_size(a.dtype)) return true;
-  const int64_t row_bytes = quantized ? table.quantized_row_bytes(a.in_features) : padded * x_size;
+  if (!whole && a.rows == 1 && padded == a.in_features && x_size == item_size(a.dtype)) return true;
+  const int64_t row_bytes = whole ? table.rounded_row_bytes(form, a.in_features) : padded * x_size;
   auto* packed = static_cast<char*>(scratch(0, a.rows * row_bytes));
-  float* scales = quantized ? static_cast<float*>(scratch(2, a.rows * sizeof(float))) : nullptr;
-  if (!packed || (quantized && !scales)) return false;
+  float* scales = whole ? static_cast<float*>(scratch(2, a.rows * sizeof(float))) : nullptr;
+  if (!packed || (whole && !scales)) return false;
   const int threads = a.rows * padded > kInlinePacking ? a.threads : 1;
   parallel_for(threads, (a.rows + kRowBlock - 1) / kRowBlock, [&](int64_t b) {
     const int64_t n = b * kRowBlock, count = std::min(kRowBlock, a.rows - n);
     const char* from = static_cast<const char*>(a.x) + n * a.in_features * item_size(a.dtype);
-    if (quantized) {
-      table.quantize_x[kind](from, count, a.in_features, packed + n * row_bytes, scales + n);
+    if (whole) {
+      table.round_x[kind](from, form, count, a.in_features, packed + n * row_bytes, scales + n);
     } else {
       table.pack_x[kind](from, count, a.in_features, packed + n * row_bytes);
     }

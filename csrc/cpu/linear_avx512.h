@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the AVX-512 kernels share: how each element type is multiplied, a block of R weight rows and N rows
-// of x, and the walk over both. A kernel adds where its weight rows come from:
+// of x, and the walk over both. A kernel adds a Form, which says where its weight rows come from:
 //
 //     struct Form {
 //       template <int R, bool kWithin>     // kWithin: never load past the end of the values
@@ -12,6 +12,8 @@
 #pragma once
 
 #include <immintrin.h>
+
+#include <type_traits>
 
 #include "cpu/linear_blocks.h"
 #include "cpu/thread_pool.h"

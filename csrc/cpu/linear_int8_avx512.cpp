@@ -1,7 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8 values with AVX-512. Times x as it is, for accuracy: a word's bytes are expanded, widened to fp32
-// (exact), scaled where a row has several scales, and multiplied as any other weight. Times x rounded to
-// int8, for speed: 64 products in one instruction, exact in int32.
+// int8 values with AVX-512, 64 columns at a time. Whole numbers are multiplied exactly and added up in int32:
+//
+//     64 bits of the bitmap ── popcount ──> where the next values begin
+//     64 bytes of values ── vpexpandb with the bits ──> 64 weights, zeros in place
+//       x rounded to int8:   ── vpdpbusd with 64 of x, unsigned (128 added; see multiply_wide) ──> int32
+//       x as it is (bf16):   ── vpmovsxbw ── vpdpwssd with 2 x 32 of x in 16 bits ──> int32
+//
+// Sixteen bits of a row's largest activation hold its bf16 ones to 2e-5 of that largest, a hundredth of what
+// the weights were rounded by; bf16 dots need the weights in bf16, which took longer than reading a bf16
+// bitmap (18 cycles for 64 weights by table, 24 through fp32; Zen 4, Nov 2026). fp16 and fp32 activations
+// keep their digits: their weights are widened to fp32.
 #include "cpu/linear_avx512.h"
 
 namespace mosaic::MOSAIC_ISA {
@@ -28,42 +36,48 @@ struct Bytes {
   int64_t ahead[R];
 };
 
+// 32 weights of each of R rows at a time, widened by way of fp32.
+template <typename T, bool kGrouped, int R, bool kWithin>
+struct Int8Rows : Bytes<R> {
+  Int8Rows(const LinearArgs& a, int64_t row)
+      : Bytes<R>(a, row), groups(a.scale_groups), scale(a.scales + row * groups) {}
+  typename Traits<T>::Word next(int r, int64_t w) {
+    const uint32_t word = this->bits[r * this->words + w];
+    const int8_t* from = this->value[r];
+    if (!kWithin && w % 2 == 0) this->prefetch(r, w);
+    this->value[r] += popcount(word);
+    const __m256i kept = kWithin ? _mm256_maskz_loadu_epi8(bits_below(popcount(word)), from)
+                                 : in_register(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    const __m256i weights = _mm256_maskz_expand_epi8(word, kept);
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(weights)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(weights, 1)));
+    if (kGrouped) {
+      const __m512 s = _mm512_set1_ps(scale[r * groups + w / 2]);
+      low = _mm512_mul_ps(low, s);
+      high = _mm512_mul_ps(high, s);
+    }
+    return Traits<T>::round(low, high);
+  }
+
+  int64_t groups;
+  const float* scale;
+};
+
 template <typename T, bool kGrouped>
 struct PackedInt8 {
   template <int R, bool kWithin>
-  struct Rows : Bytes<R> {
-    Rows(const LinearArgs& a, int64_t row)
-        : Bytes<R>(a, row), groups(a.scale_groups), scale(a.scales + row * groups) {}
-    typename Traits<T>::Word next(int r, int64_t w) {
-      const uint32_t word = this->bits[r * this->words + w];
-      const int8_t* from = this->value[r];
-      if (!kWithin && w % 2 == 0) this->prefetch(r, w);
-      this->value[r] += popcount(word);
-      const __m256i kept = kWithin ? _mm256_maskz_loadu_epi8(bits_below(popcount(word)), from)
-                                   : in_register(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-      const __m256i weights = _mm256_maskz_expand_epi8(word, kept);
-      __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(weights)));
-      __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(weights, 1)));
-      if (kGrouped) {
-        const __m512 s = _mm512_set1_ps(scale[r * groups + w / 2]);
-        low = _mm512_mul_ps(low, s);
-        high = _mm512_mul_ps(high, s);
-      }
-      return Traits<T>::round(low, high);
-    }
-
-    int64_t groups;
-    const float* scale;
-  };
+  using Rows = Int8Rows<T, kGrouped, R, kWithin>;
 };
 
-// 64 weights of each of R rows at a time.
+// 64 weights of each of R rows at a time; kWhole: the second of its two words is one of the row's.
 template <int R, bool kWithin>
 struct WideRows : Bytes<R> {
   using Bytes<R>::Bytes;
+  template <bool kWhole>
   __m512i next(int r, int64_t g) {
     const uint32_t* word = this->bits + r * this->words + 2 * g;
-    const uint64_t mask = 2 * g + 1 < this->words ? word[0] | static_cast<uint64_t>(word[1]) << 32 : word[0];
+    uint64_t mask = *word;
+    if (kWhole) std::memcpy(&mask, word, sizeof mask);
     const int8_t* from = this->value[r];
     const int count = __builtin_popcountll(mask);
     if (!kWithin) this->prefetch(r, 2 * g);
@@ -74,125 +88,200 @@ struct WideRows : Bytes<R> {
   }
 };
 
-template <int R>
+// x rounded to int8. vpdpbusd takes it unsigned, so it holds 128 too much, and 128 times the sum of the
+// weights is what that adds.
+struct X8 {
+  static constexpr int kSteps = 1 << 20;  // 64 columns each that int32 holds, with room
+  static constexpr int64_t kBytes = kScaleColumns;
+  using Weight = __m512i;
+
+  static Weight widen(__m512i bytes) { return bytes; }
+  static Weight load(const int8_t* panel) { return _mm512_loadu_si512(panel); }
+  static void save(int8_t* panel, Weight w) { _mm512_storeu_si512(panel, w); }
+  static __m512i add_plain(__m512i sum, Weight w) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), w); }
+  static __m512i dot(__m512i sum, Weight w, const char* x) {
+    return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(x), w);
+  }
+  static __m512i exact(__m512i sum, __m512i plain) {
+    return _mm512_sub_epi32(sum, _mm512_slli_epi32(plain, 7));
+  }
+};
+
+// x in 16 bits.
+struct X16 {
+  static constexpr int kSteps = 127;  // 4 products of up to 127 x 32767 each
+  static constexpr int64_t kBytes = 2 * kScaleColumns;
+  struct Weight {
+    __m512i first, second;
+  };
+
+  static Weight widen(__m512i bytes) {
+    return {_mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes)),
+            _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes, 1))};
+  }
+  static Weight load(const int8_t* panel) {
+    return {_mm512_loadu_si512(panel), _mm512_loadu_si512(panel + 64)};
+  }
+  static void save(int8_t* panel, const Weight& w) {
+    _mm512_storeu_si512(panel, w.first);
+    _mm512_storeu_si512(panel + 64, w.second);
+  }
+  static __m512i add_plain(__m512i sum, const Weight&) { return sum; }
+  static __m512i dot(__m512i sum, const Weight& w, const char* x) {
+    sum = _mm512_dpwssd_epi32(sum, w.first, _mm512_loadu_si512(x));
+    return _mm512_dpwssd_epi32(sum, w.second, _mm512_loadu_si512(x + 64));
+  }
+  static __m512i exact(__m512i sum, __m512i) { return sum; }
+};
+
+// Weights that were expanded and widened before, [64 columns][R].
+template <typename X, int R>
 struct WidePanel {
-  __m512i next(int r, int64_t g) const { return _mm512_loadu_si512(panel + (g * R + r) * kScaleColumns); }
+  template <bool>
+  typename X::Weight next(int r, int64_t g) const {
+    return X::load(panel + (g * R + r) * X::kBytes);
+  }
   const int8_t* panel;
 };
 
-// R weight rows from `row` on and N rows of x from `first` on. x holds 128 too much in every byte, because
-// vpdpbusd takes it unsigned; 128 times the sum of the weights is what that adds.
-template <typename T, int R, int N, bool kGrouped, typename Rows>
+template <typename X, int R, bool kWithin>
+struct WideValues : WideRows<R, kWithin> {
+  using WideRows<R, kWithin>::WideRows;
+  template <bool kWhole>
+  typename X::Weight next(int r, int64_t g) {
+    return X::widen(WideRows<R, kWithin>::template next<kWhole>(r, g));
+  }
+};
+
+// R weight rows from `row` on and N rows of x from `first` on.
+template <typename T, typename X, int R, int N, bool kGrouped, typename Rows>
 void multiply_wide(const LinearTask& task, Rows weights, int64_t row, int64_t first) {
   const LinearArgs& a = task.args;
-  const int64_t groups = scale_groups_of(a.in_features);
-  const auto* x = static_cast<const uint8_t*>(task.x) + first * groups * kScaleColumns;
-  const __m512i ones = _mm512_set1_epi8(1), zero = _mm512_setzero_si512();
-  __m512i sum[R][N], plain[R];
+  const int64_t groups = scale_groups_of(a.in_features), whole = bitmask_words(a.in_features) / 2;
+  const char* x = static_cast<const char*>(task.x) + first * groups * X::kBytes;
+  const __m512i zero = _mm512_setzero_si512();
   __m512 scaled[4][N];
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      scaled[r][n] = _mm512_setzero_ps();
-      if (r < R) sum[r % R][n] = plain[r % R] = zero;
-    }
-  for (int64_t g = 0; g < groups; ++g, x += N * kScaleColumns) {
+    for (int n = 0; n < N; ++n) scaled[r][n] = _mm512_setzero_ps();
+
+  // With a scale for the row, int32 sums of as many columns as cannot overflow; else of 64.
+  for (int64_t g = 0; g < groups;) {
+    __m512i sum[R][N], plain[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const __m512i weight = weights.next(r, g);
-      plain[r] = _mm512_dpbusd_epi32(kGrouped ? zero : plain[r], ones, weight);
+      plain[r] = zero;
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[r][n] = zero;
+    }
+    const auto step = [&](auto is_whole) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const auto weight = weights.template next<decltype(is_whole)::value != 0>(r, g);
+        plain[r] = X::add_plain(plain[r], weight);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sum[r][n] = X::dot(sum[r][n], weight, x + n * X::kBytes);
+      }
+      ++g;
+      x += N * X::kBytes;
+    };
+    const int64_t begin = g, steps = kGrouped ? 1 : X::kSteps;
+    const int64_t end = whole < g + steps ? whole : g + steps;
+    while (g < end) step(Count<1>());
+    if (g == whole && g < groups && g < begin + steps) step(Count<0>());
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m512 scale = _mm512_set1_ps(kGrouped ? a.scales[(row + r) * groups + begin] : 1);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        const __m512i many = _mm512_loadu_si512(x + n * kScaleColumns);
-        sum[r][n] = _mm512_dpbusd_epi32(kGrouped ? zero : sum[r][n], many, weight);
-        if (kGrouped) {
-          const __m512i exact = _mm512_sub_epi32(sum[r][n], _mm512_slli_epi32(plain[r], 7));
-          const __m512 scale = _mm512_set1_ps(a.scales[(row + r) * groups + g]);
-          scaled[r][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, scaled[r][n]);
-        }
+        const __m512 exact = _mm512_cvtepi32_ps(X::exact(sum[r][n], plain[r]));
+        scaled[r][n] = _mm512_fmadd_ps(exact, scale, scaled[r][n]);
       }
     }
   }
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      if (kGrouped) continue;
-      scaled[r][n] = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r][n], _mm512_slli_epi32(plain[r], 7)));
-    }
     const __m128 sums = horizontal_sums(scaled[0][n], scaled[1][n], scaled[2][n], scaled[3][n]);
     store_sums<T, R>(a, row, first + n, _mm_mul_ps(sums, _mm_set1_ps(task.x_scales[first + n])));
   }
 }
 
-template <typename T, bool kGrouped, int N, bool kWithin>
+template <typename T, typename X, bool kGrouped, int N, bool kWithin>
 void multiply_wide_rows(const LinearTask& task, int64_t begin, int64_t end, int64_t first) {
+  // With several scales the int32 and the fp32 sums are needed at once.
   constexpr int kRows = kWithin ? 1 : kGrouped ? (N <= 2 ? 4 : N <= 4 ? 2 : 1) : N <= 4 ? 4 : 2;
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows) {
-    multiply_wide<T, kRows, N, kGrouped>(task, WideRows<kRows, kWithin>(task.args, row), row, first);
+    multiply_wide<T, X, kRows, N, kGrouped>(task, WideValues<X, kRows, kWithin>(task.args, row), row, first);
   }
   for (; row < end; ++row) {
-    multiply_wide<T, 1, N, kGrouped>(task, WideRows<1, kWithin>(task.args, row), row, first);
+    multiply_wide<T, X, 1, N, kGrouped>(task, WideValues<X, 1, kWithin>(task.args, row), row, first);
   }
 }
 
 constexpr int kWidePanelRows = 2;
 
-template <typename T, bool kGrouped>
+template <typename X>
+void expand_wide_panel(const LinearArgs& a, int64_t row, int64_t pairs, int8_t* panel) {
+  const int64_t groups = scale_groups_of(a.in_features), whole = bitmask_words(a.in_features) / 2;
+  for (int64_t p = 0; p < pairs; ++p) {
+    WideValues<X, kWidePanelRows, false> weights(a, row + p * kWidePanelRows);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int r = 0; r < kWidePanelRows; ++r, panel += X::kBytes) {
+        X::save(panel, g < whole ? weights.template next<true>(r, g) : weights.template next<false>(r, g));
+      }
+    }
+  }
+}
+
+template <typename T, typename X, bool kGrouped>
 void multiply_wide_all(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
-  const int64_t rows = task.args.rows, groups = scale_groups_of(task.args.in_features);
-  const int64_t pair_bytes = groups * kScaleColumns * kWidePanelRows;
+  const int64_t rows = task.args.rows;
+  const int64_t pair_bytes = scale_groups_of(task.args.in_features) * X::kBytes * kWidePanelRows;
   if (rows >= kPanelMinRows && guarded - begin >= kWidePanelRows) {
     int64_t pairs = kPanelBytes / pair_bytes;
     if (pairs < 1) pairs = 1;
     auto* panel = static_cast<int8_t*>(scratch(1, pairs * pair_bytes));
     for (; panel && begin + kWidePanelRows <= guarded; begin += pairs * kWidePanelRows) {
       if (begin + pairs * kWidePanelRows > guarded) pairs = (guarded - begin) / kWidePanelRows;
-      int8_t* to = panel;
-      for (int64_t p = 0; p < pairs; ++p) {
-        WideRows<kWidePanelRows, false> weights(task.args, begin + p * kWidePanelRows);
-        for (int64_t g = 0; g < groups; ++g) {
-          for (int r = 0; r < kWidePanelRows; ++r, to += kScaleColumns) {
-            _mm512_storeu_si512(to, weights.next(r, g));
-          }
-        }
-      }
+      expand_wide_panel<X>(task.args, begin, pairs, panel);
       for_each_block(rows, [&](int64_t n, auto count) {
         for (int64_t p = 0; p < pairs; ++p) {
-          multiply_wide<T, kWidePanelRows, decltype(count)::value, kGrouped>(
-              task, WidePanel<kWidePanelRows>{panel + p * pair_bytes}, begin + p * kWidePanelRows, n);
+          multiply_wide<T, X, kWidePanelRows, decltype(count)::value, kGrouped>(
+              task, WidePanel<X, kWidePanelRows>{panel + p * pair_bytes}, begin + p * kWidePanelRows, n);
         }
       });
     }
   }
   for_each_block(rows, [&](int64_t n, auto count) {
-    multiply_wide_rows<T, kGrouped, decltype(count)::value, false>(task, begin, guarded, n);
-    multiply_wide_rows<T, kGrouped, decltype(count)::value, true>(task, guarded, end, n);
+    multiply_wide_rows<T, X, kGrouped, decltype(count)::value, false>(task, begin, guarded, n);
+    multiply_wide_rows<T, X, kGrouped, decltype(count)::value, true>(task, guarded, end, n);
   });
+}
+
+template <typename T, bool kGrouped>
+void multiply_int8(const LinearTask& task, int64_t begin, int64_t end) {
+  const int64_t guarded = first_guarded_row(task, begin, end);
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    multiply_wide_all<T, X16, kGrouped>(task, begin, guarded, end);
+  } else {
+    multiply_all<T, PackedInt8<T, kGrouped>>(task, begin, guarded, end);
+  }
 }
 
 }  // namespace
 
 template <typename T>
 void linear_int8(const LinearTask& task, int64_t begin, int64_t end) {
-  const int64_t guarded = first_guarded_row(task, begin, end);
-  if (task.args.scale_groups > 1) {
-    multiply_all<T, PackedInt8<T, true>>(task, begin, guarded, end);
-  } else {
-    multiply_all<T, PackedInt8<T, false>>(task, begin, guarded, end);
-  }
+  (task.args.scale_groups > 1 ? multiply_int8<T, true> : multiply_int8<T, false>)(task, begin, end);
 }
 
 template <typename T>
 void linear_int8_times_int8(const LinearTask& task, int64_t begin, int64_t end) {
-  const int64_t guarded = first_guarded_row(task, begin, end);
-  if (task.args.scale_groups > 1) {
-    multiply_wide_all<T, true>(task, begin, guarded, end);
-  } else {
-    multiply_wide_all<T, false>(task, begin, guarded, end);
-  }
+  (task.args.scale_groups > 1
+       ? multiply_wide_all<T, X8, true>
+       : multiply_wide_all<T, X8, false>)(task, begin, first_guarded_row(task, begin, end), end);
 }
 
 #define MOSAIC_INSTANTIATE(T)                                        \

@@ -21,9 +21,10 @@ void linear_dense(const LinearTask& task, int64_t begin, int64_t end);
 int packed_x_size(DType dtype);
 template <typename T>
 void pack_x(const void* x, int64_t rows, int64_t in_features, void* packed);
+XForm x_form(WeightKind kind, DType dtype);
 template <typename T>
-void quantize_x(const void* x, int64_t rows, int64_t in_features, void* packed, float* scales);
-int64_t quantized_row_bytes(int64_t in_features);
+void round_x(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales);
+int64_t rounded_row_bytes(XForm form, int64_t in_features);
 
 int64_t pack_bits(int item_size, const void* row, uint8_t* bits, int64_t columns);
 void pack_values(int item_size, const void* row, const uint8_t* bits, void* values, int64_t count,

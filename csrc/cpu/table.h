@@ -14,11 +14,14 @@ struct LinearTask {
   LinearArgs args;
   // x interleaved block by block, [word][row of the block][32], columns past the last one zero; in the
   // element type that packed_x_size tells. Block b starts at row 8 b of 32 * bitmask_words columns each.
-  // With quantize_x it is what quantize_x made of it.
+  // Or what round_x made of it, where x_form tells so.
   const void* x;
   int64_t fast_values;    // a 64-byte load that starts below this index stays inside `values`
-  const float* x_scales;  // [rows], with quantize_x
+  const float* x_scales;  // [rows], of whole numbers; else nullptr
 };
+
+// What a kernel multiplies by: numbers as they are, or whole numbers and a scale for each row of x.
+enum class XForm { kPlain, kInt8, kInt16 };
 
 enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt8, kDense, kWeightKinds };
 
@@ -39,9 +42,11 @@ struct KernelTable {
   int (*packed_x_size)(DType);
   // Interleaves up to kRowBlock rows of x.
   void (*pack_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed);
-  // Rounds up to kRowBlock rows of x to int8, one scale each, and interleaves them as their kernel wants it.
-  void (*quantize_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed, float* scales);
-  int64_t (*quantized_row_bytes)(int64_t in_features);
+  XForm (*x_form)(WeightKind, DType);
+  // Rounds up to kRowBlock rows of x, one scale each, and interleaves them as their kernel wants it.
+  void (*round_x[3])(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed,
+                     float* scales);
+  int64_t (*rounded_row_bytes)(XForm, int64_t in_features);
 
   // Bits of one row; returns its number of kept weights.
   int64_t (*pack_bits)(int item_size, const void* row, uint8_t* bits, int64_t columns);
