@@ -13,6 +13,32 @@ def sparse_linear(
     dtype: int,
     threads: int,
 ) -> None: ...
+def sparse_linear_int8(
+    x: int,
+    values: int,
+    words: int,
+    offsets: int,
+    bias: int,
+    out: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    nnz: int,
+    dtype: int,
+    threads: int,
+    scales: int,
+    scale_groups: int,
+    quantize_x: bool,
+) -> None: ...
+def sparse_linear_group(
+    x: int,
+    rows: int,
+    in_features: int,
+    dtype: int,
+    threads: int,
+    quantize_x: bool,
+    parts: list[tuple[int, int, int, int, int, int, int, int, int]],
+) -> None: ...
 def emulate_linear_decode(
     x: int,
     values: int,

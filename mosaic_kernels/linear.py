@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,11 @@ from mosaic_kernels import ops
 from mosaic_kernels.errors import FormatError
 from mosaic_kernels.format import PackedWeight, RowIndex, Weights, bitmask_bytes, scale_groups, weights_group
 from mosaic_kernels.int8 import quantize
+from mosaic_kernels.ops.cpu import Operands
 from mosaic_kernels.ops.select import fast_sparse_linear, fast_sparse_linear_int8
+
+if TYPE_CHECKING:
+    from mosaic_kernels.siblings import Siblings
 
 
 class MosaicLinear(nn.Linear):
@@ -70,6 +74,7 @@ class MosaicLinear(nn.Linear):
         self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
         # with the bitmask it was built from, in a tuple: a bare Parameter would register as a second one
         self._index: tuple[nn.Parameter, RowIndex] | None = None
+        self.siblings: Siblings | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weights: Weights = "float") -> Self:
@@ -149,7 +154,20 @@ class MosaicLinear(nn.Linear):
         packed.validate(name)
         self._index = (self.bitmask, packed.index())
 
+    @property
+    def operands(self) -> Operands:
+        """What a kernel reads: values, scales, words, offsets and bias."""
+        if self._index is None or self._index[0] is not self.bitmask:
+            self.build_index()
+        assert self._index is not None  # for the type checker: build_index set it
+        index = self._index[1]
+        return self.weight, self.scales, index.words, index.offsets, self.bias
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.siblings is not None:
+            found = self.siblings.forward(self, input)
+            if found is not None:
+                return found
         if self._index is None or self._index[0] is not self.bitmask:
             self.build_index()
         assert self._index is not None  # for the type checker: build_index set it
@@ -201,7 +219,7 @@ class MosaicLinear(nn.Linear):
                 rest[-1].append(str(error))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_index": None}
+        return {**self.__dict__, "_index": None, "siblings": None}  # a copy's siblings are other layers
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -153,6 +153,21 @@ struct WideValues : WideRows<R, kWithin> {
   }
 };
 
+template <typename X, int R, int N, bool kWhole, typename Rows>
+MOSAIC_HD void add_products(Rows& weights, int64_t g, const char* x, __m512i (&sum)[R][N],
+                            __m512i (&plain)[R]) {
+  typename X::Weight weight[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    weight[r] = weights.template next<kWhole>(r, g);
+    plain[r] = X::add_plain(plain[r], weight[r]);
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum[r][n] = X::dot(sum[r][n], weight[r], x + n * X::kBytes);
+}
+
 // R weight rows from `row` on and N rows of x from `first` on.
 template <typename T, typename X, int R, int N, bool kGrouped, typename Rows>
 void multiply_wide(const LinearTask& task, Rows weights, int64_t row, int64_t first) {
@@ -175,21 +190,12 @@ void multiply_wide(const LinearTask& task, Rows weights, int64_t row, int64_t fi
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sum[r][n] = zero;
     }
-    const auto step = [&](auto is_whole) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const auto weight = weights.template next<decltype(is_whole)::value != 0>(r, g);
-        plain[r] = X::add_plain(plain[r], weight);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sum[r][n] = X::dot(sum[r][n], weight, x + n * X::kBytes);
-      }
-      ++g;
-      x += N * X::kBytes;
-    };
     const int64_t begin = g, steps = kGrouped ? 1 : X::kSteps;
     const int64_t end = whole < g + steps ? whole : g + steps;
-    while (g < end) step(Count<1>());
-    if (g == whole && g < groups && g < begin + steps) step(Count<0>());
+    for (; g < end; ++g, x += N * X::kBytes) add_products<X, R, N, true>(weights, g, x, sum, plain);
+    if (g == whole && g < groups && g < begin + steps) {
+      add_products<X, R, N, false>(weights, g++, x, sum, plain);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const __m512 scale = _mm512_set1_ps(kGrouped ? a.scales[(row + r) * groups + begin] : 1);

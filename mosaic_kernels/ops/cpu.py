@@ -20,7 +20,19 @@ except ImportError as error:
 else:
     _IMPORT_ERROR = None
 
-__all__ = ["KERNELS", "sparse_linear_int8_raw", "sparse_linear_raw", "threads", "why_not"]
+__all__ = [
+    "KERNELS",
+    "dense_linear_raw",
+    "has_dense_rows",
+    "sparse_linear_group_raw",
+    "sparse_linear_int8_raw",
+    "sparse_linear_raw",
+    "threads",
+    "why_not",
+]
+
+# values, scales, words, offsets and bias of one weight
+Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCOPES = {"matrix": 0, "row": 1, "group": 2}
@@ -133,6 +145,66 @@ def sparse_linear_int8_raw(
         quantize_x,
     )
     return out
+
+
+def sparse_linear_group_raw(
+    x: Tensor, parts: Sequence[Operands], in_features: int, quantize_x: bool = False
+) -> list[Tensor]:
+    """Several weights on one ``x`` in one dispatch: the results of ``sparse_linear`` or ``sparse_linear_int8``.
+
+    Query, key and value read the same activations, and so do gate and up: ``x`` is prepared once, and the
+    threads share the rows of all.
+    """
+    x = x.contiguous()
+    results, addresses = [], []
+    for values, scales, words, offsets, bias in parts:
+        out_features = words.shape[0]
+        if (
+            x.shape[-1] != in_features
+            or x.dtype not in _DTYPES
+            or (scales is None and x.dtype is not values.dtype)
+            or not (x.is_cpu and values.is_cpu and words.is_cpu and offsets.is_cpu)
+            or (bias is not None and (bias.dtype is not x.dtype or bias.numel() != out_features or not bias.is_cpu))
+        ):
+            _refuse(x, values, bias, in_features, out_features)
+        out = x.new_empty((*x.shape[:-1], out_features))
+        results.append(out)
+        addresses.append((
+            values.data_ptr(), words.data_ptr(), offsets.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            out.data_ptr(), out_features, values.numel(), 0 if scales is None else scales.data_ptr(),
+            0 if scales is None else scales.shape[1],
+        ))  # fmt: skip
+    rows = x.shape[:-1].numel()
+    _C_cpu.sparse_linear_group(x.data_ptr(), rows, in_features, _DTYPES[x.dtype], threads(), quantize_x, addresses)
+    return results
+
+
+def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of a contiguous weight for few rows of ``x``, by the sparse kernels' own loop.
+
+    Raises:
+        BackendError: the instruction set in use has no such kernel (it takes AVX-512).
+    """
+    out_features, in_features = weight.shape
+    if (
+        x.shape[-1] != in_features
+        or x.dtype is not weight.dtype
+        or not (x.is_cpu and weight.is_cpu and weight.is_contiguous())
+        or (bias is not None and (bias.dtype is not x.dtype or bias.numel() != out_features or not bias.is_cpu))
+    ):
+        _refuse(x, weight, bias, in_features, out_features)
+    x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], out_features))
+    _C_cpu.sparse_linear(
+        x.data_ptr(), weight.data_ptr(), 0, 0, 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        x.shape[:-1].numel(), in_features, out_features, 0, _DTYPES[x.dtype], threads(),
+    )  # fmt: skip
+    return out
+
+
+def has_dense_rows() -> bool:
+    """Whether :func:`dense_linear_raw` runs here."""
+    return _IMPORT_ERROR is None and _C_cpu.isa() == "avx512"
 
 
 def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -122,7 +122,7 @@ def fast_sparse_linear(
     The operator's dispatch costs several microseconds; a decode step of a small model is hundreds of
     such calls. The kernels check their arguments themselves, so nothing is lost.
     """
-    if _is_recorded(x):
+    if is_recorded(x):
         out: torch.Tensor = torch.ops.mosaic.sparse_linear(x, values, words, offsets, bias, in_features)
         return out
     direct: torch.Tensor = kernel("sparse_linear", x.device)(x, values, words, offsets, bias, in_features)
@@ -141,14 +141,14 @@ def fast_sparse_linear_int8(
 ) -> torch.Tensor:
     """``torch.ops.mosaic.sparse_linear_int8``, as directly as :func:`fast_sparse_linear`."""
     arguments = (x, values, scales, words, offsets, bias, in_features, quantize_x)
-    if _is_recorded(x):
+    if is_recorded(x):
         out: torch.Tensor = torch.ops.mosaic.sparse_linear_int8(*arguments)
         return out
     direct: torch.Tensor = kernel("sparse_linear_int8", x.device)(*arguments)
     return direct
 
 
-def _is_recorded(x: torch.Tensor) -> bool:
+def is_recorded(x: torch.Tensor) -> bool:
     """Whether autograd, a compiler or a tensor subclass must see the call."""
     recorded = torch.is_grad_enabled() and x.requires_grad
     return recorded or torch.compiler.is_compiling() or type(x) is not torch.Tensor

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native linear kernels that take more than one form of weight: int8, dense rows, several in one dispatch.
+
+Every instruction set of this processor is held against float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_ops import BEST, DTYPES, SHAPES, bound, relative_error, sparse
+from torch import Tensor
+
+import mosaic_kernels as mk
+from mosaic_kernels import _C_cpu, ops
+from mosaic_kernels.errors import BackendError, KernelError
+from mosaic_kernels.ops import cpu, reference
+
+_LEVELS = ("scalar", "avx2", "avx512")
+LEVELS = _LEVELS[: _LEVELS.index(BEST) + 1]
+GROUPS = (None, 64)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    _C_cpu.set_isa(request.param)
+    with ops.use_backend("cpu"):
+        yield request.param
+    _C_cpu.set_isa(BEST)
+
+
+def group_of(x: Tensor, layers: list[mk.MosaicLinear]) -> list[Tensor]:
+    return cpu.sparse_linear_group_raw(
+        x, [layer.operands for layer in layers], layers[0].in_features, layers[-1].quantize_activations
+    )
+
+
+def int8(weight: Tensor, group: int | None) -> tuple[mk.PackedWeight, Tensor]:
+    """The weight in int8, and the same weight exactly, in float64."""
+    packed = mk.quantize(mk.pack(weight), group)
+    return packed, mk.unpack(packed).double()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_weights_times_x_as_it_is(
+    level: str, shape: tuple[int, int, int], density: float, dtype: torch.dtype, group: int | None
+) -> None:
+    rows, columns, out = shape
+    torch.manual_seed(rows + columns)
+    packed, weight = int8(sparse(out, columns, density, dtype), group)
+    x, bias = torch.randn(rows, columns).to(dtype), torch.randn(out).to(dtype)
+    found = mk.sparse_linear(x, packed, bias)
+    exact = x.double() @ weight.T + bias.double()
+    # a sum of products is only as exact as its terms: the largest of them count where they cancel
+    size = (x.double().abs() @ weight.abs().T + bias.double().abs()).norm().clamp_min(1e-300)
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
+    assert float((found.double() - exact).norm() / size) <= bound(dtype, columns)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0]], ids=str)
+def test_int8_weights_times_rounded_x(
+    level: str, shape: tuple[int, int, int], density: float, group: int | None
+) -> None:
+    rows, columns, out = shape
+    torch.manual_seed(columns)
+    packed, weight = int8(sparse(out, columns, density, torch.float32), group)
+    x = torch.randn(rows, columns)
+    step = x.abs().amax(1, keepdim=True) / 127
+    rounded = torch.round(x / step).double() * step.double()
+    found = mk.sparse_linear(x, packed, quantize_x=True)
+    size = (rounded.abs() @ weight.abs().T).norm().clamp_min(1e-300)
+    assert float((found.double() - rounded @ weight.T).norm() / size) <= bound(torch.float32, columns)
+
+
+@pytest.mark.parametrize("quantize_x", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_sums_do_not_overflow(level: str, dtype: torch.dtype, quantize_x: bool) -> None:
+    columns = 40_000  # all products of one sign and of the largest size
+    packed = mk.quantize(mk.pack(torch.ones(3, columns)))
+    found = mk.sparse_linear(
+        torch.full((2, columns), -3.0, dtype=torch.float32).to(dtype), packed, quantize_x=quantize_x
+    )
+    if dtype is torch.float16:
+        assert bool(found.isinf().all())
+    else:  # equal terms round the same way every time, so that the errors of fp32 sums add up
+        exact = torch.full((2, 3), -3.0 * columns, dtype=torch.float64)
+        limit = torch.finfo(dtype).eps + columns * torch.finfo(torch.float32).eps
+        assert relative_error(found, exact) <= limit
+
+
+@pytest.mark.parametrize("quantize_x", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_of_x_that_is_not_finite_spoils_itself_alone(level: str, bad: float, quantize_x: bool) -> None:
+    packed = mk.quantize(mk.pack(torch.ones(4, 70)))
+    x = torch.ones(3, 70).bfloat16()
+    x[1, 5] = bad
+    found = mk.sparse_linear(x, packed, quantize_x=quantize_x)
+    assert not bool(found[1].isfinite().any())
+    assert bool(found[[0, 2]].isfinite().all())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_group_is_its_parts(level: str, dtype: torch.dtype, rows: int, threads: int) -> None:
+    torch.manual_seed(rows)
+    columns, x = 200, torch.randn(rows, 200).to(dtype)
+    weights = [sparse(out, columns, 0.5, dtype, seed=out) for out in (64, 1, 37)]
+    layers = [mk.MosaicLinear.from_packed(mk.pack(w), torch.randn(len(w)).to(dtype)) for w in weights]
+    found = group_of(x, layers)
+    for layer, result in zip(layers, found, strict=True):
+        assert torch.equal(result, layer(x))
+
+
+@pytest.mark.parametrize("quantize_x", [False, True])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_of_int8_is_its_parts(level: str, group: int | None, quantize_x: bool) -> None:
+    x = torch.randn(3, 100).bfloat16()
+    layers = []
+    for out in (8, 24):
+        layer = mk.MosaicLinear.from_packed(mk.quantize(mk.pack(sparse(out, 100, 0.4, torch.bfloat16)), group))
+        layer.quantize_activations = quantize_x
+        layers.append(layer)
+    for layer, result in zip(layers, group_of(x, layers), strict=True):
+        assert torch.equal(result, layer(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense_rows(level: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, columns, out = shape
+    torch.manual_seed(columns)
+    weight, bias = torch.randn(out, columns).to(dtype), torch.randn(out).to(dtype)
+    x = torch.randn(rows, columns).to(dtype)
+    if level != "avx512":
+        with pytest.raises(BackendError, match="no kernel for dense weights"):
+            cpu.dense_linear_raw(torch.randn(1, columns).to(dtype), weight, bias)
+        return
+    exact = x.double() @ weight.double().T + bias.double()
+    size = (x.double().abs() @ weight.double().abs().T + bias.double().abs()).norm().clamp_min(1e-300)
+    assert float((cpu.dense_linear_raw(x, weight, bias).double() - exact).norm() / size) <= bound(dtype, columns)
+
+
+def test_parts_that_do_not_belong_together_are_refused() -> None:
+    x = torch.randn(1, 40)
+    first = mk.MosaicLinear.from_packed(mk.pack(torch.eye(40)))
+    with pytest.raises(KernelError, match="x has 40 features but this projection takes 41"):
+        group_of(x, [mk.MosaicLinear.from_packed(mk.pack(torch.eye(41))), first])
+    with pytest.raises(KernelError, match=r"x is torch\.float32 but the packed values are torch\.bfloat16"):
+        group_of(x, [first, mk.MosaicLinear.from_packed(mk.pack(torch.eye(40).bfloat16()))])
+    rounded = mk.MosaicLinear.from_packed(mk.quantize(mk.pack(torch.eye(40))))
+    rounded.quantize_activations = True
+    with pytest.raises(KernelError, match="the same x, rounded alike"):
+        group_of(x, [first, rounded])  # the first one's values cannot be rounded
+
+
+def test_the_reference_agrees_with_the_kernel_on_rounded_activations() -> None:
+    packed = mk.quantize(mk.pack(sparse(9, 130, 0.5, torch.float32)), 64)
+    index, x = packed.index(), torch.randn(4, 130)
+    arguments = (x, packed.values, packed.scales, index.words, index.offsets, None, 130, True)
+    expected = reference.sparse_linear_int8(*arguments)  # type: ignore[arg-type]
+    assert relative_error(cpu.sparse_linear_int8_raw(*arguments), expected.double()) <= bound(torch.float32, 130)  # type: ignore[arg-type]
