@@ -8,8 +8,9 @@ from typing import Any, get_args
 
 from torch import nn
 
+from mosaic_kernels.config import Weights
 from mosaic_kernels.errors import FormatError, UsageError
-from mosaic_kernels.format import Weights, scale_groups, weights_group
+from mosaic_kernels.format import scale_groups, weights_group
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import Block, ModelAdapter
 

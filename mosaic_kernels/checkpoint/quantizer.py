@@ -13,8 +13,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mosaic_kernels.checkpoint.files import Header, tensor_headers
 from mosaic_kernels.checkpoint.layout import apply_layout, describe, is_uniform, packed_weights, stock_shapes
+from mosaic_kernels.config import Weights
 from mosaic_kernels.errors import FormatError, ModelLoadError, UsageError
-from mosaic_kernels.format import FORMAT_VERSION, GROUP_COLUMNS, Weights, weights_group
+from mosaic_kernels.format import FORMAT_VERSION, GROUP_COLUMNS, weights_group
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
 

@@ -19,7 +19,8 @@ from mosaic_kernels.checkpoint.card import model_card, public_name
 from mosaic_kernels.checkpoint.directory import OutputDirectory, require_space, write_errors
 from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
 from mosaic_kernels.checkpoint.progress import bars_on_terminals_only
-from mosaic_kernels.format import Weights, weights_group
+from mosaic_kernels.config import Weights
+from mosaic_kernels.format import weights_group
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
