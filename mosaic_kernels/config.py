@@ -17,6 +17,7 @@ SolverName = Literal["admm", "sparsegpt", "wanda", "magnitude"]
 Quality = Literal["fast", "default", "best"]
 Recovery = Literal["none", "reconstruct", "lora"]
 OutputFormat = Literal["mosaic", "dense"]
+Weights = Literal["float", "int8", "int8-group"]  # what packed values are, and as int8 how many share a scale
 
 DEFAULT_SEQLEN = 2048
 
@@ -54,6 +55,7 @@ class PruneConfig:
     device: str = "auto"
     dtype: str = "auto"
     format: OutputFormat = "mosaic"
+    weights: Weights = "float"
     resume: bool = False
     overwrite: bool = False
 
@@ -68,6 +70,7 @@ class PruneConfig:
             "quality": Quality,
             "recover": Recovery,
             "format": OutputFormat,
+            "weights": Weights,
         }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
@@ -82,6 +85,8 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.weights != "float" and self.format == "dense":
+            raise UsageError(f"format dense stores ordinary weights: --weights {self.weights} needs --format mosaic")
         if self.recover != "none" and self.samples < 2:
             raise UsageError(f"recovery tunes on some sequences and judges by others: samples is {self.samples}")
         self._check_pattern()

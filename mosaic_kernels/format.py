@@ -20,18 +20,16 @@ bit and add their own error to every weight). A weight is ``value * scale`` with
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mosaic_kernels.config import Weights
 from mosaic_kernels.errors import FormatError
 
 FORMAT_VERSION = 1
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_COLUMNS = 64  # columns that share a scale where a row has several
-
-Weights = Literal["float", "int8", "int8-group"]
 
 _BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 

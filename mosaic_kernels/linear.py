@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_kernels import ops
+from mosaic_kernels.config import Weights
 from mosaic_kernels.errors import FormatError
-from mosaic_kernels.format import PackedWeight, RowIndex, Weights, bitmask_bytes, scale_groups, weights_group
+from mosaic_kernels.format import PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops.cpu import Operands
 from mosaic_kernels.ops.select import fast_sparse_linear, fast_sparse_linear_int8

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from mosaic_kernels.errors import UnsupportedModelError
@@ -138,6 +139,13 @@ class ModelAdapter:
         return {
             block.full_name(name): layer.in_features * layer.out_features for block, name, layer in self.projections()
         }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in; its packed values may be of another."""
+        model: Any = self.model
+        found: torch.dtype = model.get_input_embeddings().weight.dtype
+        return found
 
     @property
     def prunable_parameters(self) -> int:

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mosaic_kernels.config import Weights
 from mosaic_kernels.errors import FormatError
 from mosaic_kernels.format import (
     PackedWeight,
     RowIndex,
-    Weights,
     bitmask_bytes,
     bitmask_words,
     bits_to_mask,

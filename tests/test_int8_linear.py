@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import mosaic_kernels as mk
+from mosaic_kernels.config import Weights
 from mosaic_kernels.errors import FormatError, KernelError, NonFiniteError
-from mosaic_kernels.format import Weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS: tuple[Weights, ...] = ("int8", "int8-group")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mosaic_kernels.format import weights_group
 from mosaic_kernels.models import PROJECTIONS
 
 _LOAD_PLAIN = """\
@@ -115,6 +116,10 @@ def _summary(report: Mapping[str, Any]) -> str:
     ]
     if size:
         lines.append(f"- weights: {size['dense'] / 2**20:,.1f} MiB before, {size['pruned'] / 2**20:,.1f} MiB after")
+    if report.get("weights", "float") != "float":
+        columns = weights_group(report["weights"])
+        shared = "row" if columns is None else f"{columns} columns of a row"
+        lines.append(f"- the projections' values are int8, with one scale for each {shared}")
     return "\n".join(lines)
 
 
@@ -138,9 +143,10 @@ def _quality(report: Mapping[str, Any]) -> str:
     found = report.get("perplexity")
     if not found:
         return "Not measured; `python -m mosaic_kernels.evaluate` measures perplexity."
+    rounding = f"| pruned, before int8 | {found['before_int8']:.2f} |\n" if "before_int8" in found else ""
     return (
         "| | perplexity |\n|---|---|\n"
-        f"| before | {found['dense']:.2f} |\n| after | {found['pruned']:.2f} |\n\n"
+        f"| before | {found['dense']:.2f} |\n{rounding}| after | {found['pruned']:.2f} |\n\n"
         f"On {found['tokens']:,} tokens of `{Path(found['text']).name}`, in windows that do not overlap."
     )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -51,17 +51,26 @@ def weight_files(directory: Path) -> list[Path]:
     raise ModelLoadError(f"{directory} has a config but no weights ({WEIGHTS} or {WEIGHTS_INDEX}): copy it again")
 
 
-def tensor_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in safetensors files, by name.
+class Header(NamedTuple):
+    """What a file says of a tensor before it is read; dtypes are safetensors' words, such as ``BF16``."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def tensor_headers(files: Iterable[str | Path]) -> dict[str, Header]:
+    """Shape and dtype of every tensor in safetensors files, by name.
 
     Raises:
         ModelLoadError: a file is truncated or no safetensors file.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    headers: dict[str, Header] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                shapes.update((name, tuple(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    headers[name] = Header(tuple(part.get_shape()), part.get_dtype())
         except (OSError, SafetensorError) as error:
             raise ModelLoadError(f"{path} is truncated or corrupt ({error}): copy or download it again") from error
-    return shapes
+    return headers

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
-from mosaic_kernels.errors import FormatError
+from mosaic_kernels.config import Weights
+from mosaic_kernels.errors import FormatError, UsageError
+from mosaic_kernels.format import scale_groups, weights_group
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import Block, ModelAdapter
 
@@ -29,12 +31,13 @@ _SAME_WIDTH = (
 def describe(adapter: ModelAdapter) -> tuple[dict[str, Any], dict[str, Any]]:
     """``projections`` and ``heads`` of a model as ``quantization_config`` states them."""
     projections, heads = {}, {}
+    weights = packed_weights(adapter)
     for block, name, layer in adapter.projections():
         shape = [layer.out_features, layer.in_features]
         packed = isinstance(layer, MosaicLinear)
         nnz = layer.weight.numel() if packed or layer.weight.is_meta else int(layer.weight.count_nonzero())
         entry: dict[str, Any] = {"shape": shape, "nnz": nnz}
-        if not packed and nnz < shape[0] * shape[1]:
+        if not packed and _is_packed(entry, weights):
             entry["packed"] = False
         projections[block.full_name(name)] = entry
     for block in adapter.blocks:
@@ -42,8 +45,34 @@ def describe(adapter: ModelAdapter) -> tuple[dict[str, Any], dict[str, Any]]:
     return projections, heads
 
 
+def packed_weights(adapter: ModelAdapter) -> Weights:
+    """What the values of a model's packed projections are.
+
+    Raises:
+        UsageError: not the same everywhere, for which the description has no words.
+    """
+    layers = [layer for _, _, layer in adapter.projections() if isinstance(layer, MosaicLinear)]
+    kinds: tuple[Weights, ...] = get_args(Weights)
+    for weights in kinds:
+        if all(_holds(layer, weights) for layer in layers):
+            return weights
+    found = ", ".join(sorted({layer.packed.weights for layer in layers}))
+    raise UsageError(f"packed projections of one model hold values of one kind, and these hold {found}: pack all alike")
+
+
+def _holds(layer: MosaicLinear, weights: Weights) -> bool:
+    if weights == "float" or layer.scales is None:
+        return weights == "float" and layer.scales is None
+    return layer.scales.shape[1] == scale_groups(layer.in_features, weights_group(weights))
+
+
 def apply_layout(
-    adapter: ModelAdapter, projections: Mapping[str, Any], heads: Mapping[str, Any], *, packed: bool
+    adapter: ModelAdapter,
+    projections: Mapping[str, Any],
+    heads: Mapping[str, Any],
+    *,
+    packed: bool,
+    weights: Weights = "float",
 ) -> None:
     """Give every projection of a model on the meta device the kind and shape it has in a checkpoint.
 
@@ -52,6 +81,7 @@ def apply_layout(
         projections: see :func:`describe`.
         heads: see :func:`describe`.
         packed: whether the checkpoint packs weights at all.
+        weights: what the packed values are.
 
     Raises:
         FormatError: the description contradicts the model or itself.
@@ -64,13 +94,19 @@ def apply_layout(
         block, name = known[full_name]
         old = block.projection(name)
         kind: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
-        if packed and nnz < rows * columns and entry.get("packed", True):
-            block.replace(name, MosaicLinear(columns, rows, nnz=nnz, **kind))
+        if packed and _is_packed(entry, weights):
+            block.replace(name, MosaicLinear(columns, rows, nnz=nnz, weights=weights, **kind))
         elif (rows, columns) != (old.out_features, old.in_features):
             block.replace(name, nn.Linear(columns, rows, **kind))
     for block in adapter.blocks:
         _check_block(block, heads.get(block.prefix))
         block.refresh_heads()
+
+
+def _is_packed(entry: Mapping[str, Any], weights: Weights) -> bool:
+    """Left unsaid, float values are packed where there are zeros, and int8 values everywhere."""
+    rows, columns = entry["shape"]
+    return bool(entry.get("packed", weights != "float" or entry["nnz"] < rows * columns))
 
 
 def is_uniform(adapter: ModelAdapter) -> bool:

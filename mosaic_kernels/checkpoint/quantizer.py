@@ -11,10 +11,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mosaic_kernels.checkpoint.files import tensor_shapes
-from mosaic_kernels.checkpoint.layout import apply_layout, describe, is_uniform, stock_shapes
+from mosaic_kernels.checkpoint.files import Header, tensor_headers
+from mosaic_kernels.checkpoint.layout import apply_layout, describe, is_uniform, packed_weights, stock_shapes
+from mosaic_kernels.config import Weights
 from mosaic_kernels.errors import FormatError, ModelLoadError, UsageError
-from mosaic_kernels.format import FORMAT_VERSION
+from mosaic_kernels.format import FORMAT_VERSION, GROUP_COLUMNS, weights_group
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
 
@@ -26,12 +27,14 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version: of the format.
         format: ``bitmask`` (packed projections) or ``dense`` (zeros are stored; only shapes differ).
         projections: full name -> ``{"shape": [out, in], "nnz": n}``, with ``"packed": false`` where
-            zeros are too few for packing to save bytes.
+            packing would not save bytes.
         heads: block -> ``{"query": q, "key_value": k}``.
         provenance: how the model was made.
+        weights: ``{"dtype": "int8", "group": g}`` where packed values are int8, with a scale for each row
+            (``null``) or for every 64 columns of it; there is no such key where they are float.
 
     Raises:
-        FormatError: the version is not known to this release.
+        FormatError: the version, or something it says, is not known to this release.
     """
 
     METHOD = "mosaic"
@@ -45,6 +48,7 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version: int = FORMAT_VERSION,
         format: str = "bitmask",
         provenance: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if version != FORMAT_VERSION:
@@ -58,12 +62,37 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.version, self.format = version, format
         self.projections, self.heads = dict(projections or {}), dict(heads or {})
         self.provenance = dict(provenance or {})
+        if weights is not None:
+            if weights not in [{"dtype": "int8", "group": group} for group in (None, GROUP_COLUMNS)]:
+                raise FormatError(
+                    f"unknown packed values {weights!r}: this release reads float ones and int8 with a scale for each "
+                    f"row or {GROUP_COLUMNS} columns; update mosaic-kernels"
+                )
+            self.weights = dict(weights)
+
+    @property
+    def packed_weights(self) -> Weights:
+        """What the packed values are."""
+        if not hasattr(self, "weights"):
+            return "float"
+        return "int8" if self.weights["group"] is None else "int8-group"
+
+    def lay_out(self, adapter: ModelAdapter) -> None:
+        """Give a model on the meta device the layers and shapes described here.
+
+        Raises:
+            FormatError: the description contradicts the model or itself.
+        """
+        packed = self.format == "bitmask"
+        apply_layout(adapter, self.projections, self.heads, packed=packed, weights=self.packed_weights)
 
     @classmethod
     def of(cls, adapter: ModelAdapter, *, format: str = "bitmask", provenance: Mapping[str, Any] | None = None) -> Any:
         """The description of a model as it stands."""
         projections, heads = describe(adapter)
-        return cls(projections, heads, format=format, provenance=provenance)
+        kind = packed_weights(adapter)
+        int8 = {"dtype": "int8", "group": weights_group(kind)} if kind != "float" and format == "bitmask" else None
+        return cls(projections, heads, format=format, provenance=provenance, weights=int8)
 
 
 class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -76,12 +105,10 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
             raise UsageError("this model holds no mosaic weights: make them with `python -m mosaic_kernels.prune`")
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> Any:
-        config = self.quantization_config
-        adapter = ModelAdapter.of(model)
-        apply_layout(adapter, config.projections, config.heads, packed=config.format == "bitmask")
+        self.quantization_config.lay_out(ModelAdapter.of(model))
         files = options.get("checkpoint_files")
         if files:
-            _require_tensors(model, tensor_shapes(files))
+            _require_tensors(model, tensor_headers(files))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
@@ -104,9 +131,10 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for block, name, layer in ModelAdapter.of(model).projections():
+        adapter = ModelAdapter.of(model)
+        for block, name, layer in adapter.projections():
             if isinstance(layer, MosaicLinear):
-                block.replace(name, layer.to_dense().to(dtype))
+                block.replace(name, layer.to_dense(dtype or adapter.dtype))
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
@@ -133,18 +161,27 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _require_tensors(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse files that lack a tensor of the model: transformers would make it up and only warn."""
+# Of these a cast makes nonsense; floats are cast to what the model computes in.
+_WHOLE_NUMBERS = {torch.int8: "I8", torch.uint8: "U8"}
+
+
+def _require_tensors(model: Any, headers: Mapping[str, Header]) -> None:
+    """Refuse files that lack a tensor of the model or hold another: transformers would make it up, or cast it."""
     wanted = model.state_dict()
     tied = getattr(model, "all_tied_weights_keys", {})
     tied = {**tied, **{source: target for target, source in tied.items()}}
     for name, tensor in wanted.items():
         shape = tuple(tensor.shape)
-        if name in shapes and shapes[name] != shape:
+        if name not in headers:
+            continue
+        if headers[name].shape != shape:
             raise FormatError(
-                f"{name}: the file holds shape {list(shapes[name])} but the config asks for {list(shape)}"
+                f"{name}: the file holds shape {list(headers[name].shape)} but the config asks for {list(shape)}"
             )
-    missing = [name for name in wanted if name not in shapes and tied.get(name) not in shapes]
+        stored, asked = headers[name].dtype, _WHOLE_NUMBERS.get(tensor.dtype)
+        if (stored if stored in _WHOLE_NUMBERS.values() else None) != asked:
+            raise FormatError(f"{name}: the file holds {stored} values but the config asks for {asked or 'floats'}")
+    missing = [name for name in wanted if name not in headers and tied.get(name) not in headers]
     if missing:
         raise ModelLoadError(f"the weight files lack {_some(missing)}: copy or download the model again")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mosaic_kernels.checkpoint.files import read_json, tensor_shapes, weight_files
+from mosaic_kernels.checkpoint.files import read_json, tensor_headers, weight_files
 from mosaic_kernels.checkpoint.progress import bars_on_terminals_only
 from mosaic_kernels.cli import resolve_device
 from mosaic_kernels.errors import (
@@ -56,7 +56,7 @@ def load_model(
     place = resolve_device(str(device))
     path, _ = _require_supported(source)
     if path is not None:
-        tensor_shapes(weight_files(path))  # finds a truncated shard now, by name
+        tensor_headers(weight_files(path))  # finds a truncated shard now, by name
     with _load_errors(source):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path or source, dtype=_dtype(dtype), trust_remote_code=False, output_loading_info=True
@@ -76,7 +76,6 @@ def load_skeleton(source: str | Path, *, dtype: str | torch.dtype = "auto") -> A
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mosaic_kernels.checkpoint.layout import apply_layout
     from mosaic_kernels.checkpoint.quantizer import MosaicConfig
 
     path, content = _require_supported(source)
@@ -86,9 +85,7 @@ def load_skeleton(source: str | Path, *, dtype: str | torch.dtype = "auto") -> A
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if chosen == "auto" else chosen)
         found = content.get("quantization_config")
         if found is not None:
-            mosaic = MosaicConfig.from_dict(found)
-            packed = mosaic.format == "bitmask"
-            apply_layout(ModelAdapter.of(model), mosaic.projections, mosaic.heads, packed=packed)
+            MosaicConfig.from_dict(found).lay_out(ModelAdapter.of(model))
         return model
 
 

@@ -19,6 +19,9 @@ from mosaic_kernels.checkpoint.card import model_card, public_name
 from mosaic_kernels.checkpoint.directory import OutputDirectory, require_space, write_errors
 from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
 from mosaic_kernels.checkpoint.progress import bars_on_terminals_only
+from mosaic_kernels.config import Weights
+from mosaic_kernels.format import weights_group
+from mosaic_kernels.int8 import quantize
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
 
@@ -28,20 +31,27 @@ _PROVENANCE = ("sparsity", "category", "policy", "solver", "seed")
 _LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
-def pack_model(adapter: ModelAdapter) -> None:
-    """Replace, in place, every projection whose zeros save bytes by a :class:`MosaicLinear`.
+def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
+    """Replace, in place, every projection that packing makes smaller by a :class:`MosaicLinear`.
 
-    A projection without zeros, or with fewer than its bitmask costs (1/16 in bf16, 1/32 in fp32),
-    stays dense. The model's ``config.quantization_config`` then describes it, so that
-    ``save_pretrained`` writes a checkpoint that loads again.
+    In ``float``, a projection without zeros, or with fewer than its bitmask costs (1/16 in bf16, 1/32 in
+    fp32), stays dense; as ``int8`` one without zeros takes 9 bits a weight. Float values that are packed
+    already become int8 where that is asked for. The model's ``config.quantization_config`` then describes
+    it, so that ``save_pretrained`` writes a checkpoint that loads again.
+
+    Raises:
+        NonFiniteError: weights to round are NaN or infinite.
     """
     from mosaic_kernels.checkpoint.quantizer import MosaicConfig
 
     for block, name, layer in adapter.projections():
-        if not isinstance(layer, MosaicLinear):
-            packed = ops.pack(layer.weight.detach())
-            if packed.nbytes < layer.weight.nbytes:
-                block.replace(name, MosaicLinear.from_packed(packed, layer.bias).train(layer.training))
+        if isinstance(layer, MosaicLinear) and (weights == "float" or layer.scales is not None):
+            continue
+        packed = layer.packed if isinstance(layer, MosaicLinear) else ops.pack(layer.weight.detach())
+        if weights != "float":
+            packed = quantize(packed, weights_group(weights))
+        if isinstance(layer, MosaicLinear) or packed.nbytes < layer.weight.nbytes:
+            block.replace(name, MosaicLinear.from_packed(packed, layer.bias).train(layer.training))
     model: Any = adapter.model
     model.config.quantization_config = MosaicConfig.of(adapter)
 
@@ -66,7 +76,8 @@ def write_checkpoint(
         report: the content of ``mosaic_report.json``.
         original_shapes: shape of each projection before pruning, for the model card.
         source: directory or hub id of the model before pruning.
-        format: ``dense`` stores zeros; it loads with plain transformers where all blocks have one shape.
+        format: ``dense`` stores zeros, and int8 values as what they stand for, in the model's dtype; it loads with
+            plain transformers where all blocks have one shape.
         max_shard_size: of one weight file, as in ``save_pretrained``.
 
     Raises:
@@ -109,7 +120,8 @@ def _dense_tensors(adapter: ModelAdapter) -> dict[str, Tensor]:
         if isinstance(layer, MosaicLinear):
             full_name = block.full_name(name)
             del tensors[f"{full_name}.bitmask"]
-            tensors[f"{full_name}.weight"] = layer.to_dense().weight.detach()
+            tensors.pop(f"{full_name}.scales", None)
+            tensors[f"{full_name}.weight"] = layer.to_dense(adapter.dtype).weight.detach()
     return tensors
 
 

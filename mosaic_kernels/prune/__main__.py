@@ -9,7 +9,7 @@ import sys
 from typing import get_args
 
 from mosaic_kernels.cli import run_command
-from mosaic_kernels.config import Category, OutputFormat, Policy, PruneConfig, Quality, Recovery, SolverName
+from mosaic_kernels.config import Category, OutputFormat, Policy, PruneConfig, Quality, Recovery, SolverName, Weights
 
 _EXAMPLE = """example:
   python -m mosaic_kernels.prune examples/tiny-llama --output-dir out --sparsity 0.6 \\
@@ -88,6 +88,12 @@ def make_parser() -> argparse.ArgumentParser:
     running.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     running.add_argument("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16")
     running.add_argument("--format", choices=get_args(OutputFormat), help="packed, or ordinary weights with zeros")
+    running.add_argument(
+        "--weights",
+        choices=get_args(Weights),
+        help="packed values: the model's floats, or int8 with a scale for each "
+        "row or for each 64 columns of it; 9 bits a weight where nothing is zero",
+    )
     running.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     running.add_argument("--overwrite", action="store_true", help="replace a non-empty output directory")
     running.add_argument("--dry-run", action="store_true", help="print the plan and its sizes; reads no weights")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mosaic_kernels import format
-from mosaic_kernels.config import PruneConfig
+from mosaic_kernels.config import PruneConfig, Weights
 from mosaic_kernels.errors import UsageError
 from mosaic_kernels.models import PROJECTIONS, STAGES, Block, ModelAdapter
 from mosaic_kernels.prune import allocate
@@ -56,12 +56,12 @@ class Plan:
         kept_rows, kept_columns = self.shapes[name]
         return 1 - (kept_rows * kept_columns - self.zeros[name]) / (rows * columns)
 
-    def predicted_bytes(self, itemsize: int, *, packed: bool = True) -> int:
+    def predicted_bytes(self, itemsize: int, *, packed: bool = True, weights: Weights = "float") -> int:
         """Bytes of all prunable weights, without biases; packed where packing is the smaller form."""
         total = 0
         for name, (o, i) in self.shapes.items():
-            dense = o * i * itemsize
-            total += min(dense, format.packed_bytes(o, i, o * i - self.zeros[name], itemsize)) if packed else dense
+            dense, nnz = o * i * itemsize, o * i - self.zeros[name]
+            total += min(dense, format.packed_bytes(o, i, nnz, itemsize, weights)) if packed else dense
         return total
 
 

@@ -43,7 +43,7 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
     plan = make_plan(adapter, ranks, config if known else replace(config, policy="uniform"))
     dtype = next(skeleton.parameters()).dtype
     dense = sum(p.numel() * p.element_size() for p in skeleton.parameters())
-    projections = plan.predicted_bytes(dtype.itemsize, packed=config.format == "mosaic")
+    projections = plan.predicted_bytes(dtype.itemsize, packed=config.format == "mosaic", weights=config.weights)
     pruned = dense - plan.prunable * dtype.itemsize + projections
     pruned -= _lost_biases(adapter, plan) * dtype.itemsize
     seqlen = config.seqlen or min(DEFAULT_SEQLEN, getattr(skeleton.config, "max_position_embeddings", DEFAULT_SEQLEN))

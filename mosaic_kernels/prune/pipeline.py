@@ -184,9 +184,14 @@ def _run(
 
     pack_model(adapter)
     pruned = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
+    before_int8 = None
+    if config.weights != "float":
+        pack_model(adapter, config.weights)
+        if eval_tokens is not None:
+            before_int8, pruned = pruned, perplexity(model, eval_tokens, seqlen)
     report = make_report(
         adapter, plan, ranks, config, command=command, model=name, seconds=clock.seconds, by_kind=split.seconds,
-        tuned=tuned, perplexities=_perplexities(config, dense, pruned),
+        tuned=tuned, perplexities=_perplexities(config, dense, pruned, before_int8),
     )  # fmt: skip
     if output is None:
         clock.stop()
@@ -226,7 +231,7 @@ def _unpack_projections(adapter: ModelAdapter) -> None:
     """A model that was pruned before is pruned again from its dense form."""
     for block, name, layer in adapter.projections():
         if isinstance(layer, MosaicLinear):
-            block.replace(name, layer.to_dense())
+            block.replace(name, layer.to_dense(adapter.dtype))
 
 
 def _weights_digest(adapter: ModelAdapter) -> str:
@@ -281,15 +286,18 @@ def keeps_dense_side(config: PruneConfig) -> bool:
     return choose_solver(config.solver, config.quality).two_streams or config.recover != "none"
 
 
-def _perplexities(config: PruneConfig, dense: Perplexity | None, pruned: Perplexity | None) -> dict[str, Any] | None:
+def _perplexities(
+    config: PruneConfig, dense: Perplexity | None, pruned: Perplexity | None, before_int8: Perplexity | None
+) -> dict[str, Any] | None:
     if dense is None or pruned is None:
         return None
-    return {
+    found = {
         "text": str(config.eval_text),
         "tokens": dense.tokens,
         "dense": dense.perplexity,
         "pruned": pruned.perplexity,
     }
+    return found if before_int8 is None else {**found, "before_int8": before_int8.perplexity}
 
 
 def _write(

@@ -65,6 +65,7 @@ def make_report(
         "solver": config.solver,
         "quality": config.quality,
         "recover": {"method": config.recover, **(tuned or {})},
+        "weights": config.weights,
         "prunable_parameters": plan.prunable,
         "removed_parameters": structured + zeros,
         "removed_difference": structured + zeros - plan.budget,
@@ -103,7 +104,7 @@ def _pruned_bytes(adapter: ModelAdapter, format: OutputFormat) -> int:
     stored = sum(p.nbytes for p in adapter.model.parameters())
     for _, _, layer in adapter.projections():
         if format == "dense" and isinstance(layer, MosaicLinear):
-            stored += layer.out_features * layer.in_features * layer.weight.element_size() - layer.packed.nbytes
+            stored += layer.out_features * layer.in_features * adapter.dtype.itemsize - layer.packed.nbytes
     return stored
 
 
@@ -115,7 +116,7 @@ def _dense_bytes(adapter: ModelAdapter, plan: Plan) -> int:
         full = block.full_name(name)
         rows, columns = plan.original_shapes[full]
         bias = rows if layer.bias is not None else 0
-        stored += (rows * columns + bias) * layer.weight.element_size()
+        stored += (rows * columns + bias) * adapter.dtype.itemsize
         stored -= sum(p.nbytes for key, p in parameters.items() if key.startswith(f"{full}."))
     return stored
 
@@ -123,6 +124,7 @@ def _dense_bytes(adapter: ModelAdapter, plan: Plan) -> int:
 def format_table(report: dict[str, Any]) -> str:
     """The result as people read it."""
     dense, pruned = report["bytes"]["dense"], report["bytes"]["pruned"]
+    stored = "" if report["weights"] == "float" else f", weights {report['weights']}"
     lines = [
         f"model          {report['model']}",
         f"method         {report['category']}, policy {report['policy']}, solver {report['solver']}",
@@ -130,13 +132,15 @@ def format_table(report: dict[str, Any]) -> str:
         f"({report['sparsity']:.2%})",
         f"               {report['structured_removed']:,} in heads and channels, "
         f"{report['unstructured_zeros']:,} as zeros",
-        f"bytes          {dense:,} -> {pruned:,} ({pruned / dense:.1%})",
+        f"bytes          {dense:,} -> {pruned:,} ({pruned / dense:.1%})" + stored,
     ]
     if report["removed_difference"]:
         lines.insert(4, f"               {report['removed_difference']:+,} from the exact budget")
     if report["perplexity"] is not None:
         found = report["perplexity"]
         change = f"{found['dense']:.2f} -> {found['pruned']:.2f}"
+        if "before_int8" in found:
+            change += f" ({found['before_int8']:.2f} before int8)"
         lines.append(f"perplexity     {change} on {found['tokens']:,} tokens of {found['text']}")
     spent = ", ".join(f"{station} {seconds:.1f}" for station, seconds in report["seconds"].items())
     lines.append(f"seconds        {spent}")
