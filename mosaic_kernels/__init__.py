@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mosaic_kernels.checkpoint import register_with_transformers
 from mosaic_kernels.errors import MosaicError
 from mosaic_kernels.format import PackedWeight
+from mosaic_kernels.inference import prepare_inference
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.ops import pack, sparse_linear, unpack
@@ -28,6 +29,7 @@ __all__ = [
     "PackedWeight",
     "__version__",
     "pack",
+    "prepare_inference",
     "prune",
     "quantize",
     "sparse_linear",

@@ -36,10 +36,3 @@ class DenseLinear(nn.Linear):
         ):
             return cpu.dense_linear_raw(input, self.weight, self.bias)
         return super().forward(input)
-
-
-def speed_up(model: nn.Module) -> None:
-    """Turn every plain ``nn.Linear`` of a model into a :class:`DenseLinear`, in place, weights untouched."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = DenseLinear

@@ -67,6 +67,9 @@ class Block:
 
     def replace(self, name: str, layer: nn.Linear) -> None:
         """Put ``layer`` in the place of the projection ``name``."""
+        siblings = getattr(self.projection(name), "siblings", None)
+        if siblings is not None:  # the others would go on computing the layer that leaves
+            siblings.part()
         parent, _, leaf = name.rpartition(".")
         setattr(self.module.get_submodule(parent), leaf, layer)
 

@@ -16,6 +16,7 @@ from mosaic_kernels.checkpoint.layout import apply_layout, describe, is_uniform,
 from mosaic_kernels.config import Weights
 from mosaic_kernels.errors import FormatError, ModelLoadError, UsageError
 from mosaic_kernels.format import FORMAT_VERSION, GROUP_COLUMNS, weights_group
+from mosaic_kernels.inference import prepare_inference
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
 
@@ -117,7 +118,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.requires_grad_(False)  # transformers makes every floating point tensor trainable
                 if not module.bitmask.is_meta:  # offloaded to disk: comes with the first forward pass
                     module.build_index(name)
-        return model
+        return prepare_inference(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Bring the description up to date before saving; ``None``: the model's own tensors are written."""

@@ -21,6 +21,7 @@ from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
 from mosaic_kernels.checkpoint.progress import bars_on_terminals_only
 from mosaic_kernels.config import Weights
 from mosaic_kernels.format import weights_group
+from mosaic_kernels.inference import prepare_inference
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
@@ -53,6 +54,7 @@ def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
         if isinstance(layer, MosaicLinear) or packed.nbytes < layer.weight.nbytes:
             block.replace(name, MosaicLinear.from_packed(packed, layer.bias).train(layer.training))
     model: Any = adapter.model
+    prepare_inference(model)
     model.config.quantization_config = MosaicConfig.of(adapter)
 
 

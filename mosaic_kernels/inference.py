@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a whole model gains beyond its packed layers, in place and without touching a weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mosaic_kernels import siblings
+from mosaic_kernels.dense import DenseLinear
+from mosaic_kernels.linear import MosaicLinear
+from mosaic_kernels.models import ModelAdapter
+
+_SAME_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+
+
+def prepare_inference(model: Any, *, quantize_activations: bool | None = None) -> Any:
+    """Make a causal language model quick to run; done for every mosaic checkpoint when it is loaded.
+
+    Query, key and value projections run in one dispatch where they are packed, and so do gate and up
+    (:mod:`mosaic_kernels.siblings`); every plain ``nn.Linear`` becomes a
+    :class:`~mosaic_kernels.dense.DenseLinear`. Gradients, ``state_dict`` and ``save_pretrained`` are as
+    before, and dense models gain as well. Call it again after replacing layers.
+
+    Args:
+        model: a Hugging Face causal language model, dense or with packed layers; changed in place.
+        quantize_activations: whether int8 layers round their input to int8 as well, which is faster and
+            less exact; ``None`` leaves each layer as it is.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UnsupportedModelError: its architecture is not known.
+    """
+    if quantize_activations is not None:
+        for module in model.modules():
+            if isinstance(module, MosaicLinear):
+                module.quantize_activations = quantize_activations and module.scales is not None
+    for block in ModelAdapter.of(model).blocks:
+        for names in _SAME_INPUT:
+            siblings.join(block.projection(name) for name in names)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = DenseLinear
+    return model

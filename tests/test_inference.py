@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that share an input, dense rows, and what a whole model gains from both."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import random_model, zero_weights
+from torch import Tensor, nn
+
+import mosaic_kernels as mk
+from mosaic_kernels import ops, siblings
+from mosaic_kernels.checkpoint.writer import pack_model
+from mosaic_kernels.dense import DenseLinear
+from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.ops import cpu
+
+
+def layers(count: int = 3, dtype: torch.dtype = torch.float32, weights: Any = "float") -> list[mk.MosaicLinear]:
+    torch.manual_seed(count)
+    made = []
+    for out in range(8, 8 + count):
+        linear = nn.Linear(40, out).to(dtype).requires_grad_(False)
+        linear.weight[torch.rand(out, 40) < 0.5] = 0
+        made.append(mk.MosaicLinear.from_linear(linear, weights=weights))
+    return made
+
+
+def alone(layer: mk.MosaicLinear, x: Tensor) -> Tensor:
+    return mk.sparse_linear(x, layer.packed, layer.bias)
+
+
+@pytest.fixture
+def dispatches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many weights each dispatch of several took."""
+    counts: list[int] = []
+    real = cpu.sparse_linear_group_raw
+
+    def counted(x: Tensor, parts: Any, *rest: Any) -> list[Tensor]:
+        counts.append(len(parts))
+        return real(x, parts, *rest)
+
+    monkeypatch.setattr(cpu, "sparse_linear_group_raw", counted)
+    return counts
+
+
+@pytest.mark.parametrize("weights", ["float", "int8", "int8-group"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_dispatch_for_all(dispatches: list[int], dtype: torch.dtype, weights: str) -> None:
+    group, x = layers(3, dtype, weights), torch.randn(2, 5, 40).to(dtype)
+    siblings.join(group)
+    with torch.no_grad():
+        for order in ((0, 1, 2), (2, 0, 1)):
+            y = x.clone()
+            for i in order:
+                assert torch.equal(group[i](y), alone(group[i], y))
+    assert dispatches == [3, 3]
+
+
+def test_another_input_or_a_changed_one_is_computed_anew() -> None:
+    group = layers(2)
+    siblings.join(group)
+    with torch.no_grad():
+        x = torch.randn(1, 40)
+        group[0](x)
+        x.mul_(2)
+        assert torch.equal(group[1](x), alone(group[1], x))
+        group[0](x)
+        other = torch.randn(1, 40)
+        assert torch.equal(group[1](other), alone(group[1], other))
+        group[0](x)
+        del x
+        gc.collect()
+        fresh = torch.randn(1, 40)  # may take the freed tensor's place in memory
+        assert torch.equal(group[1](fresh), alone(group[1], fresh))
+
+
+def test_gradients_inference_mode_and_compilation_run_each_alone(dispatches: list[int]) -> None:
+    group, x = layers(2), torch.randn(1, 40, requires_grad=True)
+    siblings.join(group)
+    (group[0](x).sum() + group[1](x).sum()).backward()
+    assert x.grad is not None
+    with torch.inference_mode():
+        y = torch.randn(1, 40)
+        assert torch.equal(group[0](y), alone(group[0], y))
+    with ops.use_backend("reference"), torch.no_grad():
+        group[0](y)
+    assert dispatches == []
+
+
+def test_layers_that_differ_are_not_joined() -> None:
+    pair = [layers(1)[0], mk.MosaicLinear.from_linear(nn.Linear(41, 3))]
+    siblings.join(pair)
+    siblings.join([layers(1)[0], nn.Linear(40, 3)])
+    assert all(layer.siblings is None for layer in pair)
+
+
+def test_copies_run_alone() -> None:
+    group = layers(2)
+    siblings.join(group)
+    assert copy.deepcopy(group[0]).siblings is None
+    assert pickle.loads(pickle.dumps(group[1])).siblings is None
+
+
+def test_rounding_activations_of_one_layer_takes_it_out() -> None:
+    group, x = layers(2, weights="int8"), torch.randn(3, 40)
+    siblings.join(group)
+    group[1].quantize_activations = True
+    with torch.no_grad():
+        for layer in group:
+            expected = mk.sparse_linear(x, layer.packed, layer.bias, quantize_x=layer.quantize_activations)
+            assert torch.equal(layer(x), expected)
+
+
+def test_threads_that_share_a_model_do_not_mix_their_results() -> None:
+    group = layers(3)
+    siblings.join(group)
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _ in range(200):
+                x = torch.randn(1, 40, generator=generator)
+                wrong.extend(seed for layer in group if not torch.equal(layer(x), alone(layer, x)))
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("rows", [1, 7, DenseLinear.MAX_ROWS, DenseLinear.MAX_ROWS + 1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_linear_is_linear(rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    layer = DenseLinear(70, 33, bias=bias).bfloat16().requires_grad_(False)
+    x = torch.randn(2, rows, 70).bfloat16()[1]
+    expected = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    assert float((layer(x).double() - expected).norm() / expected.norm()) <= torch.finfo(torch.bfloat16).eps
+
+
+def test_dense_linear_trains() -> None:
+    layer = DenseLinear(8, 4).bfloat16()
+    layer(torch.randn(1, 8).bfloat16()).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_model_is_prepared_where_it_is_packed(dispatches: list[int]) -> None:
+    model = random_model(dtype=torch.bfloat16).eval().requires_grad_(False)
+    adapter = ModelAdapter.of(model)
+    zero_weights(adapter, 0.5)
+    ids = torch.randint(64, (1, 6))
+    expected = model(ids).logits.float()
+    pack_model(adapter)
+    found = model(ids).logits.float()
+    assert isinstance(model.lm_head, DenseLinear)
+    assert dispatches == [3, 2] * len(adapter.blocks)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+    block = adapter.blocks[0]
+    block.replace("self_attn.k_proj", block.projection("self_attn.k_proj").to_dense())  # type: ignore[operator]
+    assert block.projection("self_attn.q_proj").siblings is None
+    assert float((model(ids).logits.float() - expected).norm() / expected.norm()) < 0.02
+
+
+def test_activations_are_rounded_on_request() -> None:
+    model = random_model(dtype=torch.bfloat16).eval().requires_grad_(False)
+    adapter = ModelAdapter.of(model)
+    pack_model(adapter, "int8")
+    ids = torch.randint(64, (1, 6))
+    exact = model(ids).logits.float()
+    rounded = mk.prepare_inference(model, quantize_activations=True)(ids).logits.float()
+    assert all(layer.quantize_activations for _, _, layer in adapter.projections())  # type: ignore[union-attr]
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.1
+    again = mk.prepare_inference(model, quantize_activations=False)(ids).logits.float()
+    assert torch.equal(again, exact)
