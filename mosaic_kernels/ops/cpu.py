@@ -63,7 +63,8 @@ def sparse_linear_raw(
     if bias is not None and (bias.dtype is not x.dtype or bias.numel() != out_features or not bias.is_cpu):
         raise KernelError(f"bias must be [{out_features}] {x.dtype} on {x.device}, got {bias.dtype} on {bias.device}")
     rows = x.numel() // in_features if in_features else shape[:-1].numel()
-    x = x.contiguous()
+    x, values = x.contiguous(), values.contiguous()
+    bias = None if bias is None else bias.contiguous()
     out = x.new_empty((*shape[:-1], out_features))
     _C_cpu.sparse_linear(
         x.data_ptr(),
