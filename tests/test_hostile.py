@@ -45,7 +45,7 @@ rows_ = st.sampled_from((0, 1, 2, 3, 4, 5, 7, 9, 12, 13))
 widths = st.sampled_from(WIDTHS) | st.integers(1, 300)
 dtypes = st.sampled_from(DTYPES)
 # One level serves all examples of a test, and under a sanitizer drawing them takes longer than hypothesis likes.
-thorough = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+thorough = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture(params=LEVELS, autouse=True)
