@@ -81,11 +81,11 @@ def bits_to_mask(bits: Tensor, columns: int) -> Tensor:
 def words_from_bits(bits: Tensor) -> Tensor:
     """The row bitmap's ``int32`` words of canonical ``bits``: a view where a row fills whole words."""
     rows, row_bytes = bits.shape
-    if row_bytes % 4 == 0 and bits.is_contiguous():
+    if row_bytes > 0 and row_bytes % 4 == 0 and bits.is_contiguous() and bits.storage_offset() % 4 == 0:
         return bits.view(torch.int32)
-    padded = bits.new_zeros(rows, -(-row_bytes // 4) * 4)
-    padded[:, :row_bytes] = bits
-    return padded.view(torch.int32)
+    words = bits.new_zeros(rows, -(-row_bytes // 4), dtype=torch.int32)
+    words.view(torch.uint8)[:, :row_bytes] = bits
+    return words
 
 
 def _byte_counts(bits: Tensor) -> Tensor:

@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from guarded import Guarded
 from torch import Tensor
 
 import mosaic_kernels as mk
@@ -98,8 +98,10 @@ def test_levels_are_named_and_must_exist() -> None:
 
 def in_a_fresh_process(function: str, **environment: str) -> None:
     """Run a function of this file where a crash ends that process alone."""
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r}); import test_native; test_native.{function}()"
     done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", f"import runpy; runpy.run_path({__file__!r})[{function!r}]()"],
+        [sys.executable, "-X", "faulthandler", "-c", code],
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -124,26 +126,6 @@ def test_the_number_of_threads_can_be_set() -> None:
     )  # fmt: skip
     assert done.stdout == "3\n"
     assert "MOSAIC_NUM_THREADS='0' is not a positive number" in refused.stderr
-
-
-class Guarded:
-    """A copy of a tensor whose last byte is followed by a page that may not be touched."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.like, size = tensor, tensor.numel() * tensor.element_size()
-        pages = -(-size // mmap.PAGESIZE)
-        self._memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        end = start + pages * mmap.PAGESIZE
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0, ctypes.get_errno()
-        self.address = end - size
-        ctypes.memmove(self.address, tensor.data_ptr(), size)
-
-    def read(self) -> Tensor:
-        copy = torch.empty_like(self.like)
-        ctypes.memmove(copy.data_ptr(), self.address, copy.numel() * copy.element_size())
-        return copy
 
 
 def use_memory_that_ends_at_a_forbidden_page() -> None:

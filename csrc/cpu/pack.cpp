@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packing in two halves: bits and offsets, from which the caller learns nnz; then the values.
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/numeric.h"
 #include "cpu/table.h"
@@ -61,10 +62,16 @@ Status unpack(const PackValuesArgs& a) {
   const KernelTable& table = kernels();
   const int size = item_size(a.dtype);
   const int64_t mask_bytes = bitmask_bytes(a.columns);
+  const int used = static_cast<int>((a.columns - 1) % 8 + 1);  // bits of a row's last byte
+  std::atomic<bool> within{true};
   for_each_row(a.threads, a.rows, a.columns, [&](int64_t r) {
-    a.offsets[r + 1] = table.count_bits(a.bitmask + r * a.bitmask_stride, mask_bytes);
+    const uint8_t* bits = a.bitmask + r * a.bitmask_stride;
+    a.offsets[r + 1] = table.count_bits(bits, mask_bytes);
+    // Such a bit would put a value behind the row.
+    if (mask_bytes > 0 && bits[mask_bytes - 1] >> used) within = false;
   });
   accumulate(a.offsets, a.rows);
+  if (!within) return invalid("unpack: the bitmask has bits beyond the last column");
   if (a.offsets[a.rows] != a.nnz)
     return invalid("unpack: the bitmask counts another number of weights than are stored");
   for_each_row(a.threads, a.rows, a.columns, [&](int64_t r) {

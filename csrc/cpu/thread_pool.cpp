@@ -118,21 +118,15 @@ const OpenMp& open_mp() {
 std::atomic<bool> g_forked{false};
 
 // Never destroyed: workers may outlive static destructors. A forked child starts over with a new pool,
-// because the threads are gone and the mutex may have been held at the fork.
-Pool* g_pool = nullptr;
-
-Pool& pool() {
-  static const bool once = [] {
+// because the threads are gone and the mutex may have been held at the fork. Set up when the library is
+// loaded: a parent that never called a kernel may still have used OpenMP, through torch.
+Pool* g_pool = [] {
+  pthread_atfork(nullptr, nullptr, [] {
     g_pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] {
-      g_pool = new Pool;
-      g_forked = true;
-    });
-    return true;
-  }();
-  (void)once;
-  return *g_pool;
-}
+    g_forked = true;
+  });
+  return new Pool;
+}();
 
 struct Buffers {
   static constexpr int kSlots = 3;
@@ -152,21 +146,20 @@ void run_chunks(int threads, int64_t chunks, ChunkBody body, const void* context
     return;
   }
   Job job{body, context, chunks, static_cast<int>(useful - 1)};
-  Pool& own = pool();
   const OpenMp& team = open_mp();
   // Only a team of the size that torch uses: OpenMP ends and starts threads whenever the size changes.
   if (!g_forked && team.parallel && team.max_threads && team.max_threads() == threads) {
     team.parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, threads, 0);
   } else {
-    own.run(job);
+    g_pool->run(job);
   }
 }
 
 void* scratch(int slot, int64_t bytes) {
   thread_local Buffers buffers;
-  if (bytes > buffers.bytes[slot]) {
+  if (bytes > buffers.bytes[slot] || !buffers.memory[slot]) {  // a buffer of no bytes is one, too
     std::free(buffers.memory[slot]);
-    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    const int64_t rounded = bytes / 4096 * 4096 + 4096;
     buffers.memory[slot] = std::aligned_alloc(64, rounded);
     buffers.bytes[slot] = buffers.memory[slot] ? rounded : 0;
   }

@@ -268,7 +268,7 @@ def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float])
         The sum of all scores, and for each alpha the number of outliers.
 
     Raises:
-        KernelError: a shape or dtype does not fit.
+        KernelError: a shape or dtype does not fit, or there are more than 64 alphas.
     """
     _require(
         weight.dim() == 2 and weight.dtype in VALUE_DTYPES,
@@ -358,6 +358,7 @@ def obs_block(
     Raises:
         KernelError: shapes or dtypes do not fit, or neither a mask nor a pattern was given.
     """
+    _require(weight.dim() == 2, f"weight must be 2-D [rows, block], got {list(weight.shape)}")
     rows, block = weight.shape
     _require(
         weight.dtype == factor.dtype == torch.float32,

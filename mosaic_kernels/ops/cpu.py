@@ -58,92 +58,63 @@ def why_not() -> str | None:
     return _IMPORT_ERROR
 
 
-def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int) -> None:
-    """Say which argument of a linear kernel does not fit; called where one of the quick checks failed."""
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _fitting(
+    x: Tensor, values: Tensor, words: Tensor | None, bias: Tensor | None, in_features: int, out_features: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``x``, ``values`` and ``bias`` as a kernel may read them.
+
+    Raises:
+        KernelError: a shape, dtype or device does not fit.
+    """
+    dtype = x.dtype
     if x.shape[-1] != in_features:
         raise KernelError(f"x has {x.shape[-1]} features but this projection takes {in_features}")
-    if x.dtype not in _DTYPES or (weight.dtype is not torch.int8 and x.dtype is not weight.dtype):
-        raise KernelError(f"x is {x.dtype} but the packed values are {weight.dtype}")
-    if not (x.is_cpu and weight.is_cpu):
+    if dtype is not values.dtype and (values.dtype is not torch.int8 or dtype not in _DTYPES):
+        raise KernelError(f"x is {dtype} but the packed values are {values.dtype}")
+    if not (x.is_cpu and values.is_cpu and (words is None or words.is_cpu)):
         raise KernelError(
-            f"x is on {x.device} but the packed weight is on {weight.device}: move one of them with .to()"
+            f"x is on {x.device} but the packed weight is on {values.device}: move one of them with .to()"
         )
     if bias is not None:
-        raise KernelError(f"bias must be [{out_features}] {x.dtype} on {x.device}, got {bias.dtype} on {bias.device}")
-    raise KernelError("the packed weight lies on several devices: move it with .to()")
+        if bias.dtype is not dtype or bias.numel() != out_features or not bias.is_cpu:
+            raise KernelError(f"bias must be [{out_features}] {dtype} on {x.device}, got {bias.dtype} on {bias.device}")
+        bias = bias.contiguous()
+    return x.contiguous(), values.contiguous(), bias
 
 
 def sparse_linear_raw(
     x: Tensor, values: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None, in_features: int
 ) -> Tensor:
     """``sparse_linear`` without dispatcher and autograd; x's shape and dtype are checked."""
-    shape = x.shape
-    dtype = x.dtype
     out_features = words.shape[0]
-    if (
-        shape[-1] != in_features
-        or dtype is not values.dtype
-        or not (x.is_cpu and values.is_cpu and words.is_cpu and offsets.is_cpu)
-        or (bias is not None and (bias.dtype is not dtype or bias.numel() != out_features or not bias.is_cpu))
-    ):
-        _refuse(x, values, bias, in_features, out_features)
-    x = x.contiguous()
-    out = x.new_empty((*shape[:-1], out_features))
+    x, values, bias = _fitting(x, values, words, bias, in_features, out_features)
+    shape = x.shape[:-1]
+    out = x.new_empty((*shape, out_features))
     _C_cpu.sparse_linear(
-        x.data_ptr(),
-        values.data_ptr(),
-        words.data_ptr(),
-        offsets.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        out.numel() // out_features if out_features else 0,
-        in_features,
-        out_features,
-        values.numel(),
-        _DTYPES[dtype],
-        _FORCED_THREADS or torch.get_num_threads(),
-    )
+        x.data_ptr(), values.data_ptr(), words.data_ptr(), offsets.data_ptr(), _address(bias), out.data_ptr(),
+        shape.numel(), in_features, out_features, values.numel(), _DTYPES[x.dtype], threads(),
+    )  # fmt: skip
     return out
 
 
 def sparse_linear_int8_raw(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    words: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    quantize_x: bool,
-) -> Tensor:
+    x: Tensor, values: Tensor, scales: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None,
+    in_features: int, quantize_x: bool,
+) -> Tensor:  # fmt: skip
     """``sparse_linear_int8`` without dispatcher and autograd; x's shape and dtype are checked."""
     out_features = words.shape[0]
-    if (
-        x.shape[-1] != in_features
-        or x.dtype not in _DTYPES
-        or not (x.is_cpu and values.is_cpu and scales.is_cpu and words.is_cpu and offsets.is_cpu)
-        or (bias is not None and (bias.dtype is not x.dtype or bias.numel() != out_features or not bias.is_cpu))
-    ):
-        _refuse(x, values, bias, in_features, out_features)
-    x = x.contiguous()
-    out = x.new_empty((*x.shape[:-1], out_features))
+    x, values, bias = _fitting(x, values, words, bias, in_features, out_features)
+    scales, shape = scales.contiguous(), x.shape[:-1]
+    out = x.new_empty((*shape, out_features))
     _C_cpu.sparse_linear_int8(
-        x.data_ptr(),
-        values.data_ptr(),
-        words.data_ptr(),
-        offsets.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        out.numel() // out_features if out_features else 0,
-        in_features,
-        out_features,
-        values.numel(),
-        _DTYPES[x.dtype],
-        threads(),
-        scales.data_ptr(),
-        scales.shape[1],
-        quantize_x,
-    )
+        x.data_ptr(), values.data_ptr(), words.data_ptr(), offsets.data_ptr(), _address(bias), out.data_ptr(),
+        shape.numel(), in_features, out_features, values.numel(), _DTYPES[x.dtype], threads(),
+        scales.data_ptr(), scales.shape[1], quantize_x,
+    )  # fmt: skip
     return out
 
 
@@ -155,24 +126,17 @@ def sparse_linear_group_raw(
     Query, key and value read the same activations, and so do gate and up: ``x`` is prepared once, and the
     threads share the rows of all.
     """
-    x = x.contiguous()
-    results, addresses = [], []
+    results, held, addresses = [], [], []
     for values, scales, words, offsets, bias in parts:
         out_features = words.shape[0]
-        if (
-            x.shape[-1] != in_features
-            or x.dtype not in _DTYPES
-            or (scales is None and x.dtype is not values.dtype)
-            or not (x.is_cpu and values.is_cpu and words.is_cpu and offsets.is_cpu)
-            or (bias is not None and (bias.dtype is not x.dtype or bias.numel() != out_features or not bias.is_cpu))
-        ):
-            _refuse(x, values, bias, in_features, out_features)
+        x, values, bias = _fitting(x, values, words, bias, in_features, out_features)
+        scales = None if scales is None else scales.contiguous()
         out = x.new_empty((*x.shape[:-1], out_features))
         results.append(out)
+        held.append((values, scales, bias))  # a copy made here must outlive the call
         addresses.append((
-            values.data_ptr(), words.data_ptr(), offsets.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            out.data_ptr(), out_features, values.numel(), 0 if scales is None else scales.data_ptr(),
-            0 if scales is None else scales.shape[1],
+            values.data_ptr(), words.data_ptr(), offsets.data_ptr(), _address(bias), out.data_ptr(),
+            out_features, values.numel(), _address(scales), 0 if scales is None else scales.shape[1],
         ))  # fmt: skip
     rows = x.shape[:-1].numel()
     _C_cpu.sparse_linear_group(x.data_ptr(), rows, in_features, _DTYPES[x.dtype], threads(), quantize_x, addresses)
@@ -180,24 +144,18 @@ def sparse_linear_group_raw(
 
 
 def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of a contiguous weight for few rows of ``x``, by the sparse kernels' own loop.
+    """``F.linear`` for few rows of ``x``, by the sparse kernels' own loop.
 
     Raises:
         BackendError: the instruction set in use has no such kernel (it takes AVX-512).
     """
     out_features, in_features = weight.shape
-    if (
-        x.shape[-1] != in_features
-        or x.dtype is not weight.dtype
-        or not (x.is_cpu and weight.is_cpu and weight.is_contiguous())
-        or (bias is not None and (bias.dtype is not x.dtype or bias.numel() != out_features or not bias.is_cpu))
-    ):
-        _refuse(x, weight, bias, in_features, out_features)
-    x = x.contiguous()
-    out = x.new_empty((*x.shape[:-1], out_features))
+    x, weight, bias = _fitting(x, weight, None, bias, in_features, out_features)
+    shape = x.shape[:-1]
+    out = x.new_empty((*shape, out_features))
     _C_cpu.sparse_linear(
-        x.data_ptr(), weight.data_ptr(), 0, 0, 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-        x.shape[:-1].numel(), in_features, out_features, 0, _DTYPES[x.dtype], threads(),
+        x.data_ptr(), weight.data_ptr(), 0, 0, _address(bias), out.data_ptr(),
+        shape.numel(), in_features, out_features, 0, _DTYPES[x.dtype], threads(),
     )  # fmt: skip
     return out
 

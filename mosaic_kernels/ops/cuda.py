@@ -57,10 +57,12 @@ def _sparse_linear(
         raise KernelError(f"x is {x.dtype} but the packed values are {values.dtype}")
     if not x.device == values.device == words.device == offsets.device:
         raise KernelError(f"x is on {x.device} but the packed values are on {values.device}")
+    values = values.contiguous()
     rows = shape[:-1].numel()
     if rows > _MAX_DECODE_ROWS:
         return F.linear(x, _unpack_words(values, words, offsets, in_features), bias)
     x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     out = x.new_empty((*shape[:-1], words.shape[0]))
     _C_cuda.linear_decode(
         x.data_ptr(),

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels on torch's OpenMP threads and on threads of our own, from several callers, and after a fork."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mosaic_kernels.format import RowIndex
+from mosaic_kernels.ops import cpu
+
+TORCHS = 2  # a kernel that may use exactly as many threads as torch has runs on torch's
+OTHERS = (3, 4, 8, 64)  # a pool of our own, also where it is much larger than the machine
+
+
+class Work:
+    """Inputs for every kernel, of a size that each of them shares out."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        cpu._FORCED_THREADS = 1  # no kernel has started threads before the scenario does
+        self.weight = (torch.randn(700, 600) * (torch.rand(700, 600) < 0.5)).bfloat16()
+        self.x, self.bias = torch.randn(40, 600).bfloat16(), torch.randn(700).bfloat16()
+        self.scores, self.norms = self.weight.float().abs(), torch.rand(600)
+        self.values, self.bits = cpu.KERNELS["pack"](self.weight)
+        self.index = RowIndex.from_bitmask(self.bits)
+        self.block, self.keep = torch.randn(250, 96), torch.rand(250, 96) < 0.5
+        self.factor = torch.eye(96) + 0.01 * torch.rand(96, 96).triu()
+
+    def run(self, threads: int) -> list[bytes]:
+        """What every kernel finds, as bytes: torch's own operators may hang in a forked child."""
+        cpu._FORCED_THREADS = threads
+        run, index = cpu.KERNELS, self.index
+        found: list[Tensor] = []
+        for rows in (1, 7, 40):
+            found.append(run["sparse_linear"](self.x[:rows], self.values, index.words, index.offsets, self.bias, 600))
+        found += run["pack"](self.weight)
+        found.append(run["unpack"](self.values, self.bits, 600))
+        found += run["outlier_stats"](self.weight, self.norms, (1.0, 3.0))
+        found.append(run["column_square_sums"](self.x))
+        found.append(run["select"](self.scores, torch.tensor([140_001]), "matrix"))
+        found.append(run["select"](self.scores, torch.full((700,), 77), "row"))
+        found.append(run["select"](self.scores, torch.tensor([2, 4]), "group"))
+        found += run["obs_block"](self.block, self.factor, self.keep, 0, 0)
+        return [t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in found]
+
+
+def from_four_callers(work: Work, threads: int, expected: list[bytes]) -> None:
+    with ThreadPoolExecutor(4) as callers:
+        assert all(found == expected for found in callers.map(lambda _: work.run(threads), range(12)))
+
+
+def in_a_child(work: Work, threads: int, expected: list[bytes]) -> None:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a deadlock must end the child, and with it the test
+        status = 1
+        try:
+            assert work.run(threads) == expected
+            from_four_callers(work, threads, expected)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@dataclass
+class Answers(Dataset[bool]):
+    """Whether a worker process finds what its parent found."""
+
+    work: Work
+    threads: int
+    expected: list[bytes]
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, _: int) -> bool:
+        return self.work.run(self.threads) == self.expected
+
+
+def openmp_and_our_own_pool() -> None:
+    work = Work()
+    expected = work.run(1)
+    torch.set_num_threads(TORCHS)
+    for threads in (TORCHS, *OTHERS, TORCHS):
+        assert work.run(threads) == expected, threads
+
+
+def our_own_pool() -> None:
+    work = Work()
+    expected = work.run(1)
+    torch.set_num_threads(1)
+    for threads in OTHERS:
+        assert work.run(threads) == expected, threads
+        from_four_callers(work, threads, expected)
+
+
+def openmp_from_four_callers() -> None:
+    work = Work()
+    expected = work.run(1)
+    from_four_callers(work, TORCHS, expected)  # each caller has OpenMP threads of its own
+
+
+def openmp_before_a_fork() -> None:
+    work = Work()
+    expected = work.run(1)
+    torch.set_num_threads(TORCHS)
+    torch.randn(1 << 20).exp()
+    in_a_child(work, TORCHS, expected)  # the first kernel on several threads is the child's
+    for _ in range(3):
+        assert work.run(TORCHS) == expected
+        in_a_child(work, TORCHS, expected)
+        in_a_child(work, 3, expected)
+
+
+def our_own_pool_before_a_fork() -> None:
+    work = Work()
+    expected = work.run(1)
+    torch.set_num_threads(1)
+    for _ in range(3):
+        assert work.run(3) == expected
+        in_a_child(work, 3, expected)
+
+
+def openmp_before_forked_workers() -> None:
+    work = Work()
+    expected = work.run(1)
+    torch.set_num_threads(TORCHS)
+    assert work.run(TORCHS) == expected
+    for threads in (1, TORCHS, 3):  # torch gives its workers one thread
+        answers = Answers(work, threads, expected)
+        loader = DataLoader(answers, batch_size=1, num_workers=2, multiprocessing_context="fork", timeout=60)
+        assert [bool(answer) for answer in loader] == [True] * len(answers)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        openmp_and_our_own_pool,
+        our_own_pool,
+        openmp_from_four_callers,
+        openmp_before_a_fork,
+        our_own_pool_before_a_fork,
+        openmp_before_forked_workers,
+    ],
+    ids=lambda scenario: scenario.__name__,
+)
+def test_in_a_process_of_its_own(scenario) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", __file__, scenario.__name__],
+        env={**os.environ, "OMP_NUM_THREADS": str(TORCHS)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
