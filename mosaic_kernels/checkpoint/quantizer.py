@@ -106,6 +106,9 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> Any:
         self.quantization_config.lay_out(ModelAdapter.of(model))
+        for module in model.modules():
+            if isinstance(module, MosaicLinear):  # or else, where it stays on disk, it is filled with normal numbers
+                module._is_hf_initialized = True  # type: ignore[assignment]
         files = options.get("checkpoint_files")
         if files:
             _require_tensors(model, tensor_headers(files))
