@@ -137,7 +137,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         adapter = ModelAdapter.of(model)
         for block, name, layer in adapter.projections():
             if isinstance(layer, MosaicLinear):
-                block.replace(name, layer.to_dense(dtype or adapter.dtype))
+                block.replace(name, layer.to_dense(adapter.dtype).to(dtype))
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
