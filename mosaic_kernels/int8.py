@@ -48,7 +48,7 @@ def quantize(weight: PackedWeight | Tensor, group: int | None = None) -> PackedW
     if not bool(torch.isfinite(largest).all()):
         raise NonFiniteError("quantize: kept weights are NaN or Inf; check the weight")
     scales = largest / 127
-    # values / scale where a step is not below fp32's smallest number; the bound catches its rounding
+    # a scale that underflows leaves no steps, and one that nearly does is so coarse that quotients pass 127
     steps = scales.repeat_interleave(counts.flatten(), output_size=values.numel())
     rounded = torch.where(steps > 0, values / steps, 0).round_().clamp_(-127, 127).to(torch.int8)
     return PackedWeight(rounded, packed.bitmask, packed.shape, scales.view_as(counts))

@@ -134,15 +134,15 @@ class MosaicLinear(nn.Linear):
         """An ordinary ``nn.Linear`` with the same function.
 
         Args:
-            dtype: of its weight and bias; left out, that of the values, where they are int8 that of the
-                bias, and without one fp32.
+            dtype: of its weight and bias where the values are int8, which do not say; left out, that of the
+                bias, and without one fp32. Float values keep theirs.
         """
-        weight, bias = ops.unpack(self.packed), None if self.bias is None else self.bias.detach()
-        if dtype is None:
-            dtype = weight.dtype if bias is None else bias.dtype
+        weight = ops.unpack(self.packed)
+        if self.scales is not None:
+            weight = weight.to(dtype or (weight if self.bias is None else self.bias).dtype)
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        dense.weight = _frozen(weight.to(dtype))
-        dense.bias = None if bias is None else _frozen(bias.to(dtype, copy=True))
+        dense.weight = _frozen(weight)
+        dense.bias = None if self.bias is None else _frozen(self.bias.detach().to(weight.dtype, copy=True))
         return dense.train(self.training)
 
     def build_index(self, name: str = "MosaicLinear") -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mosaic_kernels.checkpoint.writer import pack_model, write_checkpoint
+from mosaic_kernels.config import Weights
 from mosaic_kernels.models import ModelAdapter
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
@@ -99,7 +100,7 @@ def save(
     return directory
 
 
-def composite(kind: str = "llama", *, pack: bool = True, **settings: Any) -> ModelAdapter:
+def composite(kind: str = "llama", *, pack: bool = True, weights: Weights = "float", **settings: Any) -> ModelAdapter:
     """Blocks with different heads and widths, and zeros everywhere but in o_proj."""
     adapter = ModelAdapter.of(random_model(kind, **settings))
     cut_block(adapter, 0, query=2, key_value=2, channels=33)
@@ -107,7 +108,7 @@ def composite(kind: str = "llama", *, pack: bool = True, **settings: Any) -> Mod
     for part in ("q_proj", "k_proj", "v_proj", "mlp"):
         zero_weights(adapter, 0.5, only=part)
     if pack:
-        pack_model(adapter)
+        pack_model(adapter, weights)
     return adapter
 
 

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("llama", torch.float32, ("--category", "auto", "--sparsity", "0.3", "--policy", "uniform")),
         ("llama", torch.float32, ("--dtype", "bfloat16", "--sparsity", "0.6", "--policy", "uniform")),
         ("llama", torch.float32, ("--sparsity", "0")),
+        ("llama", torch.bfloat16, ("--sparsity", "0", "--weights", "int8")),
+        ("qwen2", torch.bfloat16, ("--sparsity", "0.6", "--policy", "uniform", "--weights", "int8-group")),
     ],
 )
 def test_dry_run_predicts_the_bytes_without_weights(

@@ -62,6 +62,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.save(prompt(), folder / "prompt.pt")
     made = {"composite": composite(), "structured": _structured_only(), "one": _one_packed()}
+    made["int8"] = composite(weights="int8")
     found = {name: (save(adapter, folder / name), logits(adapter.model)) for name, adapter in made.items()}
     uneven = composite(pack=False)
     found["dense"] = (save(uneven, folder / "dense", format="dense"), logits(uneven.model))

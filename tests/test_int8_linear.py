@@ -90,6 +90,8 @@ def test_back_to_dense(dtype: torch.dtype) -> None:
     assert torch.equal(dense.weight, exact.to(dtype))
     assert without.to_dense().weight.dtype == torch.float32  # nothing in the layer says more
     assert with_bias.to_dense(torch.float16).bias.dtype == torch.float16
+    floats = mk.MosaicLinear.from_linear(_dense(dtype=dtype))
+    assert floats.to_dense(torch.float16).weight.dtype == dtype
 
 
 @pytest.mark.parametrize("weights", KINDS)

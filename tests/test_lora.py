@@ -18,9 +18,9 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Any:
-    base = load(save(composite(), tmp_path))
+@pytest.fixture(params=["float", "int8"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    base = load(save(composite(weights=request.param), tmp_path))
     return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "o_proj"]))
 
 

@@ -123,6 +123,8 @@ def test_activations_that_overflow(run: Run, model: Path, solver: str) -> None:
         (("--device", "gpu"), ("--device", "gpu", "cuda:N")),
         (("--dtype", "int8"), ("int8", "bfloat16")),
         (("--ranks", "nowhere.json"), ("nowhere.json", "--ranks")),
+        (("--weights", "int4"), ("--weights", "int4", "int8-group")),
+        (("--weights", "int8", "--format", "dense"), ("--weights int8 needs --format mosaic",)),
     ],
 )
 def test_wrong_options(run: Run, dense_dir: Path, options: tuple[str, ...], words: tuple[str, ...]) -> None:

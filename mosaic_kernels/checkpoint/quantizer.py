@@ -107,6 +107,9 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> Any:
         self.quantization_config.lay_out(ModelAdapter.of(model))
+        for module in model.modules():
+            if isinstance(module, MosaicLinear):  # or else, where it stays on disk, it is filled with normal numbers
+                module._is_hf_initialized = True  # type: ignore[assignment]
         files = options.get("checkpoint_files")
         if files:
             _require_tensors(model, tensor_headers(files))
@@ -135,7 +138,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         adapter = ModelAdapter.of(model)
         for block, name, layer in adapter.projections():
             if isinstance(layer, MosaicLinear):
-                block.replace(name, layer.to_dense(dtype or adapter.dtype))
+                block.replace(name, layer.to_dense(adapter.dtype).to(dtype))
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
