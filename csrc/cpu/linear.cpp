@@ -23,7 +23,7 @@ constexpr int64_t kMaxParts = 8;
 
 // What a weight costs to read: its words as well as its values.
 int64_t weights_of(const LinearArgs& a) {
-  return a.words ? a.nnz + a.out_features * bitmask_words(a.in_features) : a.out_features * a.in_features;
+  return a.offsets ? a.nnz + a.out_features * bitmask_words(a.in_features) : a.out_features * a.in_features;
 }
 
 // The first row of chunk c when a weight is cut into `chunks` equal parts, a multiple of the most rows
@@ -36,7 +36,7 @@ int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
   int64_t low = 0, high = a.out_features;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    const int64_t before = a.words ? a.offsets[middle] + middle * words : middle * a.in_features;
+    const int64_t before = a.offsets ? a.offsets[middle] + middle * words : middle * a.in_features;
     if (before < target) {
       low = middle + 1;
     } else {
@@ -53,7 +53,7 @@ struct Part {
 };
 
 WeightKind kind_of(const LinearArgs& a) {
-  if (!a.words) return kDense;
+  if (!a.offsets) return kDense;
   if (!a.scales) return kPacked;
   return a.quantize_x ? kPackedInt8TimesInt8 : kPackedInt8;
 }
@@ -73,7 +73,7 @@ int64_t chunks_of(const LinearArgs& a) {
 }
 
 const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
-  if (a.words && a.offsets[a.out_features] != a.nnz)
+  if (a.offsets && a.offsets[a.out_features] != a.nnz)
     return "offsets end at another number of values than are stored";
   if (a.scales && a.scale_groups != 1 && a.scale_groups != scale_groups_of(a.in_features))
     return "int8 values have one scale per row, or one per row and 64 columns";

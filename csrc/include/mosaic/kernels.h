@@ -10,7 +10,7 @@
 
 namespace mosaic {
 
-// out [rows, out_features] = x [rows, in_features] . W^T + bias. W is in row bitmap form; where `words` is
+// out [rows, out_features] = x [rows, in_features] . W^T + bias. W is in row bitmap form; where `offsets` is
 // nullptr it is dense and `values` its rows. Where there are scales the values are int8 and a weight is its
 // value times its row's scale, or that of its row and 64 columns.
 struct LinearArgs {
