@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_kernels.ops import cpu
-from mosaic_kernels.ops.select import is_recorded, kernel
+from mosaic_kernels.ops.select import is_recorded, kernel_for
 
 
 class DenseLinear(nn.Linear):
@@ -32,7 +32,7 @@ class DenseLinear(nn.Linear):
             and self.weight.dtype is torch.bfloat16
             and self.weight.is_contiguous()
             and cpu.has_dense_rows()
-            and kernel("sparse_linear", input.device) is cpu.sparse_linear_raw
+            and kernel_for("sparse_linear", input) is cpu.sparse_linear_raw
         ):
             return cpu.dense_linear_raw(input, self.weight, self.bias)
         return super().forward(input)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mosaic_kernels import siblings
+from mosaic_kernels import attention, siblings
 from mosaic_kernels.dense import DenseLinear
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
@@ -20,7 +20,8 @@ def prepare_inference(model: Any, *, quantize_activations: bool | None = None) -
 
     Query, key and value projections run in one dispatch where they are packed, and so do gate and up
     (:mod:`mosaic_kernels.siblings`); every plain ``nn.Linear`` becomes a
-    :class:`~mosaic_kernels.dense.DenseLinear`. Gradients, ``state_dict`` and ``save_pretrained`` are as
+    :class:`~mosaic_kernels.dense.DenseLinear`; one new token attends to shared key/value heads in one
+    product (:mod:`mosaic_kernels.attention`). Gradients, ``state_dict`` and ``save_pretrained`` are as
     before, and dense models gain as well. Call it again after replacing layers.
 
     Args:
@@ -41,6 +42,9 @@ def prepare_inference(model: Any, *, quantize_activations: bool | None = None) -
     for block in ModelAdapter.of(model).blocks:
         for names in _SAME_INPUT:
             siblings.join(block.projection(name) for name in names)
+    if model.config._attn_implementation == "sdpa":
+        attention.register_with_transformers()
+        model.set_attn_implementation(attention.NAME)
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = DenseLinear

@@ -158,27 +158,25 @@ class MosaicLinear(nn.Linear):
     @property
     def operands(self) -> Operands:
         """What a kernel reads: values, scales, words, offsets and bias."""
-        if self._index is None or self._index[0] is not self.bitmask:
+        held = self._parameters  # attribute access to a parameter costs as much as the rest of a call
+        found = self._index
+        if found is None or found[0] is not held["bitmask"]:
             self.build_index()
-        assert self._index is not None  # for the type checker: build_index set it
-        index = self._index[1]
-        return self.weight, self.scales, index.words, index.offsets, self.bias
+            found = self._index
+        assert found is not None  # for the type checker: build_index set it
+        return held["weight"], held.get("scales"), found[1].words, found[1].offsets, held.get("bias")  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.siblings is not None:
             found = self.siblings.forward(self, input)
             if found is not None:
                 return found
-        if self._index is None or self._index[0] is not self.bitmask:
-            self.build_index()
-        assert self._index is not None  # for the type checker: build_index set it
-        index, scales = self._index[1], self.scales
+        values, scales, words, offsets, bias = self.operands
         if scales is None:
-            return fast_sparse_linear(input, self.weight, index.words, index.offsets, self.bias, self.in_features)
+            return fast_sparse_linear(input, values, words, offsets, bias, self.in_features)
         return fast_sparse_linear_int8(
-            input, self.weight, scales, index.words, index.offsets, self.bias, self.in_features,
-            self.quantize_activations,
-        )  # fmt: skip
+            input, values, scales, words, offsets, bias, self.in_features, self.quantize_activations
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.ops import cpu
-from mosaic_kernels.ops.select import is_recorded, kernel
+from mosaic_kernels.ops.select import is_recorded, kernel_for
 
 
 class Siblings:
@@ -36,9 +36,7 @@ class Siblings:
             found = kept[2].pop(id(layer), None)
             if found is not None:
                 return found
-        if kernel("sparse_linear", x.device) is not cpu.sparse_linear_raw or any(
-            e.bitmask.is_meta for e in self.layers
-        ):
+        if kernel_for("sparse_linear", x) is not cpu.sparse_linear_raw or any(e.bitmask.is_meta for e in self.layers):
             return None  # another backend is forced; or weights that wait on disk come one layer at a time
         parts = [each.operands for each in self.layers]
         results = cpu.sparse_linear_group_raw(x, parts, layer.in_features, self.quantize_x)

@@ -183,3 +183,26 @@ def test_activations_are_rounded_on_request() -> None:
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.1
     again = mk.prepare_inference(model, quantize_activations=False)(ids).logits.float()
     assert torch.equal(again, exact)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_attention_of_one_token_is_that_of_transformers(kind: str) -> None:
+    model = random_model(kind).eval().requires_grad_(False)
+    ids, mask = torch.randint(64, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0  # the second prompt is padded on the left
+
+    def decode() -> list[Tensor]:
+        out, found, seen = model(ids, attention_mask=mask, use_cache=True), [], mask
+        for _ in range(4):
+            seen = torch.cat([seen, torch.ones(2, 1, dtype=torch.long)], 1)
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, attention_mask=seen, past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits)
+        return found
+
+    expected = decode()
+    mk.prepare_inference(model)
+    assert model.config._attn_implementation == "mosaic_sdpa"
+    for one, other in zip(decode(), expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert "mosaic" not in model.config.to_json_string()

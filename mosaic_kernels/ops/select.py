@@ -66,6 +66,12 @@ def kernel(op: str, device: torch.device) -> Callable[..., Any]:
     return found
 
 
+def kernel_for(op: str, x: torch.Tensor) -> Callable[..., Any]:
+    """:func:`kernel` of the device of ``x``, without making a ``torch.device`` where it is the CPU (0.4 us)."""
+    found = _resolved.get((op, "cpu")) if x.is_cpu else None
+    return kernel(op, x.device) if found is None else found
+
+
 def _resolve(op: str, device: torch.device) -> Callable[..., Any]:
     if _forced is not None:
         return _forced_kernel(_registry[_forced], op, device)
@@ -125,7 +131,7 @@ def fast_sparse_linear(
     if is_recorded(x):
         out: torch.Tensor = torch.ops.mosaic.sparse_linear(x, values, words, offsets, bias, in_features)
         return out
-    direct: torch.Tensor = kernel("sparse_linear", x.device)(x, values, words, offsets, bias, in_features)
+    direct: torch.Tensor = kernel_for("sparse_linear", x)(x, values, words, offsets, bias, in_features)
     return direct
 
 
@@ -144,7 +150,7 @@ def fast_sparse_linear_int8(
     if is_recorded(x):
         out: torch.Tensor = torch.ops.mosaic.sparse_linear_int8(*arguments)
         return out
-    direct: torch.Tensor = kernel("sparse_linear_int8", x.device)(*arguments)
+    direct: torch.Tensor = kernel_for("sparse_linear_int8", x)(*arguments)
     return direct
 
 
