@@ -32,14 +32,31 @@ bool all_finite(const float* scores, int64_t count) {
   return finite;
 }
 
+// The first pass: every key counts, and this is where NaN and Inf are found.
+bool count_first(const float* scores, int64_t count, int shift, uint32_t* bins) {
+  Flags bad = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Lanes own = load_lanes(scores + i);
+    bad |= ((Bits)own & 0x7f800000u) == 0x7f800000u;
+    uint32_t digits[kLanes];
+    const Bits found = keys_of(own) >> shift;
+    std::memcpy(digits, &found, sizeof found);
+    for (int lane = 0; lane < kLanes; ++lane) ++bins[lane % kRadixTables * kRadixBins + digits[lane]];
+  }
+  bool finite = mask_of(bad) == 0;
+  for (; i < count; ++i) {
+    finite &= __builtin_isfinite(scores[i]);
+    ++bins[key_of(scores[i]) >> shift];
+  }
+  return finite;
+}
+
 }  // namespace
 
 bool radix_count(const float* scores, int64_t count, RadixPass pass, uint32_t* bins) {
   const int above = pass.shift + pass.width;
-  if (above == 32) {  // the first pass: every key counts, and this is where NaN and Inf are found
-    for (int64_t i = 0; i < count; ++i) ++bins[key_of(scores[i]) >> pass.shift];
-    return all_finite(scores, count);
-  }
+  if (above == 32) return count_first(scores, count, pass.shift, bins);
   const uint32_t digit_mask = (1u << pass.width) - 1;
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -55,7 +72,7 @@ bool radix_count(const float* scores, int64_t count, RadixPass pass, uint32_t* b
   return true;
 }
 
-void mark_top(const float* scores, int64_t count, uint32_t threshold, int64_t ties, uint8_t* mask) {
+int64_t mark_top(const float* scores, int64_t count, uint32_t threshold, int64_t ties, uint8_t* mask) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Bits keys = keys_of(load_lanes(scores + i));
@@ -67,8 +84,11 @@ void mark_top(const float* scores, int64_t count, uint32_t threshold, int64_t ti
   }
   for (; i < count; ++i) {
     const uint32_t key = key_of(scores[i]);
-    mask[i] = key > threshold || (key == threshold && ties-- > 0);
+    const bool tie = key == threshold && ties > 0;
+    mask[i] = key > threshold || tie;
+    ties -= tie;
   }
+  return ties;
 }
 
 namespace {
