@@ -35,11 +35,11 @@ void sparse_linear(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t off
                   out_features, nnz, DType(dtype), threads});
 }
 
-void pack_bits(uintptr_t weight, uintptr_t keep, uintptr_t bitmask, uintptr_t offsets, int64_t rows, int64_t columns,
-               int dtype, int threads) {
+void pack_bits(uintptr_t weight, uintptr_t keep, uintptr_t bitmask, uintptr_t offsets, int64_t rows,
+               int64_t columns, int dtype, int threads) {
   call("pack", cpu::pack_bits,
-       PackBitsArgs{address<void>(weight), address<uint8_t>(keep), address<uint8_t>(bitmask), address<int64_t>(offsets), rows,
-                    columns, DType(dtype), threads});
+       PackBitsArgs{address<void>(weight), address<uint8_t>(keep), address<uint8_t>(bitmask),
+                    address<int64_t>(offsets), rows, columns, DType(dtype), threads});
 }
 
 template <Status (*kRun)(const PackValuesArgs&)>

@@ -75,6 +75,16 @@ def test_ties_are_kept_in_the_order_of_their_index(level: str, threads: int, mon
     assert int(ops.score_select(zeros, norms, 123_456).flatten()[:123_456].sum()) == 123_456
 
 
+def test_a_sample_that_misleads_costs_time_alone(level: str) -> None:
+    flat = torch.linspace(0.1, 9.0, 400_000)
+    rows = torch.rand(400, 1000) * 2.0 ** (torch.arange(400) % 40).unsqueeze(1)
+    few = torch.zeros(400, 1000)
+    few[7, 100:130] = torch.rand(30)  # no run of the sample need meet them
+    for weight in (flat.view(400, 1000), flat.flip(0).view(400, 1000), rows, few, -few):
+        for keep in (7, 25, 1000, 200_000, 399_970, 399_995):
+            assert torch.equal(ops.select(weight, keep), reference.select(weight, torch.tensor([keep]), "matrix"))
+
+
 def test_layouts_and_norms_of_any_dtype(level: str) -> None:
     weight, norms = torch.randn(60, 40).bfloat16(), torch.rand(60)
     expected = mask_by_reference(weight.T.contiguous(), norms, 700, "matrix")

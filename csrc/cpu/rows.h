@@ -32,8 +32,10 @@ void count_outliers(const void* row, const float* norms, int64_t columns, const 
 template <typename T>
 void column_sums(const void* x, int64_t rows, int64_t stride, int64_t columns, double* sums);
 
-bool radix_count(const float* scores, int64_t count, RadixPass pass, uint32_t* bins);
-int64_t mark_top(const float* scores, int64_t count, uint32_t threshold, int64_t ties, uint8_t* mask);
+bool bounds(const float* scores, int64_t count, float* least, float* greatest);
+int64_t count_from(const float* scores, int64_t count, float from);
+void split(const float* scores, int64_t count, Split* state);
+int64_t mark_top(const float* scores, int64_t count, Cut cut, uint8_t* mask);
 bool mark_groups(const float* scores, int64_t groups, int64_t n, int64_t m, uint8_t* mask);
 
 bool obs_rows(const ObsArgs& args, int64_t begin, int64_t end, float* tile);

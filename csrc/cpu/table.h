@@ -18,16 +18,23 @@ struct LinearTask {
   int64_t fast_values;  // a 64-byte load that starts below this index stays inside `values`
 };
 
-struct RadixPass {
-  uint32_t prefix;  // the key's digits found so far
-  int shift;        // of this pass's digit
-  int width;        // of this pass's digit, in bits
+// What keeps exactly k scores: all from `from` on, and the first `ties` of those that equal `tie`.
+struct Cut {
+  float from;
+  float tie;
+  int64_t ties;
 };
 
-constexpr int kRadixBins = 2048;
-// Neighbours often share their first digit, and an increment waits for the last one of the same bin: the
-// first pass counts in four tables by turns. 4096x4096 on one thread took 39 ms in one table (Zen 4, Nov 2026).
-constexpr int kRadixTables = 4;
+// One pass over scores: how many reach `high`, and copies of those in [low, high).
+struct Split {
+  float low;
+  float high;
+  float* between;
+  int64_t room;       // of `between`; a multiple of 16
+  int64_t found = 0;  // in [low, high); where they exceed `room`, `between` is not complete
+  int64_t above = 0;
+  bool finite = true;
+};
 
 struct KernelTable {
   const char* name;
@@ -54,11 +61,12 @@ struct KernelTable {
                             int64_t alpha_count, int64_t* counts);
   void (*column_sums[3])(const void* x, int64_t rows, int64_t stride, int64_t columns, double* sums);
 
-  // Adds the digits of all keys that start with the prefix to `bins`, [kRadixTables][kRadixBins] of which
-  // later passes use the first table; false when the first pass meets a score that is not finite.
-  bool (*radix_count)(const float* scores, int64_t count, RadixPass pass, uint32_t* bins);
-  // Keeps every key above `threshold` and the first `ties` equal to it; returns how many ties are left.
-  int64_t (*mark_top)(const float* scores, int64_t count, uint32_t threshold, int64_t ties, uint8_t* mask);
+  // Least and greatest score; false when one is not finite. count > 0.
+  bool (*bounds)(const float* scores, int64_t count, float* least, float* greatest);
+  int64_t (*count_from)(const float* scores, int64_t count, float from);
+  void (*split)(const float* scores, int64_t count, Split* state);
+  // Returns how many ties are left.
+  int64_t (*mark_top)(const float* scores, int64_t count, Cut cut, uint8_t* mask);
   // Keeps n of every m; false when a score is not finite.
   bool (*mark_groups)(const float* scores, int64_t groups, int64_t n, int64_t m, uint8_t* mask);
 
