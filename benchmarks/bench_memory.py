@@ -5,8 +5,8 @@
         --benchmark-json=benchmarks/results/memory-CPU.json
 
 A random Llama of 110M parameters, half of its projection weights pruned. Every job runs in a process of its own; its
-peak is what is resident above the interpreter with all imports, in units of the model's weight bytes. Loading maps
-the file: a dense model's pages become resident when they are used, so its peak shows in decoding.
+peak is what is resident above the interpreter with all imports, in units of the model's weight bytes. Loading is
+``from_pretrained`` and then reading every weight once, because a mapped file takes no memory before.
 """
 
 from __future__ import annotations
