@@ -89,7 +89,7 @@ def test_score_select_pack(benchmark: Any, threads: int, shape: str, scope: str)
     assert torch.equal(packed.values, values)  # ties too
     assert torch.equal(packed.bitmask, bits)
     record(
-        benchmark, {"torch": by_torch, "ours": by_ours}, 5, operation=f"score + select + pack, {scope}",
+        benchmark, {"torch": by_torch, "ours": by_ours}, 3, operation=f"score + select + pack, {scope}",
         shape=[rows, columns], threads=threads,
     )  # fmt: skip
     benchmark.extra_info["steps_ms"] = clock.medians()
