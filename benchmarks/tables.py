@@ -88,7 +88,7 @@ def score() -> str:
             for cell in (f"{found[count]['ours']['median_us'] / 1e3:.1f}", f"{found[count]['ratios']['speed_up']:.0f}x")
         ]
         lines.append(f"| {operation} | {shape} | {' | '.join(shown)} |")
-    return "\n".join([*lines, "", caption(machine, "bench_score.py") + ", `benchmarks/bench_pack.py`"])
+    return "\n".join([*lines, "", caption(machine, "bench_score.py` and `bench_pack.py")])
 
 
 OURS = (
