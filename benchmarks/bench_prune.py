@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning the example model: seconds, exact counts, bytes, perplexity, and speed against the dense model.
 
-    pytest benchmarks/bench_prune.py --benchmark-only --benchmark-json=benchmarks/results/prune-CPU.json
+    pytest benchmarks/bench_prune.py --benchmark-only --no-regression \
+        --benchmark-json=benchmarks/results/prune-CPU.json
 
 One round each: a run is seconds to a minute of deterministic work. Speeds are medians of runs interleaved
 with the dense model's, so their ratio holds on a shared machine.
@@ -47,6 +48,7 @@ def test_prune_example(benchmark: Any, tmp_path: Path, variant: str) -> None:
     dense = AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny-llama")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     dense_speed, pruned_speed = latencies([dense, pruned], prompt_tokens=64, new_tokens=64, repeats=9)
+    ratios = {"decode": pruned_speed.decode_tokens_per_s / dense_speed.decode_tokens_per_s}
     parameters = sum(p.numel() for p in dense.parameters())
     benchmark.extra_info.update(
         category=report["category"],
@@ -60,6 +62,8 @@ def test_prune_example(benchmark: Any, tmp_path: Path, variant: str) -> None:
         decode_tokens_per_s={"dense": dense_speed.decode_tokens_per_s, "pruned": pruned_speed.decode_tokens_per_s},
         prefill_tokens_per_s={"dense": dense_speed.prefill_tokens_per_s, "pruned": pruned_speed.prefill_tokens_per_s},
         threads=torch.get_num_threads(),
+        ratios=ratios,
+        memory={"weight_bytes": report["bytes"]["pruned"]},
     )
     if report["category"] != "structured":
         assert report["removed_difference"] == 0

@@ -48,6 +48,15 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median_us": statistics.median(seconds) * 1e6, "p5_us": cuts[0] * 1e6, "p95_us": cuts[-1] * 1e6}
 
 
+def record(benchmark: Any, variants: Mapping[str, Callable[[int], object]], rounds: int, **info: Any) -> None:
+    """Interleave ``torch`` and ``ours``; their medians, their ratio and ``info`` become the benchmark's figures."""
+    with torch.no_grad():
+        seconds = benchmark.pedantic(lambda: interleaved(variants, rounds), rounds=1)
+    found = {name: summary(values) for name, values in seconds.items()}
+    speed_up = found["torch"]["median_us"] / found["ours"]["median_us"]
+    benchmark.extra_info.update(info, **found, ratios={"speed_up": speed_up})
+
+
 def machine() -> dict[str, Any]:
     """What a figure depends on: processor, instruction set, threads, versions, commit."""
     model = next(

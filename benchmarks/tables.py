@@ -71,6 +71,26 @@ def linear() -> str:
     return "\n".join([*lines, "", caption(machine, "bench_linear.py")])
 
 
+def score() -> str:
+    """Every step of pruning a projection that has a kernel, from two result files."""
+    machine, scored = load("score")
+    cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in [*scored, *load("pack")[1]]:
+        shape = " x ".join(str(size) for size in row["shape"])
+        cells.setdefault((row["operation"], shape), {})[row["threads"]] = row
+    threads = sorted({count for row in cells.values() for count in row})
+    heads = [f"{what}, {count} thread{'s' * (count > 1)}" for count in threads for what in ("ms", "against torch")]
+    lines = [f"| operation | shape | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    for (operation, shape), found in cells.items():
+        shown = [
+            cell
+            for count in threads
+            for cell in (f"{found[count]['ours']['median_us'] / 1e3:.1f}", f"{found[count]['ratios']['speed_up']:.0f}x")
+        ]
+        lines.append(f"| {operation} | {shape} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", caption(machine, "bench_score.py` and `bench_pack.py")])
+
+
 OURS = (
     "fast",
     "default",
@@ -129,9 +149,12 @@ def speed() -> str:
     return "\n".join([*lines, "", f"*{what}; `benchmarks/quality --speed`*"])
 
 
+TABLES = {"example": example, "linear": linear, "quality": quality, "speed": speed, "score": score}
+
+
 def filled(text: str) -> str:
     """The README with every table between its markers made anew."""
-    for name, make in (("example", example), ("linear", linear), ("quality", quality), ("speed", speed)):
+    for name, make in TABLES.items():
         begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)

@@ -67,11 +67,11 @@ void sparse_linear_group(uintptr_t x, int64_t rows, int64_t in_features, int dty
   raise_unless_ok(status, "sparse_linear");
 }
 
-void pack_bits(uintptr_t weight, uintptr_t bitmask, uintptr_t offsets, int64_t rows, int64_t columns,
-               int dtype, int threads) {
+void pack_bits(uintptr_t weight, uintptr_t keep, uintptr_t bitmask, uintptr_t offsets, int64_t rows,
+               int64_t columns, int dtype, int threads) {
   call("pack", cpu::pack_bits,
-       PackBitsArgs{address<void>(weight), address<uint8_t>(bitmask), address<int64_t>(offsets), rows,
-                    columns, DType(dtype), threads});
+       PackBitsArgs{address<void>(weight), address<uint8_t>(keep), address<uint8_t>(bitmask),
+                    address<int64_t>(offsets), rows, columns, DType(dtype), threads});
 }
 
 template <Status (*kRun)(const PackValuesArgs&)>
@@ -98,8 +98,15 @@ void column_square_sums(uintptr_t x, uintptr_t sums, int64_t rows, int64_t colum
 void select(uintptr_t scores, uintptr_t keep, uintptr_t mask, int64_t rows, int64_t columns, int scope,
             int threads) {
   call("select", cpu::select,
-       SelectArgs{address<float>(scores), address<int64_t>(keep), address<uint8_t>(mask), rows, columns,
-                  Scope(scope), threads});
+       SelectArgs{address<float>(scores), nullptr, nullptr, DType::kFloat32, address<int64_t>(keep),
+                  address<uint8_t>(mask), rows, columns, Scope(scope), threads});
+}
+
+void score_select(uintptr_t weight, uintptr_t norms, uintptr_t keep, uintptr_t mask, int64_t rows,
+                  int64_t columns, int dtype, int scope, int threads) {
+  call("score_select", cpu::select,
+       SelectArgs{nullptr, address<void>(weight), address<float>(norms), DType(dtype), address<int64_t>(keep),
+                  address<uint8_t>(mask), rows, columns, Scope(scope), threads});
 }
 
 void obs_block(uintptr_t weight, uintptr_t factor, uintptr_t keep, uintptr_t errors, int64_t rows,
@@ -126,6 +133,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("outlier_stats", python::outlier_stats);
   m.def("column_square_sums", python::column_square_sums);
   m.def("select", python::select);
+  m.def("score_select", python::score_select);
   m.def("obs_block", python::obs_block);
   m.def("isa", cpu::isa);
   m.def("features", cpu::features);

@@ -141,7 +141,7 @@ def check_guarded_round_trip(weight: Tensor) -> None:
     (out, columns), code = weight.shape, CODES[weight.dtype]
     dense, bits = Guarded(weight), Guarded(torch.zeros(out, bitmask_bytes(columns), dtype=torch.uint8))
     offsets = Guarded(torch.zeros(out + 1, dtype=torch.int64))
-    _C_cpu.pack_bits(dense.address, bits.address, offsets.address, out, columns, code, 1)
+    _C_cpu.pack_bits(dense.address, 0, bits.address, offsets.address, out, columns, code, 1)
     nnz = int(offsets.read()[-1])
     assert nnz == int((weight != 0).sum())
     values, stride = Guarded(weight.new_zeros(nnz)), bitmask_bytes(columns)

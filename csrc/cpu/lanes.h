@@ -69,6 +69,15 @@ MOSAIC_HD uint32_t mask_of(Flags flags) {
 #endif
 }
 
+// Writes the chosen lanes one after the other; what it leaves behind them is arbitrary, up to a whole vector.
+MOSAIC_HD void store_chosen(float* to, Lanes v, uint32_t chosen) {
+#if defined(__AVX512F__)
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(chosen), (__m512)v));
+#else
+  for (; chosen; chosen &= chosen - 1) *to++ = v[__builtin_ctz(chosen)];
+#endif
+}
+
 // Adds the lanes to two vectors of doubles.
 MOSAIC_HD void add_to(Doubles* sums, Lanes v) {
   using HalfLanes = float __attribute__((vector_size(kLanes * 2)));

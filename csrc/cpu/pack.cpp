@@ -41,7 +41,8 @@ Status pack_bits(const PackBitsArgs& a) {
   const int size = item_size(a.dtype);
   const int64_t row_bytes = a.columns * size, mask_bytes = bitmask_bytes(a.columns);
   for_each_row(a.threads, a.rows, a.columns, [&](int64_t r) {
-    a.offsets[r + 1] = run(size, at(a.weight, r * row_bytes), a.bitmask + r * mask_bytes, a.columns);
+    const uint8_t* keep = a.keep ? a.keep + r * a.columns : nullptr;
+    a.offsets[r + 1] = run(size, at(a.weight, r * row_bytes), keep, a.bitmask + r * mask_bytes, a.columns);
   });
   accumulate(a.offsets, a.rows);
   return {};

@@ -22,11 +22,13 @@ void store_word(uint8_t* bits, int64_t bytes_left, uint32_t word) {
 // 2026). Full stores would write into the next row, which may be another thread's: the last ones of a
 // row are masked.
 
-__mmask32 kept_of(const uint16_t* row, __mmask32 present) {
+uint32_t kept_of(const uint16_t* row, int64_t count) {
+  const __mmask32 present = bits_below(static_cast<uint32_t>(count));
   return _mm512_test_epi16_mask(_mm512_maskz_loadu_epi16(present, row), _mm512_set1_epi16(0x7fff));
 }
 
-__mmask32 kept_of(const uint32_t* row, __mmask32 present) {
+uint32_t kept_of(const uint32_t* row, int64_t count) {
+  const __mmask32 present = bits_below(static_cast<uint32_t>(count));
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   const uint32_t low = _mm512_test_epi32_mask(_mm512_maskz_loadu_epi32(present, row), magnitude);
   const uint32_t high = _mm512_test_epi32_mask(_mm512_maskz_loadu_epi32(present >> 16, row + 16), magnitude);
@@ -82,18 +84,10 @@ void expand(const T* values, const uint8_t* bits, T* row, int64_t columns) {
   }
 }
 
-int64_t bits_of(const void* from, int item_size, uint8_t* bits, int64_t columns) {
-  const int64_t bytes = bitmask_bytes(columns);
-  int64_t kept = 0;
-  for (int64_t b = 0; b < bytes; b += 4) {
-    const int64_t left = columns - b * 8;
-    const __mmask32 present = left >= kWordBits ? ~0u : bits_below(static_cast<uint32_t>(left));
-    const uint32_t word = item_size == 4 ? kept_of(static_cast<const uint32_t*>(from) + b * 8, present)
-                                         : kept_of(static_cast<const uint16_t*>(from) + b * 8, present);
-    store_word(bits + b, bytes - b, word);
-    kept += popcount(word);
-  }
-  return kept;
+// Which of up to 32 weights `keep`, 0 or 1 for each, wants.
+uint32_t wanted(const uint8_t* keep, int64_t count) {
+  const __m256i kept = _mm256_maskz_loadu_epi8(bits_below(static_cast<uint32_t>(count)), keep);
+  return _mm256_test_epi8_mask(kept, kept);
 }
 #else
 template <typename T>
@@ -127,24 +121,32 @@ uint32_t kept_of(const T* row, int64_t count) {
   return word;
 }
 
-int64_t bits_of(const void* from, int item_size, uint8_t* bits, int64_t columns) {
+uint32_t wanted(const uint8_t* keep, int64_t count) {
+  uint32_t word = 0;
+  for (int64_t i = 0; i < count; ++i) word |= static_cast<uint32_t>(keep[i]) << i;
+  return word;
+}
+#endif
+
+template <typename T>
+int64_t bits_of(const T* row, const uint8_t* keep, uint8_t* bits, int64_t columns) {
   const int64_t bytes = bitmask_bytes(columns);
   int64_t kept = 0;
   for (int64_t b = 0; b < bytes; b += 4) {
     const int64_t first = b * 8, count = columns - first < kWordBits ? columns - first : kWordBits;
-    const uint32_t word = item_size == 4 ? kept_of(static_cast<const uint32_t*>(from) + first, count)
-                                         : kept_of(static_cast<const uint16_t*>(from) + first, count);
+    uint32_t word = kept_of(row + first, count);
+    if (keep) word &= wanted(keep + first, count);
     store_word(bits + b, bytes - b, word);
     kept += popcount(word);
   }
   return kept;
 }
-#endif
 
 }  // namespace
 
-int64_t pack_bits(int item_size, const void* row, uint8_t* bits, int64_t columns) {
-  return bits_of(row, item_size, bits, columns);
+int64_t pack_bits(int item_size, const void* row, const uint8_t* keep, uint8_t* bits, int64_t columns) {
+  return item_size == 4 ? bits_of(static_cast<const uint32_t*>(row), keep, bits, columns)
+                        : bits_of(static_cast<const uint16_t*>(row), keep, bits, columns);
 }
 
 void pack_values(int item_size, const void* row, const uint8_t* bits, void* values, int64_t count,

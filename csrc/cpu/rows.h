@@ -26,12 +26,14 @@ template <typename T>
 void round_x(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales);
 int64_t rounded_row_bytes(XForm form, int64_t in_features);
 
-int64_t pack_bits(int item_size, const void* row, uint8_t* bits, int64_t columns);
+int64_t pack_bits(int item_size, const void* row, const uint8_t* keep, uint8_t* bits, int64_t columns);
 void pack_values(int item_size, const void* row, const uint8_t* bits, void* values, int64_t count,
                  int64_t columns);
 void unpack(int item_size, const void* values, const uint8_t* bits, void* row, int64_t columns);
 int64_t count_bits(const uint8_t* bits, int64_t bytes);
 
+template <typename T>
+void score_row(const void* row, const float* norms, int64_t columns, float* scores);
 template <typename T>
 double score_sum(const void* row, const float* norms, int64_t columns);
 template <typename T>
@@ -40,8 +42,10 @@ void count_outliers(const void* row, const float* norms, int64_t columns, const 
 template <typename T>
 void column_sums(const void* x, int64_t rows, int64_t stride, int64_t columns, double* sums);
 
-bool radix_count(const float* scores, int64_t count, RadixPass pass, uint32_t* bins);
-void mark_top(const float* scores, int64_t count, uint32_t threshold, int64_t ties, uint8_t* mask);
+bool bounds(const float* scores, int64_t count, float* least, float* greatest);
+int64_t count_from(const float* scores, int64_t count, float from);
+void split(const float* scores, int64_t count, Split* state);
+int64_t mark_top(const float* scores, int64_t count, Cut cut, uint8_t* mask);
 bool mark_groups(const float* scores, int64_t groups, int64_t n, int64_t m, uint8_t* mask);
 
 bool obs_rows(const ObsArgs& args, int64_t begin, int64_t end, float* tile);

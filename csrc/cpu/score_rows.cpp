@@ -6,6 +6,16 @@
 namespace mosaic::MOSAIC_ISA {
 
 template <typename T>
+void score_row(const void* from, const float* norms, int64_t columns, float* scores) {
+  const T* row = static_cast<const T*>(from);
+  int64_t j = 0;
+  for (; j + kLanes <= columns; j += kLanes) {
+    store_lanes(scores + j, absolute(load_lanes(row + j)) * load_lanes(norms + j));
+  }
+  for (; j < columns; ++j) scores[j] = __builtin_fabsf(to_float(row[j])) * norms[j];
+}
+
+template <typename T>
 double score_sum(const void* from, const float* norms, int64_t columns) {
   const T* row = static_cast<const T*>(from);
   Doubles lanes[2] = {};
@@ -29,12 +39,7 @@ void count_outliers(const void* from, const float* norms, int64_t columns, const
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t count = columns - first < kBlock ? columns - first : kBlock;
     const int64_t whole = count / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      store_lanes(scores + i, absolute(load_lanes(row + first + i)) * load_lanes(norms + first + i));
-    }
-    for (int64_t i = whole; i < count; ++i) {
-      scores[i] = __builtin_fabsf(to_float(row[first + i])) * norms[first + i];
-    }
+    score_row<T>(row + first, norms + first, count, scores);
     for (int64_t k = 0; k < alpha_count; ++k) {
       Flags above = {};
       for (int64_t i = 0; i < whole; i += kLanes) above -= load_lanes(scores + i) > thresholds[k];
@@ -66,6 +71,7 @@ void column_sums(const void* from, int64_t rows, int64_t stride, int64_t columns
 }
 
 #define MOSAIC_INSTANTIATE(T)                                                                           \
+  template void score_row<T>(const void*, const float*, int64_t, float*);                               \
   template double score_sum<T>(const void*, const float*, int64_t);                                     \
   template void count_outliers<T>(const void*, const float*, int64_t, const float*, int64_t, int64_t*); \
   template void column_sums<T>(const void*, int64_t, int64_t, int64_t, double*);

@@ -1,74 +1,109 @@
 // SPDX-License-Identifier: Apache-2.0
-// Top-k by radix: a float's bits, suitably flipped, order like the float, so the k-th largest key is
-// found digit by digit from counts, and ties follow the order of the index.
+// Top-k without sorting: scores are counted against thresholds, then marked, all in vectors.
 #include "cpu/lanes.h"
 #include "cpu/rows.h"
 
 namespace mosaic::MOSAIC_ISA {
 namespace {
 
-// Monotone in the score; both zeros have one key. `+ 0.0f` turns -0 into +0.
-uint32_t key_of(float score) {
-  const float plain = score + 0.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &plain, 4);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-Bits keys_of(Lanes scores) {
-  const Bits bits = (Bits)(scores + 0.0f);
-  const Bits negative = (Bits)((Flags)bits >> 31);
-  return bits ^ (negative | 0x80000000u);
-}
+Flags not_finite(Lanes v) { return ((Bits)v & 0x7f800000u) == 0x7f800000u; }
 
 bool all_finite(const float* scores, int64_t count) {
   Flags bad = {};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    bad |= ((Bits)load_lanes(scores + i) & 0x7f800000u) == 0x7f800000u;
-  }
+  for (; i + kLanes <= count; i += kLanes) bad |= not_finite(load_lanes(scores + i));
   bool finite = mask_of(bad) == 0;
   for (; i < count; ++i) finite &= __builtin_isfinite(scores[i]);
   return finite;
 }
 
-}  // namespace
-
-bool radix_count(const float* scores, int64_t count, RadixPass pass, uint32_t* bins) {
-  const int above = pass.shift + pass.width;
-  if (above == 32) {  // the first pass: every key counts, and this is where NaN and Inf are found
-    for (int64_t i = 0; i < count; ++i) ++bins[key_of(scores[i]) >> pass.shift];
-    return all_finite(scores, count);
-  }
-  const uint32_t digit_mask = (1u << pass.width) - 1;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Bits keys = keys_of(load_lanes(scores + i));
-    for (uint32_t hits = mask_of((keys >> above) == pass.prefix); hits; hits &= hits - 1) {
-      ++bins[(key_of(scores[i + __builtin_ctz(hits)]) >> pass.shift) & digit_mask];
-    }
-  }
-  for (; i < count; ++i) {
-    const uint32_t key = key_of(scores[i]);
-    if (key >> above == pass.prefix) ++bins[(key >> pass.shift) & digit_mask];
-  }
-  return true;
+int64_t sum_of(Flags counts) {
+  int64_t sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += counts[lane];
+  return sum;
 }
 
-void mark_top(const float* scores, int64_t count, uint32_t threshold, int64_t ties, uint8_t* mask) {
+}  // namespace
+
+bool bounds(const float* scores, int64_t count, float* least, float* greatest) {
+  float low = scores[0], high = scores[0];
+  Lanes lows = broadcast(low), highs = lows;
+  Flags bad = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const Bits keys = keys_of(load_lanes(scores + i));
-    const Bytes kept = __builtin_convertvector((Bits)(keys > threshold), Bytes) & 1;
+    const Lanes own = load_lanes(scores + i);
+    bad |= not_finite(own);
+    lows = own < lows ? own : lows;
+    highs = own > highs ? own : highs;
+  }
+  bool finite = mask_of(bad) == 0;
+  const auto meet = [&](float a, float b) {
+    low = a < low ? a : low;
+    high = b > high ? b : high;
+  };
+  for (int lane = 0; lane < kLanes; ++lane) meet(lows[lane], highs[lane]);
+  for (; i < count; ++i) {
+    finite &= __builtin_isfinite(scores[i]);
+    meet(scores[i], scores[i]);
+  }
+  *least = low;
+  *greatest = high;
+  return finite;
+}
+
+int64_t count_from(const float* scores, int64_t count, float from) {
+  Flags above = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) above -= load_lanes(scores + i) >= from;
+  int64_t sum = sum_of(above);
+  for (; i < count; ++i) sum += scores[i] >= from;
+  return sum;
+}
+
+void split(const float* scores, int64_t count, Split* state) {
+  const float low = state->low, high = state->high;
+  int64_t found = state->found;
+  Flags above = {}, bad = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Lanes own = load_lanes(scores + i);
+    const Flags top = own >= high;
+    const uint32_t chosen = mask_of((own >= low) & ~top);
+    bad |= not_finite(own);
+    above -= top;
+    if (found + kLanes <= state->room) store_chosen(state->between + found, own, chosen);
+    found += __builtin_popcount(chosen);
+  }
+  state->finite &= mask_of(bad) == 0;
+  state->above += sum_of(above);
+  for (; i < count; ++i) {
+    state->finite &= __builtin_isfinite(scores[i]);
+    state->above += scores[i] >= high;
+    if (scores[i] >= low && !(scores[i] >= high)) {
+      if (found < state->room) state->between[found] = scores[i];
+      ++found;
+    }
+  }
+  state->found = found;
+}
+
+int64_t mark_top(const float* scores, int64_t count, Cut cut, uint8_t* mask) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Lanes own = load_lanes(scores + i);
+    const Bytes kept = __builtin_convertvector((Bits)(own >= cut.from), Bytes) & 1;
     std::memcpy(mask + i, &kept, sizeof kept);
-    for (uint32_t equal = mask_of(keys == threshold); equal && ties; equal &= equal - 1, --ties) {
+    if (cut.ties == 0) continue;
+    for (uint32_t equal = mask_of(own == cut.tie); equal && cut.ties; equal &= equal - 1, --cut.ties) {
       mask[i + __builtin_ctz(equal)] = 1;
     }
   }
   for (; i < count; ++i) {
-    const uint32_t key = key_of(scores[i]);
-    mask[i] = key > threshold || (key == threshold && ties-- > 0);
+    const bool tie = scores[i] == cut.tie && cut.ties > 0;
+    mask[i] = scores[i] >= cut.from || tie;
+    cut.ties -= tie;
   }
+  return cut.ties;
 }
 
 namespace {

@@ -25,13 +25,23 @@ enum class XForm { kPlain, kInt8, kInt16 };
 
 enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt8, kDense, kWeightKinds };
 
-struct RadixPass {
-  uint32_t prefix;  // the key's digits found so far
-  int shift;        // of this pass's digit
-  int width;        // of this pass's digit, in bits
+// What keeps exactly k scores: all from `from` on, and the first `ties` of those that equal `tie`.
+struct Cut {
+  float from;
+  float tie;
+  int64_t ties;
 };
 
-constexpr int kRadixBins = 2048;
+// One pass over scores: how many reach `high`, and copies of those in [low, high).
+struct Split {
+  float low;
+  float high;
+  float* between;
+  int64_t room;       // of `between`; a multiple of 16
+  int64_t found = 0;  // in [low, high); where they exceed `room`, `between` is not complete
+  int64_t above = 0;
+  bool finite = true;
+};
 
 struct KernelTable {
   const char* name;
@@ -48,23 +58,27 @@ struct KernelTable {
                      float* scales);
   int64_t (*rounded_row_bytes)(XForm, int64_t in_features);
 
-  // Bits of one row; returns its number of kept weights.
-  int64_t (*pack_bits)(int item_size, const void* row, uint8_t* bits, int64_t columns);
+  // Bits of one row: of what is not zero and, unless `keep` is null, kept; returns their number.
+  int64_t (*pack_bits)(int item_size, const void* row, const uint8_t* keep, uint8_t* bits, int64_t columns);
   // The kept weights of one row to `values`, which has room for `count` and not one more.
   void (*pack_values)(int item_size, const void* row, const uint8_t* bits, void* values, int64_t count,
                       int64_t columns);
   void (*unpack)(int item_size, const void* values, const uint8_t* bits, void* row, int64_t columns);
   int64_t (*count_bits)(const uint8_t* bits, int64_t bytes);
 
+  // |weight| * norm of a piece of a row.
+  void (*score_row[3])(const void* row, const float* norms, int64_t columns, float* scores);
   double (*score_sum[3])(const void* row, const float* norms, int64_t columns);
   void (*count_outliers[3])(const void* row, const float* norms, int64_t columns, const float* thresholds,
                             int64_t alpha_count, int64_t* counts);
   void (*column_sums[3])(const void* x, int64_t rows, int64_t stride, int64_t columns, double* sums);
 
-  // Adds the digits of all keys that start with the prefix to `bins`; false when a score is not finite.
-  bool (*radix_count)(const float* scores, int64_t count, RadixPass pass, uint32_t* bins);
-  // Keeps every key above `threshold` and the first `ties` equal to it.
-  void (*mark_top)(const float* scores, int64_t count, uint32_t threshold, int64_t ties, uint8_t* mask);
+  // Least and greatest score; false when one is not finite. count > 0.
+  bool (*bounds)(const float* scores, int64_t count, float* least, float* greatest);
+  int64_t (*count_from)(const float* scores, int64_t count, float from);
+  void (*split)(const float* scores, int64_t count, Split* state);
+  // Returns how many ties are left.
+  int64_t (*mark_top)(const float* scores, int64_t count, Cut cut, uint8_t* mask);
   // Keeps n of every m; false when a score is not finite.
   bool (*mark_groups)(const float* scores, int64_t groups, int64_t n, int64_t m, uint8_t* mask);
 

@@ -24,6 +24,7 @@ __all__ = [
     "obs_block",
     "outlier_stats",
     "pack",
+    "score_select",
     "select",
     "sparse_linear",
     "unpack",
@@ -34,11 +35,12 @@ _SCHEMAS = {
     "sparse_linear": "(Tensor x, Tensor values, Tensor words, Tensor offsets, Tensor? bias, int in_features) -> Tensor",
     "sparse_linear_int8": "(Tensor x, Tensor values, Tensor scales, Tensor words, Tensor offsets, Tensor? bias, "
     "int in_features, bool quantize_x) -> Tensor",
-    "pack": "(Tensor weight) -> (Tensor values, Tensor bitmask)",
+    "pack": "(Tensor weight, Tensor? keep=None) -> (Tensor values, Tensor bitmask)",
     "unpack": "(Tensor values, Tensor bitmask, int in_features) -> Tensor",
     "outlier_stats": "(Tensor weight, Tensor column_norms, float[] alphas) -> (Tensor score_sum, Tensor counts)",
     "column_square_sums": "(Tensor x) -> Tensor",
     "select": "(Tensor scores, Tensor keep, str scope) -> Tensor",
+    "score_select": "(Tensor weight, Tensor column_norms, Tensor keep, str scope) -> Tensor",
     "obs_block": "(Tensor weight, Tensor factor, Tensor keep, int n, int m) -> (Tensor, Tensor, Tensor)",
 }
 
@@ -83,7 +85,7 @@ def _(
 
 
 @torch.library.register_fake("mosaic::pack")
-def _(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     nnz = torch.library.get_ctx().new_dynamic_size()
     rows, columns = weight.shape
     return weight.new_empty(nnz), weight.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
@@ -107,6 +109,11 @@ def _(x: Tensor) -> Tensor:
 @torch.library.register_fake("mosaic::select")
 def _(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("mosaic::score_select")
+def _(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.bool)
 
 
 @torch.library.register_fake("mosaic::obs_block")
@@ -159,18 +166,19 @@ def _require(condition: bool, message: str) -> None:
         raise KernelError(message)
 
 
-def pack(weight: Tensor) -> PackedWeight:
+def pack(weight: Tensor, keep: Tensor | None = None) -> PackedWeight:
     """Pack the zeros of a weight away.
 
     Args:
         weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
+        keep: ``bool``, the weight's shape: the others are packed away as if they were zero.
 
     Returns:
         The canonical bitmask form; ``unpack`` returns the same weight bit for bit (a negative zero
         comes back as zero).
 
     Raises:
-        KernelError: the weight is not a 2-D tensor of one of these dtypes.
+        KernelError: the weight is not a 2-D tensor of one of these dtypes, or the mask does not fit it.
 
     Example:
         >>> import torch, mosaic_kernels as mk
@@ -180,7 +188,12 @@ def pack(weight: Tensor) -> PackedWeight:
     """
     _require(weight.dim() == 2, f"weight must be 2-D [out_features, in_features], got {list(weight.shape)}")
     _require(weight.dtype in VALUE_DTYPES, f"weight must be fp32, bf16 or fp16, got {weight.dtype}")
-    values, bitmask = torch.ops.mosaic.pack(weight)
+    if keep is not None:
+        _require(
+            keep.shape == weight.shape and keep.dtype == torch.bool,
+            f"keep must be bool {list(weight.shape)}, got {keep.dtype} {list(keep.shape)}",
+        )
+    values, bitmask = torch.ops.mosaic.pack(weight, keep)
     return PackedWeight(values, bitmask, (weight.shape[0], weight.shape[1]))
 
 
@@ -253,6 +266,17 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
     return out
 
 
+def _require_scored(weight: Tensor, column_norms: Tensor) -> None:
+    _require(
+        weight.dim() == 2 and weight.dtype in VALUE_DTYPES,
+        f"weight must be 2-D fp32, bf16 or fp16, got {weight.dtype} {list(weight.shape)}",
+    )
+    _require(
+        list(column_norms.shape) == [weight.shape[1]],
+        f"column_norms must be [{weight.shape[1]}], got {list(column_norms.shape)}",
+    )
+
+
 def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float]) -> tuple[float, list[int]]:
     """Score sum and outlier counts of one projection: the projection outlier distribution's raw data.
 
@@ -270,14 +294,7 @@ def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float])
     Raises:
         KernelError: a shape or dtype does not fit, or there are more than 64 alphas.
     """
-    _require(
-        weight.dim() == 2 and weight.dtype in VALUE_DTYPES,
-        f"weight must be 2-D fp32, bf16 or fp16, got {weight.dtype} {list(weight.shape)}",
-    )
-    _require(
-        list(column_norms.shape) == [weight.shape[1]],
-        f"column_norms must be [{weight.shape[1]}], got {list(column_norms.shape)}",
-    )
+    _require_scored(weight, column_norms)
     total, counts = torch.ops.mosaic.outlier_stats(weight, column_norms.float(), list(alphas))
     return float(total), [int(c) for c in counts]
 
@@ -290,6 +307,29 @@ def column_square_sums(x: Tensor) -> Tensor:
     )
     sums: Tensor = torch.ops.mosaic.column_square_sums(x)
     return sums
+
+
+def _counts(shape: Sequence[int], keep: int | Tensor | tuple[int, int], scope: str) -> Tensor:
+    """``keep`` as the int64 counts that the kernels take."""
+    _require(scope in ("matrix", "row", "group"), f"scope must be 'matrix', 'row' or 'group', got {scope!r}")
+    rows, columns = shape
+    counts = torch.as_tensor(keep, dtype=torch.int64, device="cpu").reshape(-1)
+    if scope == "group":
+        _require(counts.numel() == 2, "scope='group' takes keep=(n, m)")
+        n, m = counts.tolist()
+        _require(0 <= n <= m and m > 0, f"cannot keep {n} of {m}")
+        _require(columns % m == 0, f"{columns} columns are not a multiple of the group size {m}")
+    else:
+        limit = rows * columns if scope == "matrix" else columns
+        if scope == "row" and counts.numel() == 1:
+            counts = counts.expand(rows).contiguous()
+        wanted = 1 if scope == "matrix" else rows
+        _require(counts.numel() == wanted, f"scope={scope!r} takes {wanted} counts, got {counts.numel()}")
+        _require(
+            not counts.numel() or (int(counts.min()) >= 0 and int(counts.max()) <= limit),
+            f"counts must lie in [0, {limit}], got {counts.tolist() if counts.numel() < 9 else 'one outside'}",
+        )
+    return counts
 
 
 def select(scores: Tensor, keep: int | Tensor | tuple[int, int], scope: str = "matrix") -> Tensor:
@@ -318,25 +358,32 @@ def select(scores: Tensor, keep: int | Tensor | tuple[int, int], scope: str = "m
         scores.dim() == 2 and scores.dtype == torch.float32,
         f"scores must be 2-D fp32, got {scores.dtype} {list(scores.shape)}",
     )
-    _require(scope in ("matrix", "row", "group"), f"scope must be 'matrix', 'row' or 'group', got {scope!r}")
-    rows, columns = scores.shape
-    counts = torch.as_tensor(keep, dtype=torch.int64, device="cpu").reshape(-1)
-    if scope == "group":
-        _require(counts.numel() == 2, "scope='group' takes keep=(n, m)")
-        n, m = counts.tolist()
-        _require(0 <= n <= m and m > 0, f"cannot keep {n} of {m}")
-        _require(columns % m == 0, f"{columns} columns are not a multiple of the group size {m}")
-    else:
-        limit = rows * columns if scope == "matrix" else columns
-        if scope == "row" and counts.numel() == 1:
-            counts = counts.expand(rows).contiguous()
-        wanted = 1 if scope == "matrix" else rows
-        _require(counts.numel() == wanted, f"scope={scope!r} takes {wanted} counts, got {counts.numel()}")
-        _require(
-            not counts.numel() or (int(counts.min()) >= 0 and int(counts.max()) <= limit),
-            f"counts must lie in [0, {limit}], got {counts.tolist() if counts.numel() < 9 else 'one outside'}",
-        )
-    mask: Tensor = torch.ops.mosaic.select(scores, counts, scope)
+    mask: Tensor = torch.ops.mosaic.select(scores, _counts(scores.shape, keep, scope), scope)
+    return mask
+
+
+def score_select(
+    weight: Tensor, column_norms: Tensor, keep: int | Tensor | tuple[int, int], scope: str = "matrix"
+) -> Tensor:
+    """``select(weight.float().abs() * column_norms, keep, scope)``, Wanda's mask, without storing the scores.
+
+    Args:
+        weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
+        column_norms: ``[in_features]``.
+        keep, scope: see :func:`select`.
+
+    Raises:
+        KernelError, NonFiniteError: see :func:`select`; or a shape or dtype does not fit.
+
+    Example:
+        >>> import torch
+        >>> from mosaic_kernels import ops
+        >>> ops.score_select(torch.tensor([[-2.0, 3.0]]), torch.tensor([2.0, 1.0]), 1).tolist()
+        [[True, False]]
+    """
+    _require_scored(weight, column_norms)
+    counts = _counts(weight.shape, keep, scope)
+    mask: Tensor = torch.ops.mosaic.score_select(weight, column_norms.float(), counts, scope)
     return mask
 
 

@@ -165,13 +165,22 @@ def has_dense_rows() -> bool:
     return _IMPORT_ERROR is None and _C_cpu.isa() == "avx512"
 
 
-def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    weight = weight.contiguous()
+def _pack(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    weight, keep = weight.contiguous(), None if keep is None else keep.contiguous()
     rows, columns = weight.shape
     dtype = _DTYPES[weight.dtype]
     bitmask = weight.new_empty((rows, bitmask_bytes(columns)), dtype=torch.uint8)
     offsets = weight.new_empty(rows + 1, dtype=torch.int64)
-    _C_cpu.pack_bits(weight.data_ptr(), bitmask.data_ptr(), offsets.data_ptr(), rows, columns, dtype, threads())
+    _C_cpu.pack_bits(
+        weight.data_ptr(),
+        0 if keep is None else keep.data_ptr(),
+        bitmask.data_ptr(),
+        offsets.data_ptr(),
+        rows,
+        columns,
+        dtype,
+        threads(),
+    )
     nnz = int(offsets[-1])
     values = weight.new_empty(nnz)
     _C_cpu.pack_values(
@@ -245,6 +254,23 @@ def _select(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
     return mask
 
 
+def _score_select(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> Tensor:
+    weight, norms, keep = weight.contiguous(), column_norms.float().contiguous(), keep.contiguous()
+    mask = torch.empty(weight.shape, dtype=torch.bool)
+    _C_cpu.score_select(
+        weight.data_ptr(),
+        norms.data_ptr(),
+        keep.data_ptr(),
+        mask.data_ptr(),
+        weight.shape[0],
+        weight.shape[1],
+        _DTYPES[weight.dtype],
+        _SCOPES[scope],
+        threads(),
+    )
+    return mask
+
+
 def _obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight.clone(memory_format=torch.contiguous_format)
     keep = keep.clone(memory_format=torch.contiguous_format)
@@ -264,5 +290,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "outlier_stats": _outlier_stats,
     "column_square_sums": _column_square_sums,
     "select": _select,
+    "score_select": _score_select,
     "obs_block": _obs_block,
 }

@@ -103,8 +103,8 @@ def _unpack(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     return _unpack_words(values.contiguous(), words, offsets, in_features)
 
 
-def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    weight = weight.contiguous()
+def _pack(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    weight = weight.contiguous() if keep is None else torch.where(keep, weight, 0)
     rows, columns = weight.shape
     words = weight.new_empty((rows, bitmask_words(columns)), dtype=torch.int32)
     counts = weight.new_empty(rows, dtype=torch.int64)

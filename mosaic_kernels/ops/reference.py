@@ -48,8 +48,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(steps == 0, 0, x.float() / steps).round().clamp(-127, 127), steps
 
 
-def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    mask = weight != 0
+def pack(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    mask = weight != 0 if keep is None else (weight != 0) & keep
     return weight[mask], mask_to_bits(mask)
 
 
@@ -82,6 +82,10 @@ def select(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
         counts = keep
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (rank < counts.to(rank.device).unsqueeze(1)).reshape(shape)
+
+
+def score_select(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> Tensor:
+    return select(weight.float().abs() * column_norms.float(), keep, scope)
 
 
 def obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ struct LinearArgs {
 // First half of packing: the bits of a weight, and offsets [rows + 1] from which the caller learns nnz.
 struct PackBitsArgs {
   const void* weight;
+  const uint8_t* keep;  // [rows, columns], 0 or 1; nullptr: every weight that is not zero
   uint8_t* bitmask;
   int64_t* offsets;
   int64_t rows;
@@ -81,7 +82,10 @@ struct ColumnSumsArgs {
 enum class Scope : int { kMatrix = 0, kRow = 1, kGroup = 2 };
 
 struct SelectArgs {
-  const float* scores;
+  const float* scores;  // nullptr: |weight| * column_norms, worked out where it is read and never stored
+  const void* weight;
+  const float* column_norms;
+  DType dtype;          // of weight
   const int64_t* keep;  // matrix: one count; row: one per row; group: n, m
   uint8_t* mask;        // [rows, columns], 0 or 1
   int64_t rows;
