@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators: one schema each, a fake tensor, autograd where activations flow, and dispatch.
+"""The operators, with every argument checked; nowhere below is it checked again.
 
-Arguments are checked here and nowhere below. Each operator's meaning is its function in
-:mod:`mosaic_kernels.ops.reference`.
+Each operator's meaning is its function in :mod:`mosaic_kernels.ops.reference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import VALUE_DTYPES, PackedWeight, dequantize
-from mosaic_kernels.ops import cpu, cuda, reference, triton
-from mosaic_kernels.ops import select as _select
+from mosaic_kernels.ops import library as library  # registers the operators with torch
 from mosaic_kernels.ops.select import use_backend
 
 __all__ = [
@@ -30,135 +27,6 @@ __all__ = [
     "unpack",
     "use_backend",
 ]
-
-_SCHEMAS = {
-    "sparse_linear": "(Tensor x, Tensor values, Tensor words, Tensor offsets, Tensor? bias, int in_features) -> Tensor",
-    "sparse_linear_int8": "(Tensor x, Tensor values, Tensor scales, Tensor words, Tensor offsets, Tensor? bias, "
-    "int in_features, bool quantize_x) -> Tensor",
-    "pack": "(Tensor weight, Tensor? keep=None) -> (Tensor values, Tensor bitmask)",
-    "unpack": "(Tensor values, Tensor bitmask, int in_features) -> Tensor",
-    "outlier_stats": "(Tensor weight, Tensor column_norms, float[] alphas) -> (Tensor score_sum, Tensor counts)",
-    "column_square_sums": "(Tensor x) -> Tensor",
-    "select": "(Tensor scores, Tensor keep, str scope) -> Tensor",
-    "score_select": "(Tensor weight, Tensor column_norms, Tensor keep, str scope) -> Tensor",
-    "obs_block": "(Tensor weight, Tensor factor, Tensor keep, int n, int m) -> (Tensor, Tensor, Tensor)",
-}
-
-_select.register(_select.Backend("cuda", ("cuda",), cuda.KERNELS, cuda.why_not))
-_select.register(_select.Backend("cpu", ("cpu",), cpu.KERNELS, cpu.why_not))
-_select.register(_select.Backend("triton", triton.DEVICES, triton.KERNELS, triton.why_not))
-_select.register(
-    _select.Backend("reference", ("cpu", "cuda"), {op: getattr(reference, op) for op in _SCHEMAS}, lambda: None)
-)
-
-
-def _run(op: str) -> Callable[..., Any]:
-    def run(first: Tensor, *rest: Any) -> Any:
-        return _select.kernel(op, first.device)(first, *rest)
-
-    return run
-
-
-_library = torch.library.Library("mosaic", "DEF")
-for _op, _schema in _SCHEMAS.items():
-    _library.define(_op + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(_op, _run(_op), "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mosaic::sparse_linear")
-def _(x: Tensor, values: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], words.shape[0]))
-
-
-@torch.library.register_fake("mosaic::sparse_linear_int8")
-def _(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    words: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    quantize_x: bool,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], words.shape[0]))
-
-
-@torch.library.register_fake("mosaic::pack")
-def _(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    nnz = torch.library.get_ctx().new_dynamic_size()
-    rows, columns = weight.shape
-    return weight.new_empty(nnz), weight.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
-
-
-@torch.library.register_fake("mosaic::unpack")
-def _(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
-    return values.new_empty(bitmask.shape[0], in_features)
-
-
-@torch.library.register_fake("mosaic::outlier_stats")
-def _(weight: Tensor, column_norms: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
-    return weight.new_empty((), dtype=torch.float64), weight.new_empty(len(alphas), dtype=torch.int64)
-
-
-@torch.library.register_fake("mosaic::column_square_sums")
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[-1], dtype=torch.float64)
-
-
-@torch.library.register_fake("mosaic::select")
-def _(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
-    return scores.new_empty(scores.shape, dtype=torch.bool)
-
-
-@torch.library.register_fake("mosaic::score_select")
-def _(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=torch.bool)
-
-
-@torch.library.register_fake("mosaic::obs_block")
-def _(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(keep)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, words, _, bias, in_features = inputs
-    _require_frozen(values, bias)
-    ctx.save_for_backward(values, words)
-    ctx.in_features = in_features
-
-
-def _save_int8_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, scales, words, _, bias, in_features, _ = inputs
-    _require_frozen(scales, bias)
-    ctx.save_for_backward(values, scales, words)
-    ctx.in_features = in_features
-
-
-def _require_frozen(*constants: Tensor | None) -> None:
-    if any(t is not None and t.requires_grad for t in constants):
-        raise KernelError(
-            "sparse_linear is differentiable in its activations only; call .requires_grad_(False) on the packed "
-            "values, their scales and the bias, or train the dense layer"
-        )
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, words = ctx.saved_tensors
-    weight = torch.ops.mosaic.unpack(values, words.view(torch.uint8), ctx.in_features)
-    return grad @ weight, None, None, None, None, None
-
-
-def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # activations that are rounded on their way in pass gradients as if they were not
-    values, scales, words = ctx.saved_tensors
-    bits = words.view(torch.uint8)
-    weight = torch.ops.mosaic.unpack(dequantize(values, scales, bits).to(grad.dtype), bits, ctx.in_features)
-    return grad @ weight, None, None, None, None, None, None, None
-
-
-torch.library.register_autograd("mosaic::sparse_linear", _backward, setup_context=_save_for_backward)
-torch.library.register_autograd("mosaic::sparse_linear_int8", _int8_backward, setup_context=_save_int8_for_backward)
 
 
 def _require(condition: bool, message: str) -> None:
