@@ -53,21 +53,50 @@ def example() -> str:
 
 
 def linear() -> str:
+    """A line per shape: one row of x at every density, then more rows at the first density."""
     machine, found = load("linear")
-    rows = sorted({row["rows"] for row in found})
+    tests = [row for row in found if row["name"].startswith("test_linear[")]
+    densities = sorted({round(row["density"], 1) for row in tests}, reverse=True)
+    rows = [cell["rows"] for cell in tests[0]["cells"]]
     lines = [
-        "| out x in | density | " + " | ".join(f"{r} row{'s' if r > 1 else ''}" for r in rows) + " | weight bytes |",
+        f"| out x in | {' | '.join(f'1 row, {d:.0%} kept' for d in densities)} "
+        f"| {' | '.join(f'{n} rows, {densities[0]:.0%}' for n in rows[1:])} |",
+        "|---|" + "---|" * (len(densities) + len(rows) - 1),
+    ]
+    shapes: dict[str, dict[float, dict[int, float]]] = {}
+    for row in tests:
+        speeds = {cell["rows"]: cell["speed_up"]["packed"] for cell in row["cells"]}
+        shapes.setdefault("{} x {}".format(*row["shape"]), {})[round(row["density"], 1)] = speeds
+    for shape, by_density in shapes.items():
+        shown = [by_density[d][1] for d in densities] + [by_density[densities[0]][n] for n in rows[1:]]
+        lines.append(f"| {shape} | {' | '.join(f'{speed:.2f}x' for speed in shown)} |")
+    shares = ", ".join(
+        f"{row['ratios']['share of read bandwidth']:.0%} at {row['density']:.0%} kept"
+        for row in found
+        if "share of read bandwidth" in row["ratios"]
+    )
+    return "\n".join([*lines, "", f"One row of 11008 x 4096 against the machine's read bandwidth: {shares}.", "",
+                      caption(machine, "bench_linear.py")])  # fmt: skip
+
+
+def int8() -> str:
+    """The forms of a packed weight, at one row and at more."""
+    machine, found = load("linear")
+    tests = [row for row in found if row["name"].startswith("test_int8[")]
+    forms = [name for name in tests[0]["cells"][0]["speed_up"] if name != "dense"]
+    rows = [cell["rows"] for cell in tests[0]["cells"]]
+    lines = [
+        f"| out x in | values | {' | '.join(f'{n} row' + 's' * (n > 1) for n in rows)} | bytes, of dense |",
         "|---|---|" + "---|" * (len(rows) + 1),
     ]
-    cells: dict[tuple[str, str], dict[int, float]] = {}
-    sizes: dict[tuple[str, str], float] = {}
-    for row in found:
-        key = (f"{row['shape'][0]} x {row['shape'][1]}", f"{row['density']:.1f}")
-        cells.setdefault(key, {})[row["rows"]] = row["speed_up"]
-        sizes[key] = 1 / row["byte_ratio"]
-    for (shape, density), speeds in cells.items():
-        shown = " | ".join(f"{speeds[r]:.2f}x" if r in speeds else "" for r in rows)
-        lines.append(f"| {shape} | {density} | {shown} | {sizes[shape, density]:.2f} of dense |")
+    for row in tests:
+        for name in forms:
+            speeds = " | ".join(f"{cell['speed_up'][name]:.2f}x" for cell in row["cells"])
+            size = row["memory"].get(f"{name}, bytes over dense")
+            shown = "bf16" if name == "packed" else name
+            lines.append(
+                f"| {row['shape'][0]} x {row['shape'][1]} | {shown} | {speeds} | {f'{size:.3f}' if size else ''} |"
+            )
     return "\n".join([*lines, "", caption(machine, "bench_linear.py")])
 
 

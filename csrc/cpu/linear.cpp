@@ -59,17 +59,14 @@ WeightKind kind_of(const LinearArgs& a) {
 }
 
 int64_t chunks_of(const LinearArgs& a) {
-  const int64_t weights = weights_of(a);
-  int64_t chunks = 1;
-  if (a.threads > 1 && weights * a.rows > kInlineWork) {
-    chunks = std::min(a.threads * kChunksPerThread, weights * a.rows / kMinChunkWork);
+  const int64_t work = weights_of(a) * a.rows;
+  if (a.threads == 1 || work <= kInlineWork) {
+    return a.rows <= kRowBlock ? 1 : weights_of(a) * item_size(a.dtype) / kCachedBytes + 1;
   }
-  if (a.rows > kRowBlock) {
-    // Equal parts for every thread: 17 chunks would leave one of two threads idle for a ninth of the time.
-    const int64_t rounds = weights * item_size(a.dtype) / kCachedBytes / a.threads + 1;
-    chunks = std::max(chunks, rounds * a.threads);
-  }
-  return chunks;
+  if (a.rows <= kRowBlock) return std::min(a.threads * kChunksPerThread, work / kMinChunkWork);
+  // Few, because every chunk reads all of x, and equal parts for every thread: 17 chunks would leave one of
+  // two threads idle for a ninth of the time.
+  return (weights_of(a) * item_size(a.dtype) / kCachedBytes / a.threads + 1) * a.threads;
 }
 
 const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
