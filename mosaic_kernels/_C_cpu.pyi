@@ -37,7 +37,7 @@ def sparse_linear_group(
     dtype: int,
     threads: int,
     quantize_x: bool,
-    parts: list[tuple[int, int, int, int, int, int, int, int, int]],
+    parts: list[tuple[int, ...]],
 ) -> None: ...
 def emulate_linear_decode(
     x: int,

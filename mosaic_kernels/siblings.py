@@ -24,26 +24,46 @@ class Siblings:
     def __init__(self, layers: Sequence[MosaicLinear]) -> None:
         self.layers = tuple(layers)
         self.quantize_x = layers[0].quantize_activations
-        # replaced as a whole, so that threads that share a model never mix their results
-        self._kept: tuple[weakref.ref[Tensor], int, dict[int, Tensor]] | None = None
+        # both replaced as a whole, so that threads that share a model never mix their results
+        self._kept: tuple[weakref.ref[Tensor], int, dict[MosaicLinear, Tensor]] | None = None
+        self._group: tuple[list[int], cpu.Group, list[object]] | None = None
 
     def forward(self, layer: MosaicLinear, x: Tensor) -> Tensor | None:
         """The result of ``layer``, or ``None`` where it has to run alone."""
-        if not x.is_cpu or is_recorded(x) or x.is_inference() or layer.quantize_activations is not self.quantize_x:
+        if is_recorded(x) or layer.quantize_activations is not self.quantize_x:
             return None
         kept = self._kept
         if kept is not None and kept[0]() is x and kept[1] == x._version:
-            found = kept[2].pop(id(layer), None)
+            found = kept[2].pop(layer, None)
             if found is not None:
                 return found
-        if kernel_for("sparse_linear", x) is not cpu.sparse_linear_raw or any(e.bitmask.is_meta for e in self.layers):
-            return None  # another backend is forced; or weights that wait on disk come one layer at a time
-        parts = [each.operands for each in self.layers]
-        results = cpu.sparse_linear_group_raw(x, parts, layer.in_features, self.quantize_x)
-        others = {id(each): result for each, result in zip(self.layers, results, strict=True)}
-        own = others.pop(id(layer))
+        if not x.is_cpu or x.is_inference() or kernel_for("sparse_linear", x) is not cpu.sparse_linear_raw:
+            return None
+        group = self._current_group()
+        if group is None:
+            return None
+        others = dict(zip(self.layers, group(x), strict=True))
+        own = others.pop(layer)
         self._kept = (weakref.ref(x), x._version, others)
         return own
+
+    def _current_group(self) -> cpu.Group | None:
+        """The dispatch of the layers as they are; anew where a weight, a bias or an index was replaced."""
+        key: list[int] = []
+        for layer in self.layers:
+            held = layer._parameters
+            weight, bias = held["weight"], held.get("bias")
+            assert weight is not None  # for the type checker
+            key += (id(layer._index), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        if self._group is None or self._group[0] != key:
+            if not all(layer.bitmask.is_cpu for layer in self.layers):
+                return None  # weights that wait on disk come one layer at a time
+            operands = [layer.operands for layer in self.layers]
+            group = cpu.Group(operands, self.layers[0].in_features, self.quantize_x)
+            indices: list[object] = [layer._index for layer in self.layers]  # held, so that no other gets its id
+            key[::3] = map(id, indices)  # the operands may have made them
+            self._group = (key, group, indices)
+        return self._group[1]
 
     def part(self) -> None:
         """Let every layer run alone again."""

@@ -41,13 +41,14 @@ def alone(layer: mk.MosaicLinear, x: Tensor) -> Tensor:
 def dispatches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many weights each dispatch of several took."""
     counts: list[int] = []
-    real = cpu.sparse_linear_group_raw
+    real = cpu.Group.__call__
 
-    def counted(x: Tensor, parts: Any, *rest: Any) -> list[Tensor]:
-        counts.append(len(parts))
-        return real(x, parts, *rest)
+    def counted(group: cpu.Group, x: Tensor) -> list[Tensor]:
+        results = real(group, x)
+        counts.append(len(results))
+        return results
 
-    monkeypatch.setattr(cpu, "sparse_linear_group_raw", counted)
+    monkeypatch.setattr(cpu.Group, "__call__", counted)
     return counts
 
 
@@ -100,6 +101,24 @@ def test_layers_that_differ_are_not_joined() -> None:
     siblings.join(pair)
     siblings.join([layers(1)[0], nn.Linear(40, 3)])
     assert all(layer.siblings is None for layer in pair)
+
+
+def test_replaced_weights_are_noticed() -> None:
+    group, x = layers(2), torch.randn(1, 40)
+    siblings.join(group)
+    with torch.no_grad():
+        group[0](x)
+        for change in (
+            lambda: group[0].weight.mul_(2),
+            lambda: setattr(group[0].weight, "data", group[0].weight * 2),
+            lambda: setattr(group[0].bias, "data", group[0].bias + 1),
+            lambda: group[1].load_state_dict(layers(2)[1].state_dict()),
+            lambda: group[1].bfloat16().float(),
+        ):
+            change()
+            y = x.clone()
+            for layer in group:
+                assert torch.equal(layer(y), alone(layer, y))
 
 
 def test_copies_run_alone() -> None:

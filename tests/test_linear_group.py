@@ -32,9 +32,8 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def group_of(x: Tensor, layers: list[mk.MosaicLinear]) -> list[Tensor]:
-    return cpu.sparse_linear_group_raw(
-        x, [layer.operands for layer in layers], layers[0].in_features, layers[-1].quantize_activations
-    )
+    parts = [layer.operands for layer in layers]
+    return cpu.Group(parts, layers[0].in_features, layers[-1].quantize_activations)(x)
 
 
 def int8(weight: Tensor, group: int | None) -> tuple[mk.PackedWeight, Tensor]:

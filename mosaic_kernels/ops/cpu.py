@@ -22,9 +22,9 @@ else:
 
 __all__ = [
     "KERNELS",
+    "Group",
     "dense_linear_raw",
     "has_dense_rows",
-    "sparse_linear_group_raw",
     "sparse_linear_int8_raw",
     "sparse_linear_raw",
     "threads",
@@ -118,29 +118,53 @@ def sparse_linear_int8_raw(
     return out
 
 
-def sparse_linear_group_raw(
-    x: Tensor, parts: Sequence[Operands], in_features: int, quantize_x: bool = False
-) -> list[Tensor]:
+class Group:
     """Several weights on one ``x`` in one dispatch: the results of ``sparse_linear`` or ``sparse_linear_int8``.
 
     Query, key and value read the same activations, and so do gate and up: ``x`` is prepared once, and the
-    threads share the rows of all.
+    threads share the rows of all. Arguments are checked here, once.
+
+    Args:
+        parts: the weights, all float or all int8.
+        in_features: of each of them.
+        quantize_x: see ``sparse_linear_int8``.
+
+    Raises:
+        KernelError: a part does not fit the first one.
     """
-    results, held, addresses = [], [], []
-    for values, scales, words, offsets, bias in parts:
-        out_features = words.shape[0]
-        x, values, bias = _fitting(x, values, words, bias, in_features, out_features)
-        scales = None if scales is None else scales.contiguous()
-        out = x.new_empty((*x.shape[:-1], out_features))
-        results.append(out)
-        held.append((values, scales, bias))  # a copy made here must outlive the call
-        addresses.append((
-            values.data_ptr(), words.data_ptr(), offsets.data_ptr(), _address(bias), out.data_ptr(),
-            out_features, values.numel(), _address(scales), 0 if scales is None else scales.shape[1],
-        ))  # fmt: skip
-    rows = x.shape[:-1].numel()
-    _C_cpu.sparse_linear_group(x.data_ptr(), rows, in_features, _DTYPES[x.dtype], threads(), quantize_x, addresses)
-    return results
+
+    def __init__(self, parts: Sequence[Operands], in_features: int, quantize_x: bool = False) -> None:
+        values, _, _, _, bias = parts[0]
+        rounded = values.dtype is torch.int8
+        self.dtype = None if rounded and bias is None else bias.dtype if rounded and bias is not None else values.dtype
+        self.in_features, self.quantize_x = in_features, quantize_x
+        like = torch.empty(0, in_features, dtype=self.dtype)
+        self._held: list[tuple[Tensor | None, ...]] = []  # what the addresses below point to
+        self._parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        for values, scales, words, offsets, bias in parts:
+            out_features = words.shape[0]
+            _, values, bias = _fitting(like, values, words, bias, in_features, out_features)
+            scales = None if scales is None else scales.contiguous()
+            self._held.append((values, scales, words, offsets, bias))
+            self._parts.append((
+                (values.data_ptr(), words.data_ptr(), offsets.data_ptr(), _address(bias)),
+                (out_features, values.numel(), _address(scales), 0 if scales is None else scales.shape[1]),
+            ))  # fmt: skip
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """``x`` is ``[..., in_features]``; the results are in the order of the parts."""
+        if x.dtype is not self.dtype or x.shape[-1] != self.in_features or not x.is_cpu:
+            values, _, words, _, bias = self._held[0]
+            assert values is not None  # for the type checker
+            _fitting(x, values, words, bias, self.in_features, self._parts[0][1][0])
+        x = x.contiguous()
+        shape = x.shape[:-1]
+        results = [x.new_empty((*shape, tail[0])) for _, tail in self._parts]
+        parts = [(*head, out.data_ptr(), *tail) for (head, tail), out in zip(self._parts, results, strict=True)]
+        _C_cpu.sparse_linear_group(
+            x.data_ptr(), shape.numel(), self.in_features, _DTYPES[x.dtype], threads(), self.quantize_x, parts
+        )  # fmt: skip
+        return results
 
 
 def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
