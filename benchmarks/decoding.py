@@ -73,7 +73,8 @@ def step_logits(model: Any, ids: Tensor, *, cache: Any = None, step: Callable[..
         cache.reset()
     out = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
     step = model if step is None else step
-    out = step(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True)
+    last = ids[:, -1:].clone(memory_format=torch.contiguous_format)  # a compiled step is compiled for strides too
+    out = step(input_ids=last, past_key_values=out.past_key_values, use_cache=True)
     return out.logits[0, -1].float()
 
 
