@@ -79,14 +79,12 @@ def test_one_row_at_half_density_is_twice_as_fast_as_dense() -> None:
 
 
 def test_whole_models_keep_their_promises() -> None:
-    """A 1.1B Llama against the dense one and llama.cpp, by the committed measurement."""
+    """A 1.1B Llama against the dense one, by the committed measurement."""
     for path in (ROOT / "benchmarks" / "results").glob("generate-*.json"):
         found = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
         rows = {row["variant"]: row for row in found if "prefill" in row}
         bitmap, int8, composite = rows["bitmap 50 %"], rows["int8 50 %"], rows["composite 60 %"]
         assert bitmap["ratios"]["decode"] >= 2.5
-        assert rows["llama.cpp BF16"]["ratios"]["bitmap 50 % over it"] >= 1.4
-        assert rows["llama.cpp Q8_0"]["ratios"]["int8 50 % over it"] > 1
         assert bitmap["memory"]["projections"] <= 0.58
         assert int8["memory"]["projections"] <= 0.33
         assert min(composite["ratios"].values()) >= 1 / (1 - 0.3)
