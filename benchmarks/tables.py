@@ -120,6 +120,37 @@ def score() -> str:
     return "\n".join([*lines, "", caption(machine, "bench_score.py` and `bench_pack.py")])
 
 
+def generate() -> str:
+    """Whole models, and in a sentence what a token costs beside our kernels."""
+    machine, found = load("generate")
+    rows = {row["variant"]: row for row in found if "prefill" in row}
+    (outside,) = (row["milliseconds"] for row in found if "milliseconds" in row)
+    (cached,) = (row for row in found if "compile_seconds" in row)
+    theirs = [name for name in rows if name.startswith("llama.cpp")]
+    dense = rows["dense"]["weight_bytes"]
+    heads = ["model", "decode, tokens/s", *(f"over {name}" for name in ("dense", *theirs))]
+    heads += ["prefill, tokens/s", "over dense", "projections, MB", "all weights, MB"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, row in rows.items():
+        over = row["ratios"] if "memory" in row else {}
+        cells = [name, f"{row['decode']['tokens_per_s']:.1f}", f"{over['decode']:.2f}x" if over else ""]
+        cells += [f"{rows[t]['ratios'][f'{name} over it']:.2f}x" if over else "" for t in theirs]
+        cells += [f"{row['prefill']['tokens_per_s']:.0f}", f"{over['prefill']:.2f}x" if over else ""]
+        for what in ("projections", "model"):
+            size = row.get("weight_bytes", {}).get(what)
+            share = f" ({size / dense[what]:.2f}x)" if over else ""
+            cells.append("" if size is None else f"{size / 1e6:,.0f}{share}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Of the {outside['token']:.1f} ms of a token (bitmap 50 %), {outside['outside_kernels']:.1f} ms pass outside "
+        f"our kernels, {outside['calls']:.1f} ms of them in Python and calls. A static cache decodes "
+        f"{cached['ratios']['static']:.2f}x as fast, and with `torch.compile` (`dynamic=False`) "
+        f"{cached['ratios']['compiled']:.2f}x.",
+    ]
+    return "\n".join([*lines, "", caption(machine, "bench_generate.py")])
+
+
 OURS = (
     "fast",
     "default",
@@ -178,7 +209,10 @@ def speed() -> str:
     return "\n".join([*lines, "", f"*{what}; `benchmarks/quality --speed`*"])
 
 
-TABLES = {"example": example, "linear": linear, "quality": quality, "speed": speed, "score": score}
+TABLES = {
+    "example": example, "linear": linear, "int8": int8, "generate": generate, "quality": quality, "speed": speed,
+    "score": score,
+}  # fmt: skip
 
 
 def filled(text: str) -> str:
