@@ -3,7 +3,8 @@
 
     pytest benchmarks/bench_generate.py --benchmark-only --benchmark-json=benchmarks/results/generate-CPU.json
 
-Random weights, magnitude pruning, one prompt, one number of threads for all. llama.cpp's rows need
+Random weights, magnitude pruning, one prompt, one number of threads for all; ``compiled``: single tokens through
+``torch.compile`` over a static cache. llama.cpp's rows need
 ``pip install llama-cpp-python gguf``. What a token costs outside our kernels, and what a static cache and
 ``torch.compile`` change, have tests of their own. Takes some five minutes, 10 GB of memory and 2 GB of disk.
 """
@@ -30,7 +31,8 @@ from mosaic_kernels.models import ModelAdapter
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 24, 4
 BITMAP, INT8, ROUNDED, COMPOSITE = "bitmap 50 %", "int8 50 %", "int8 50 %, rounded activations", "composite 60 %"
-OURS = (BITMAP, INT8, ROUNDED, COMPOSITE)
+COMPILED = {f"{name}, compiled": name for name in (BITMAP, INT8)} if shutil.which("c++") else {}
+OURS = (BITMAP, INT8, ROUNDED, COMPOSITE, *COMPILED)
 THEIRS = ("llama.cpp BF16", "llama.cpp Q8_0")
 HAS_LLAMA_CPP = all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf"))
 # How far logits may differ: two models, some 10 roundings in every block, each of them a uniform error of one
@@ -64,7 +66,7 @@ def models(prompt: torch.Tensor) -> dict[str, Any]:
             found[ROUNDED] = mk.prepare_inference(sharing_copy(found[INT8]), quantize_activations=True)
             for variant in (INT8, ROUNDED):
                 assert difference(logits(found[variant], prompt), wanted) <= INT8_STEP
-    return {name: found[name] for name in ("dense", *OURS)}
+    return {name: found[COMPILED.get(name, name)] for name in ("dense", *OURS)}
 
 
 class Lineup:
@@ -86,6 +88,9 @@ class Lineup:
 def lineup(models: dict[str, Any], prompt: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lineup]:
     """Our models, and llama.cpp's where it is installed."""
     writers = {name: partial(write, model, prompt, NEW_TOKENS) for name, model in models.items()}
+    for name in COMPILED:
+        fixed = {"cache": static_cache(models[name]), "step": torch.compile(models[name], dynamic=False)}
+        writers[name] = partial(write, models[name], prompt, NEW_TOKENS, **fixed)
     foreign = []
     for name in THEIRS if HAS_LLAMA_CPP else ():
         path = tmp_path_factory.mktemp("gguf") / "dense.gguf"
@@ -127,6 +132,7 @@ def over(runs: list[Run], baseline: list[Run]) -> dict[str, float]:
     return {kind: found[kind]["tokens_per_s"] / base[kind]["tokens_per_s"] for kind in found}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize("variant", ["dense", *OURS])
 def test_generate(benchmark: Any, models: dict[str, Any], lineup: Lineup, variant: str) -> None:
     runs = benchmark.pedantic(lambda: lineup.runs(variant), rounds=1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_kernels.ops import cpu
-from mosaic_kernels.ops.select import is_recorded, kernel_for
+from mosaic_kernels.ops.select import forced, is_recorded
 
 
 class DenseLinear(nn.Linear):
@@ -23,16 +23,18 @@ class DenseLinear(nn.Linear):
     MAX_ROWS = 32
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
         if (
-            input.is_cpu
+            cpu.DENSE_ROWS
+            and forced() in (None, "cpu")
+            and input.is_cpu
             and input.dtype is torch.bfloat16
+            and weight.dtype is torch.bfloat16
             and input.shape[:-1].numel() <= self.MAX_ROWS
-            and not is_recorded(input)
-            and not (torch.is_grad_enabled() and self.weight.requires_grad)
-            and self.weight.dtype is torch.bfloat16
-            and self.weight.is_contiguous()
-            and cpu.has_dense_rows()
-            and kernel_for("sparse_linear", input) is cpu.sparse_linear_raw
+            and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
         ):
-            return cpu.dense_linear_raw(input, self.weight, self.bias)
+            if is_recorded(input):  # by a compiler, which takes operators
+                found: Tensor = torch.ops.mosaic.dense_linear(input, weight, self.bias)
+                return found
+            return cpu.dense_linear_raw(input, weight, self.bias)
         return super().forward(input)

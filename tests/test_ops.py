@@ -310,6 +310,7 @@ def test_operators_keep_torchs_contract() -> None:
     linear = (torch.randn(3, 50, requires_grad=True), packed.values, index.words, index.offsets, torch.randn(12), 50)
     o = torch.ops.mosaic
     torch.library.opcheck(o.sparse_linear, linear)
+    torch.library.opcheck(o.dense_linear, (torch.randn(3, 50), weight, torch.randn(12)))
     torch.library.opcheck(o.unpack, (packed.values, packed.bitmask, 50))
     torch.library.opcheck(o.pack, (weight,))
     torch.library.opcheck(o.outlier_stats, (weight, torch.ones(50), [3.0, 5.0]))

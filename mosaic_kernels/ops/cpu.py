@@ -21,10 +21,10 @@ else:
     _IMPORT_ERROR = None
 
 __all__ = [
+    "DENSE_ROWS",
     "KERNELS",
     "Group",
     "dense_linear_raw",
-    "has_dense_rows",
     "sparse_linear_int8_raw",
     "sparse_linear_raw",
     "threads",
@@ -36,6 +36,10 @@ Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCOPES = {"matrix": 0, "row": 1, "group": 2}
+
+
+# Whether dense_linear_raw runs here: it takes AVX-512.
+DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() == "avx512"
 
 
 def _forced_threads() -> int:
@@ -184,11 +188,6 @@ def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def has_dense_rows() -> bool:
-    """Whether :func:`dense_linear_raw` runs here."""
-    return _IMPORT_ERROR is None and _C_cpu.isa() == "avx512"
-
-
 def _pack(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     weight, keep = weight.contiguous(), None if keep is None else keep.contiguous()
     rows, columns = weight.shape
@@ -309,6 +308,7 @@ def _obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> 
 KERNELS: dict[str, Callable[..., Any]] = {
     "sparse_linear": sparse_linear_raw,
     "sparse_linear_int8": sparse_linear_int8_raw,
+    "dense_linear": dense_linear_raw,
     "pack": _pack,
     "unpack": _unpack,
     "outlier_stats": _outlier_stats,

@@ -18,6 +18,7 @@ _SCHEMAS = {
     "sparse_linear": "(Tensor x, Tensor values, Tensor words, Tensor offsets, Tensor? bias, int in_features) -> Tensor",
     "sparse_linear_int8": "(Tensor x, Tensor values, Tensor scales, Tensor words, Tensor offsets, Tensor? bias, "
     "int in_features, bool quantize_x) -> Tensor",
+    "dense_linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "pack": "(Tensor weight, Tensor? keep=None) -> (Tensor values, Tensor bitmask)",
     "unpack": "(Tensor values, Tensor bitmask, int in_features) -> Tensor",
     "outlier_stats": "(Tensor weight, Tensor column_norms, float[] alphas) -> (Tensor score_sum, Tensor counts)",
@@ -65,6 +66,11 @@ def _(
     quantize_x: bool,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], words.shape[0]))
+
+
+@torch.library.register_fake("mosaic::dense_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("mosaic::pack")

@@ -19,6 +19,10 @@ def sparse_linear(
     return F.linear(x, unpack(values, words.view(torch.uint8), in_features), bias)
 
 
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
 def sparse_linear_int8(
     x: Tensor,
     values: Tensor,
