@@ -66,6 +66,8 @@ def models(prompt: torch.Tensor) -> dict[str, Any]:
             found[ROUNDED] = mk.prepare_inference(sharing_copy(found[INT8]), quantize_activations=True)
             for variant in (INT8, ROUNDED):
                 assert difference(logits(found[variant], prompt), wanted) <= INT8_STEP
+    for name in (BITMAP, INT8, ROUNDED, COMPOSITE):
+        mk.prepare_inference(found[name])
     return {name: found[COMPILED.get(name, name)] for name in ("dense", *OURS)}
 
 

@@ -23,18 +23,23 @@ class DenseLinear(nn.Linear):
     MAX_ROWS = 32
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        if (
-            cpu.DENSE_ROWS
-            and forced() in (None, "cpu")
-            and input.is_cpu
-            and input.dtype is torch.bfloat16
-            and weight.dtype is torch.bfloat16
-            and input.shape[:-1].numel() <= self.MAX_ROWS
-            and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
-        ):
-            if is_recorded(input):  # by a compiler, which takes operators
-                found: Tensor = torch.ops.mosaic.dense_linear(input, weight, self.bias)
-                return found
-            return cpu.dense_linear_raw(input, weight, self.bias)
-        return super().forward(input)
+        if not self._runs(input):
+            return super().forward(input)
+        if torch.compiler.is_compiling():  # a compiler takes operators
+            found: Tensor = torch.ops.mosaic.dense_linear(input, self.weight, self.bias)
+            return found
+        return cpu.dense_linear_raw(input, self.weight, self.bias)
+
+    def _runs(self, x: Tensor) -> bool:
+        """Whether the kernel takes ``x`` here, and nothing but a compiler has to see what it does."""
+        weight, bias = self.weight, self.bias
+        if not (cpu.DENSE_ROWS and x.dtype is torch.bfloat16 and x.is_cpu and x.shape[:-1].numel() <= self.MAX_ROWS):
+            return False
+        for constant in (weight,) if bias is None else (weight, bias):
+            if type(constant) is not nn.Parameter or constant.dtype is not torch.bfloat16 or not constant.is_cpu:
+                return False
+            if torch.is_grad_enabled() and constant.requires_grad:
+                return False
+        if forced() not in (None, "cpu") or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        return torch.compiler.is_compiling() or not is_recorded(x)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from mosaic_kernels import attention, siblings
+from mosaic_kernels import attention as grouped_attention
+from mosaic_kernels import siblings
 from mosaic_kernels.dense import DenseLinear
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
@@ -15,8 +16,8 @@ from mosaic_kernels.models import ModelAdapter
 _SAME_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
-def prepare_inference(model: Any, *, quantize_activations: bool | None = None) -> Any:
-    """Make a causal language model quick to run; done for every mosaic checkpoint when it is loaded.
+def prepare_inference(model: Any, *, quantize_activations: bool | None = None, attention: bool = True) -> Any:
+    """Make a causal language model quick to run; done, but for attention, for every mosaic checkpoint at loading.
 
     Query, key and value projections run in one dispatch where they are packed, and so do gate and up
     (:mod:`mosaic_kernels.siblings`); every plain ``nn.Linear`` becomes a
@@ -28,6 +29,8 @@ def prepare_inference(model: Any, *, quantize_activations: bool | None = None) -
         model: a Hugging Face causal language model, dense or with packed layers; changed in place.
         quantize_activations: whether int8 layers round their input to int8 as well, which is faster and
             less exact; ``None`` leaves each layer as it is.
+        attention: whether to switch a model from transformers' ``sdpa`` to ``mosaic_sdpa``, which continuous
+            batching does not know; off when a checkpoint is loaded.
 
     Returns:
         ``model``.
@@ -42,9 +45,9 @@ def prepare_inference(model: Any, *, quantize_activations: bool | None = None) -
     for block in ModelAdapter.of(model).blocks:
         for names in _SAME_INPUT:
             siblings.join(block.projection(name) for name in names)
-    if model.config._attn_implementation == "sdpa":
-        attention.register_with_transformers()
-        model.set_attn_implementation(attention.NAME)
+    if attention and model.config._attn_implementation == "sdpa":
+        grouped_attention.register_with_transformers()
+        model.set_attn_implementation(grouped_attention.NAME)
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = DenseLinear

@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import mosaic_kernels as mk
 from mosaic_kernels import ops, siblings
 from mosaic_kernels.checkpoint.writer import pack_model
 from mosaic_kernels.dense import DenseLinear
+from mosaic_kernels.errors import BackendError
 from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.ops import cpu
 
@@ -83,7 +85,7 @@ def test_another_input_or_a_changed_one_is_computed_anew() -> None:
         assert torch.equal(group[1](fresh), alone(group[1], fresh))
 
 
-def test_gradients_inference_mode_and_compilation_run_each_alone(dispatches: list[int]) -> None:
+def test_gradients_and_inference_mode_run_each_alone(dispatches: list[int]) -> None:
     group, x = layers(2), torch.randn(1, 40, requires_grad=True)
     siblings.join(group)
     (group[0](x).sum() + group[1](x).sum()).backward()
@@ -119,6 +121,48 @@ def test_replaced_weights_are_noticed() -> None:
             y = x.clone()
             for layer in group:
                 assert torch.equal(layer(y), alone(layer, y))
+
+
+def test_replaced_scales_are_noticed() -> None:
+    group, x = layers(2, weights="int8"), torch.randn(1, 40)
+    siblings.join(group)
+    with torch.no_grad():
+        group[0](x)
+        for layer in group:
+            layer.scales.data = layer.scales * 3  # type: ignore[union-attr]
+        y = x.clone()
+        for layer in group:
+            assert torch.equal(layer(y), alone(layer, y))
+
+
+def test_a_kept_result_is_not_given_where_the_layer_or_the_backend_changed() -> None:
+    group, x = layers(3), torch.randn(1, 40)
+    siblings.join(group)
+    with torch.no_grad():
+        group[0](x)
+        group[1].weight.mul_(2)
+        assert torch.equal(group[1](x), alone(group[1], x))
+        group[0](x)
+        with ops.use_backend("cuda"), pytest.raises(BackendError):
+            group[2](x)
+
+
+def test_a_layer_that_is_used_alone_leaves_its_siblings() -> None:
+    group = layers(2)
+    siblings.join(group)
+    with torch.no_grad():
+        for _ in range(2 * siblings.Siblings.PATIENCE):
+            x = torch.randn(1, 40)
+            assert torch.equal(group[0](x), alone(group[0], x))
+    assert group[0].siblings is None
+    assert group[1].siblings is None
+
+
+def test_joining_again_forgets_the_old_group() -> None:
+    group = layers(3)
+    siblings.join(group)
+    siblings.join(group[:1])
+    assert all(layer.siblings is None for layer in group)
 
 
 def test_copies_run_alone() -> None:
@@ -174,6 +218,36 @@ def test_dense_linear_trains() -> None:
     assert layer.weight.grad is not None
 
 
+def test_dense_linear_trains_its_bias_alone() -> None:
+    layer = DenseLinear(8, 4).bfloat16()
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(1, 8).bfloat16()).sum().backward()
+    assert layer.bias.grad is not None
+
+
+@pytest.mark.parametrize("rows", [1, 24])
+def test_dense_linear_without_inputs_is_its_bias(rows: int) -> None:
+    layer = DenseLinear(1, 8).bfloat16().requires_grad_(False)
+    layer.weight = nn.Parameter(torch.zeros(8, 0).bfloat16(), requires_grad=False)
+    layer.bias.fill_(2)
+    assert torch.equal(layer(torch.zeros(rows, 0).bfloat16()), torch.full((rows, 8), 2.0).bfloat16())
+
+
+def test_function_transforms_see_dense_layers() -> None:
+    layer = DenseLinear(8, 4, bias=False).bfloat16().requires_grad_(False)
+    x = torch.randn(3, 8).bfloat16()
+    expected = F.linear(x, layer.weight)
+    assert torch.equal(torch.vmap(layer)(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forward mode and tracing use what torch deprecates
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent is not None
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+    y = torch.randn(3, 8).bfloat16()
+    assert torch.allclose(traced(y), layer(y), atol=0.05)
+
+
 def test_a_model_is_prepared_where_it_is_packed(dispatches: list[int]) -> None:
     model = random_model(dtype=torch.bfloat16).eval().requires_grad_(False)
     adapter = ModelAdapter.of(model)
@@ -204,11 +278,13 @@ def test_activations_are_rounded_on_request() -> None:
     assert torch.equal(again, exact)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-def test_attention_of_one_token_is_that_of_transformers(kind: str) -> None:
+def test_attention_of_one_token_is_that_of_transformers(kind: str, padded: bool) -> None:
     model = random_model(kind).eval().requires_grad_(False)
     ids, mask = torch.randint(64, (2, 9)), torch.ones(2, 9, dtype=torch.long)
-    mask[1, :4] = 0  # the second prompt is padded on the left
+    if padded:  # the second prompt, on the left
+        mask[1, :4] = 0
 
     def decode() -> list[Tensor]:
         out, found, seen = model(ids, attention_mask=mask, use_cache=True), [], mask

@@ -95,6 +95,50 @@ def test_int8_sums_do_not_overflow(level: str, dtype: torch.dtype, quantize_x: b
         assert relative_error(found, exact) <= limit
 
 
+@pytest.mark.parametrize("peak", [30.0, 3000.0, 30000.0])
+@pytest.mark.parametrize("rows", [1, 3, 30])
+def test_one_huge_activation_does_not_drown_the_others(level: str, rows: int, peak: float) -> None:
+    weight = sparse(9, 200, 0.5, torch.bfloat16)
+    weight[:, 0] = 0  # pruned: only the other columns count
+    packed, exact = int8(weight, None)
+    x = (torch.randn(rows, 200) * 0.4).bfloat16()
+    x[:, 0] = peak
+    found = mk.sparse_linear(x, packed)
+    assert relative_error(found, x.double() @ exact.T) <= bound(torch.bfloat16, 200)
+
+
+def test_millions_of_columns_do_not_overflow(level: str) -> None:
+    columns = 2_200_000
+    packed = mk.quantize(mk.pack(torch.ones(1, columns)))
+    found = mk.sparse_linear(torch.ones(1, columns), packed, quantize_x=True)
+    limit = torch.finfo(torch.float32).eps * columns if level != "avx512" else 1e-5
+    assert float((found - columns).abs() / columns) <= limit
+
+
+@pytest.mark.parametrize("tiny", [1e-45, 1e-40, 1e-37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_denormal_activations_keep_their_sign(level: str, dtype: torch.dtype, tiny: float) -> None:
+    packed = mk.quantize(mk.pack(torch.full((1, 64), 1e30)))
+    x = torch.full((1, 64), tiny).to(dtype)
+    exact = float(x.double().sum() * 1e30)
+    for quantize_x in (False, True):
+        found = float(mk.sparse_linear(x, packed, quantize_x=quantize_x))
+        assert 0 <= found <= 2 * exact
+
+
+def test_biases_of_a_group_are_of_one_dtype() -> None:
+    plain = mk.MosaicLinear.from_packed(mk.quantize(mk.pack(torch.eye(40))))
+    half = mk.MosaicLinear.from_packed(mk.quantize(mk.pack(torch.eye(40))), torch.ones(40).bfloat16())
+    single = mk.MosaicLinear.from_packed(mk.quantize(mk.pack(torch.eye(40))), torch.ones(40))
+    x = torch.randn(1, 40).bfloat16()
+    for layer, result in zip((plain, half), group_of(x, [plain, half]), strict=True):
+        assert torch.equal(result, layer(x))
+    with pytest.raises(KernelError, match="bias must be"):
+        group_of(x, [half, single])
+    with pytest.raises(KernelError, match="bias must be"):
+        group_of(x, [plain, single])
+
+
 @pytest.mark.parametrize("quantize_x", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_of_x_that_is_not_finite_spoils_itself_alone(level: str, bad: float, quantize_x: bool) -> None:
@@ -133,7 +177,7 @@ def test_a_group_of_int8_is_its_parts(level: str, group: int | None, quantize_x:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (24, 0, 8)], ids=str)
 def test_dense_rows(level: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     rows, columns, out = shape
     torch.manual_seed(columns)

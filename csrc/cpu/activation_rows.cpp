@@ -59,9 +59,13 @@ constexpr bool kWhole = false;
 constexpr int64_t kColumns = kWordBits;
 #endif
 
+// Fewer steps than this hold an element less well than bf16 does.
+constexpr float kCoarse = 128;
+
 template <typename T, typename Q>
-void round_rows(const void* from, int limit, int offset, int64_t rows, int64_t in_features, void* packed,
+bool round_rows(const void* from, int limit, int offset, int64_t rows, int64_t in_features, void* packed,
                 float* scales) {
+  bool even = true;
   for (int64_t n = 0; n < rows; ++n) {
     const T* x = static_cast<const T*>(from) + n * in_features;
     float largest = 0, strange = 0;
@@ -70,18 +74,26 @@ void round_rows(const void* from, int limit, int offset, int64_t rows, int64_t i
       strange += v - v;  // NaN where x holds one, or Inf: then so does the result
       largest = v > largest ? v : largest;
     }
-    const bool usable = strange == 0 && largest > 0;
     scales[n] = strange == 0 ? largest / static_cast<float>(limit) : strange;
+    const bool usable = scales[n] > 0;  // neither zero, nor so small that it became zero, nor NaN
+    const float most = static_cast<float>(limit);
+    int64_t some = 0, coarse = 0;  // elements that are not zero
     auto* to = static_cast<Q*>(packed) + n * kColumns;
     for (int64_t first = 0; first < in_features; first += kColumns, to += rows * kColumns) {
       const int64_t count = in_features - first < kColumns ? in_features - first : kColumns;
       for (int64_t i = 0; i < count; ++i) {
-        const float whole = usable ? __builtin_rintf(to_float(x[first + i]) / scales[n]) : 0;
+        const float v = to_float(x[first + i]);
+        float whole = usable ? __builtin_rintf(v / scales[n]) : 0;
+        some += v != 0;
+        coarse += v != 0 && __builtin_fabsf(whole) < kCoarse;
+        whole = whole > most ? most : whole < -most ? -most : whole;  // a denormal scale is a coarse one
         to[i] = static_cast<Q>(static_cast<int>(whole) + offset);
       }
       for (int64_t i = count; i < kColumns; ++i) to[i] = 0;
     }
+    even &= strange != 0 || 2 * coarse <= some;
   }
+  return even;
 }
 
 }  // namespace
@@ -97,19 +109,15 @@ int64_t rounded_row_bytes(XForm form, int64_t in_features) {
 }
 
 template <typename T>
-void round_x(const void* from, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales) {
-  if (!kWhole) {
-    round_rows<T, float>(from, 127, 0, rows, in_features, packed, scales);
-  } else if (form == XForm::kInt8) {
-    round_rows<T, uint8_t>(from, 127, 128, rows, in_features, packed, scales);
-  } else {
-    round_rows<T, int16_t>(from, 32767, 0, rows, in_features, packed, scales);
-  }
+bool round_x(const void* from, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales) {
+  if (!kWhole) return round_rows<T, float>(from, 127, 0, rows, in_features, packed, scales);
+  if (form == XForm::kInt8) return round_rows<T, uint8_t>(from, 127, 128, rows, in_features, packed, scales);
+  return round_rows<T, int16_t>(from, 32767, 0, rows, in_features, packed, scales);
 }
 
-template void round_x<float>(const void*, XForm, int64_t, int64_t, void*, float*);
-template void round_x<BFloat16>(const void*, XForm, int64_t, int64_t, void*, float*);
-template void round_x<Half>(const void*, XForm, int64_t, int64_t, void*, float*);
+template bool round_x<float>(const void*, XForm, int64_t, int64_t, void*, float*);
+template bool round_x<BFloat16>(const void*, XForm, int64_t, int64_t, void*, float*);
+template bool round_x<Half>(const void*, XForm, int64_t, int64_t, void*, float*);
 
 template void pack_x<float>(const void*, int64_t, int64_t, void*);
 template void pack_x<BFloat16>(const void*, int64_t, int64_t, void*);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Shares the rows of one or several weights out over threads, in chunks of equal nnz.
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/table.h"
 #include "cpu/thread_pool.h"
@@ -58,15 +59,17 @@ WeightKind kind_of(const LinearArgs& a) {
   return a.quantize_x ? kPackedInt8TimesInt8 : kPackedInt8;
 }
 
+int64_t value_bytes(const LinearArgs& a) { return a.scales ? 1 : item_size(a.dtype); }
+
 int64_t chunks_of(const LinearArgs& a) {
   const int64_t work = weights_of(a) * a.rows;
   if (a.threads == 1 || work <= kInlineWork) {
-    return a.rows <= kRowBlock ? 1 : weights_of(a) * item_size(a.dtype) / kCachedBytes + 1;
+    return a.rows <= kRowBlock ? 1 : weights_of(a) * value_bytes(a) / kCachedBytes + 1;
   }
   if (a.rows <= kRowBlock) return std::min(a.threads * kChunksPerThread, work / kMinChunkWork);
   // Few, because every chunk reads all of x, and equal parts for every thread: 17 chunks would leave one of
   // two threads idle for a ninth of the time.
-  return (weights_of(a) * item_size(a.dtype) / kCachedBytes / a.threads + 1) * a.threads;
+  return (weights_of(a) * value_bytes(a) / kCachedBytes / a.threads + 1) * a.threads;
 }
 
 const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
@@ -81,29 +84,34 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
   return nullptr;
 }
 
-// Interleaves x, or rounds it to whole numbers, where the kernels want it so.
-bool prepare_x(const KernelTable& table, const LinearArgs& a, LinearTask* task) {
+// Interleaves x, or rounds it to whole numbers, where the kernels want it so; `form` is what it became.
+bool prepare_x(const KernelTable& table, const LinearArgs& a, XForm* form, LinearTask* task) {
   const int kind = static_cast<int>(a.dtype);
   const int64_t padded = bitmask_words(a.in_features) * kWordBits;
-  const XForm form = table.x_form(kind_of(a), a.dtype);
-  const bool whole = form != XForm::kPlain;
+  const bool whole = *form != XForm::kPlain;
   const int x_size = table.packed_x_size(a.dtype);
   task->x = a.x;
+  task->x_scales = nullptr;
   if (!whole && a.rows == 1 && padded == a.in_features && x_size == item_size(a.dtype)) return true;
-  const int64_t row_bytes = whole ? table.rounded_row_bytes(form, a.in_features) : padded * x_size;
+  const int64_t row_bytes = whole ? table.rounded_row_bytes(*form, a.in_features) : padded * x_size;
   auto* packed = static_cast<char*>(scratch(0, a.rows * row_bytes));
   float* scales = whole ? static_cast<float*>(scratch(2, a.rows * sizeof(float))) : nullptr;
   if (!packed || (whole && !scales)) return false;
   const int threads = a.rows * padded > kInlinePacking ? a.threads : 1;
+  std::atomic<bool> even{true};
   parallel_for(threads, (a.rows + kRowBlock - 1) / kRowBlock, [&](int64_t b) {
     const int64_t n = b * kRowBlock, count = std::min(kRowBlock, a.rows - n);
     const char* from = static_cast<const char*>(a.x) + n * a.in_features * item_size(a.dtype);
-    if (whole) {
-      table.round_x[kind](from, form, count, a.in_features, packed + n * row_bytes, scales + n);
-    } else {
+    if (!whole) {
       table.pack_x[kind](from, count, a.in_features, packed + n * row_bytes);
+    } else if (!table.round_x[kind](from, *form, count, a.in_features, packed + n * row_bytes, scales + n)) {
+      even = false;
     }
   });
+  if (*form == XForm::kInt16 && !even) {
+    *form = XForm::kPlain;
+    return prepare_x(table, a, form, task);
+  }
   task->x = packed;
   task->x_scales = scales;
   return true;
@@ -116,23 +124,26 @@ Status sparse_linear_group(const LinearArgs* args, int64_t count) {
   const KernelTable& table = kernels();
   Part parts[kMaxParts];
   LinearTask shared{};
-  int64_t used = 0, chunks = 0;
+  XForm form = XForm::kPlain;
+  int64_t used = 0, chunks = 0, work = 0;
   for (int64_t i = 0; i < count; ++i) {
     const LinearArgs& a = args[i];
     if (const char* problem = contradiction(a, args[0])) return invalid(problem);
     if (a.rows == 0 || a.out_features == 0) continue;
-    const auto run = table.linear[kind_of(a)][static_cast<int>(a.dtype)];
-    if (!run) return {Code::kUnavailable, "this processor has no kernel for dense weights"};
-    if (used == 0 && !prepare_x(table, a, &shared)) {
-      return {Code::kUnavailable, "sparse_linear: out of memory"};
+    if (used == 0) {
+      form = table.x_form(kind_of(a), a.dtype);
+      if (!prepare_x(table, a, &form, &shared)) return {Code::kUnavailable, "sparse_linear: out of memory"};
     }
-    const int64_t value_size = a.scales ? 1 : item_size(a.dtype);
-    const int64_t fast_values = std::max<int64_t>(0, a.nnz - kLoadBytes / value_size + 1);
+    const WeightKind kind = form == XForm::kInt16 ? kPackedInt8TimesInt16 : kind_of(a);
+    const auto run = table.linear[kind][static_cast<int>(a.dtype)];
+    if (!run) return {Code::kUnavailable, "this processor has no kernel for dense weights"};
+    const int64_t fast_values = std::max<int64_t>(0, a.nnz - kLoadBytes / value_bytes(a) + 1);
     parts[used] = {{a, shared.x, fast_values, shared.x_scales}, run, chunks_of(a)};
     chunks += parts[used++].chunks;
+    work += weights_of(a) * a.rows;
   }
   if (used == 0) return {};
-  parallel_for(args[0].threads, chunks, [&](int64_t c) {
+  parallel_for(work > kInlineWork ? args[0].threads : 1, chunks, [&](int64_t c) {
     const Part* part = parts;
     for (; c >= part->chunks; ++part) c -= part->chunks;
     const LinearArgs& a = part->task.args;

@@ -158,15 +158,9 @@ void linear_int8(const LinearTask& task, int64_t begin, int64_t end) {
   multiply_all<T, int8_t>(task, begin, end);
 }
 
-template <typename T>
-void linear_int8_times_int8(const LinearTask& task, int64_t begin, int64_t end) {
-  multiply_all<T, int8_t>(task, begin, end);
-}
-
-#define MOSAIC_INSTANTIATE(T)                                        \
-  template void linear<T>(const LinearTask&, int64_t, int64_t);      \
-  template void linear_int8<T>(const LinearTask&, int64_t, int64_t); \
-  template void linear_int8_times_int8<T>(const LinearTask&, int64_t, int64_t);
+#define MOSAIC_INSTANTIATE(T)                                   \
+  template void linear<T>(const LinearTask&, int64_t, int64_t); \
+  template void linear_int8<T>(const LinearTask&, int64_t, int64_t);
 MOSAIC_INSTANTIATE(float)
 MOSAIC_INSTANTIATE(BFloat16)
 MOSAIC_INSTANTIATE(Half)

@@ -227,7 +227,7 @@ void multiply_all(const LinearTask& task, int64_t begin, int64_t guarded, int64_
   using X = typename Traits<T>::X;
   const int64_t rows = task.args.rows;
   const int64_t group_size = bitmask_words(task.args.in_features) * kWordBits * kPanelRows;
-  if (rows >= kPanelMinRows && guarded - begin >= kPanelRows) {
+  if (rows >= kPanelMinRows && group_size > 0 && guarded - begin >= kPanelRows) {
     int64_t groups = kPanelBytes / (group_size * sizeof(X));
     if (groups < 1) groups = 1;
     X* panel = static_cast<X*>(scratch(1, groups * group_size * sizeof(X)));

@@ -6,10 +6,10 @@
 //       x rounded to int8:   ── vpdpbusd with 64 of x, unsigned (128 added; see multiply_wide) ──> int32
 //       x as it is (bf16):   ── vpmovsxbw ── vpdpwssd with 2 x 32 of x in 16 bits ──> int32
 //
-// Sixteen bits of a row's largest activation hold its bf16 ones to 2e-5 of that largest, a hundredth of what
-// the weights were rounded by; bf16 dots need the weights in bf16, which took longer than reading a bf16
-// bitmap (18 cycles for 64 weights by table, 24 through fp32; Zen 4, Nov 2026). fp16 and fp32 activations
-// keep their digits: their weights are widened to fp32.
+// bf16 dots would need the weights in bf16, which took longer than reading a bf16 bitmap (18 cycles for 64
+// weights by table, 24 through fp32; Zen 4, Nov 2026). Sixteen bits hold the elements of a row as well as
+// bf16 does unless one of them dwarfs the rest; such rows, and fp16 and fp32 activations, are multiplied as
+// they are, by weights that are widened to fp32.
 #include "cpu/linear_avx512.h"
 
 namespace mosaic::MOSAIC_ISA {
@@ -91,7 +91,7 @@ struct WideRows : Bytes<R> {
 // x rounded to int8. vpdpbusd takes it unsigned, so it holds 128 too much, and 128 times the sum of the
 // weights is what that adds.
 struct X8 {
-  static constexpr int kSteps = 1 << 20;  // 64 columns each that int32 holds, with room
+  static constexpr int kSteps = 1 << 14;  // 4 products of up to 127 x 255 each: int32 holds 16,577
   static constexpr int64_t kBytes = kScaleColumns;
   using Weight = __m512i;
 
@@ -245,7 +245,7 @@ template <typename T, typename X, bool kGrouped>
 void multiply_wide_all(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
   const int64_t rows = task.args.rows;
   const int64_t pair_bytes = scale_groups_of(task.args.in_features) * X::kBytes * kWidePanelRows;
-  if (rows >= kPanelMinRows && guarded - begin >= kWidePanelRows) {
+  if (rows >= kPanelMinRows && pair_bytes > 0 && guarded - begin >= kWidePanelRows) {
     int64_t pairs = kPanelBytes / pair_bytes;
     if (pairs < 1) pairs = 1;
     auto* panel = static_cast<int8_t*>(scratch(1, pairs * pair_bytes));
@@ -266,21 +266,20 @@ void multiply_wide_all(const LinearTask& task, int64_t begin, int64_t guarded, i
   });
 }
 
-template <typename T, bool kGrouped>
-void multiply_int8(const LinearTask& task, int64_t begin, int64_t end) {
-  const int64_t guarded = first_guarded_row(task, begin, end);
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    multiply_wide_all<T, X16, kGrouped>(task, begin, guarded, end);
-  } else {
-    multiply_all<T, PackedInt8<T, kGrouped>>(task, begin, guarded, end);
-  }
-}
-
 }  // namespace
 
 template <typename T>
 void linear_int8(const LinearTask& task, int64_t begin, int64_t end) {
-  (task.args.scale_groups > 1 ? multiply_int8<T, true> : multiply_int8<T, false>)(task, begin, end);
+  (task.args.scale_groups > 1
+       ? multiply_all<T, PackedInt8<T, true>>
+       : multiply_all<T, PackedInt8<T, false>>)(task, begin, first_guarded_row(task, begin, end), end);
+}
+
+template <typename T>
+void linear_int8_times_int16(const LinearTask& task, int64_t begin, int64_t end) {
+  (task.args.scale_groups > 1
+       ? multiply_wide_all<T, X16, true>
+       : multiply_wide_all<T, X16, false>)(task, begin, first_guarded_row(task, begin, end), end);
 }
 
 template <typename T>
@@ -297,5 +296,6 @@ MOSAIC_INSTANTIATE(float)
 MOSAIC_INSTANTIATE(BFloat16)
 MOSAIC_INSTANTIATE(Half)
 #undef MOSAIC_INSTANTIATE
+template void linear_int8_times_int16<BFloat16>(const LinearTask&, int64_t, int64_t);
 
 }  // namespace mosaic::MOSAIC_ISA

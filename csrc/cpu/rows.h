@@ -15,6 +15,8 @@ void linear(const LinearTask& task, int64_t begin, int64_t end);
 template <typename T>
 void linear_int8(const LinearTask& task, int64_t begin, int64_t end);
 template <typename T>
+void linear_int8_times_int16(const LinearTask& task, int64_t begin, int64_t end);
+template <typename T>
 void linear_int8_times_int8(const LinearTask& task, int64_t begin, int64_t end);
 template <typename T>
 void linear_dense(const LinearTask& task, int64_t begin, int64_t end);
@@ -23,7 +25,7 @@ template <typename T>
 void pack_x(const void* x, int64_t rows, int64_t in_features, void* packed);
 XForm x_form(WeightKind kind, DType dtype);
 template <typename T>
-void round_x(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales);
+bool round_x(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales);
 int64_t rounded_row_bytes(XForm form, int64_t in_features);
 
 int64_t pack_bits(int item_size, const void* row, const uint8_t* keep, uint8_t* bits, int64_t columns);

@@ -5,20 +5,22 @@
 #define MOSAIC_TEXT(name) #name
 #define MOSAIC_NAME(name) MOSAIC_TEXT(name)
 #define MOSAIC_EACH_DTYPE(function) {function<float>, function<BFloat16>, function<Half>}
-#if defined(__AVX512BF16__)
-#define MOSAIC_DENSE MOSAIC_EACH_DTYPE(linear_dense)
-#else
-#define MOSAIC_DENSE \
-  {                  \
-  }
-#endif
 
 namespace mosaic::MOSAIC_ISA {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
-                            {MOSAIC_EACH_DTYPE(linear), MOSAIC_EACH_DTYPE(linear_int8),
-                             MOSAIC_EACH_DTYPE(linear_int8_times_int8), MOSAIC_DENSE},
+                            {MOSAIC_EACH_DTYPE(linear),
+                             MOSAIC_EACH_DTYPE(linear_int8),
+#if defined(__AVX512VNNI__)
+                             {nullptr, linear_int8_times_int16<BFloat16>, nullptr},
+                             MOSAIC_EACH_DTYPE(linear_int8_times_int8),
+                             MOSAIC_EACH_DTYPE(linear_dense)},
+#else  // whole numbers come in fp32, and other numbers do too
+                             {},
+                             MOSAIC_EACH_DTYPE(linear_int8),
+                             {}},
+#endif
                             packed_x_size,
                             MOSAIC_EACH_DTYPE(pack_x),
                             x_form,

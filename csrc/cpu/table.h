@@ -20,10 +20,11 @@ struct LinearTask {
   const float* x_scales;  // [rows], of whole numbers; else nullptr
 };
 
-// What a kernel multiplies by: numbers as they are, or whole numbers and a scale for each row of x.
+// What a kernel multiplies by: numbers as they are, or whole numbers and a scale for each row of x. kInt16 is
+// tried where a level prefers it, and given up for rows that sixteen bits do not hold well.
 enum class XForm { kPlain, kInt8, kInt16 };
 
-enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt8, kDense, kWeightKinds };
+enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt16, kPackedInt8TimesInt8, kDense, kWeightKinds };
 
 // What keeps exactly k scores: all from `from` on, and the first `ties` of those that equal `tie`.
 struct Cut {
@@ -46,15 +47,16 @@ struct Split {
 struct KernelTable {
   const char* name;
 
-  // All rows of x against weight rows [begin, end); nullptr where the level has no such kernel (kDense).
+  // All rows of x against weight rows [begin, end); nullptr where the level has no such kernel.
   void (*linear[kWeightKinds][3])(const LinearTask&, int64_t begin, int64_t end);
   // Bytes of an element of LinearTask::x: 4 (fp32), or 2 where the kernel multiplies x as it is.
   int (*packed_x_size)(DType);
   // Interleaves up to kRowBlock rows of x.
   void (*pack_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed);
   XForm (*x_form)(WeightKind, DType);
-  // Rounds up to kRowBlock rows of x, one scale each, and interleaves them as their kernel wants it.
-  void (*round_x[3])(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed,
+  // Rounds up to kRowBlock rows of x, one scale each, and interleaves them as their kernel wants it; false
+  // where most elements of a row are so small beside its largest that bf16 would hold them better.
+  bool (*round_x[3])(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed,
                      float* scales);
   int64_t (*rounded_row_bytes)(XForm, int64_t in_features);
 

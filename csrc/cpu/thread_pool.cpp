@@ -157,7 +157,10 @@ void run_chunks(int threads, int64_t chunks, ChunkBody body, const void* context
 
 void* scratch(int slot, int64_t bytes) {
   thread_local Buffers buffers;
-  if (bytes > buffers.bytes[slot] || !buffers.memory[slot]) {  // a buffer of no bytes is one, too
+  // A buffer of no bytes is one, too; and one huge call (a long prompt) does not keep its buffer for good.
+  constexpr int64_t kKept = 16 << 20;
+  const bool excessive = buffers.bytes[slot] > kKept && bytes < buffers.bytes[slot] / 4;
+  if (bytes > buffers.bytes[slot] || excessive || !buffers.memory[slot]) {
     std::free(buffers.memory[slot]);
     const int64_t rounded = bytes / 4096 * 4096 + 4096;
     buffers.memory[slot] = std::aligned_alloc(64, rounded);

@@ -25,8 +25,8 @@ void parallel_for(int threads, int64_t chunks, const Body& body) {
       [](const void* context, int64_t chunk) { (*static_cast<const Body*>(context))(chunk); }, &body);
 }
 
-// A buffer of the calling thread that only grows; `slot` tells apart the buffers one call needs together.
-// Returns nullptr where memory is short.
+// A buffer of the calling thread, kept for its next call; `slot` tells apart the buffers one call needs
+// together. Returns nullptr where memory is short.
 void* scratch(int slot, int64_t bytes);
 
 }  // namespace mosaic::cpu

@@ -121,7 +121,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.requires_grad_(False)  # transformers makes every floating point tensor trainable
                 if not module.bitmask.is_meta:  # offloaded to disk: comes with the first forward pass
                     module.build_index(name)
-        return prepare_inference(model)
+        return prepare_inference(model, attention=False)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Bring the description up to date before saving; ``None``: the model's own tensors are written."""

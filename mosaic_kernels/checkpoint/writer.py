@@ -54,7 +54,7 @@ def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
         if isinstance(layer, MosaicLinear) or packed.nbytes < layer.weight.nbytes:
             block.replace(name, MosaicLinear.from_packed(packed, layer.bias).train(layer.training))
     model: Any = adapter.model
-    prepare_inference(model)
+    prepare_inference(model, attention=False)
     model.config.quantization_config = MosaicConfig.of(adapter)
 
 

@@ -126,7 +126,7 @@ class Group:
     """Several weights on one ``x`` in one dispatch: the results of ``sparse_linear`` or ``sparse_linear_int8``.
 
     Query, key and value read the same activations, and so do gate and up: ``x`` is prepared once, and the
-    threads share the rows of all. Arguments are checked here, once.
+    threads share the rows of all. The weights are checked and addressed here, once.
 
     Args:
         parts: the weights, all float or all int8.
@@ -138,17 +138,19 @@ class Group:
     """
 
     def __init__(self, parts: Sequence[Operands], in_features: int, quantize_x: bool = False) -> None:
-        values, _, _, _, bias = parts[0]
-        rounded = values.dtype is torch.int8
-        self.dtype = None if rounded and bias is None else bias.dtype if rounded and bias is not None else values.dtype
+        rounded = parts[0][0].dtype is torch.int8
+        kinds = {bias.dtype for *_, bias in parts if bias is not None} if rounded else {parts[0][0].dtype}
+        self.dtype = next(iter(kinds), None)  # int8 without biases takes any x
         self.in_features, self.quantize_x = in_features, quantize_x
         like = torch.empty(0, in_features, dtype=self.dtype)
-        self._held: list[tuple[Tensor | None, ...]] = []  # what the addresses below point to
+        # What the addresses below point to, as tensors of their own: a parameter's storage may be replaced.
+        self._held: list[tuple[Tensor | None, ...]] = []
         self._parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         for values, scales, words, offsets, bias in parts:
             out_features = words.shape[0]
-            _, values, bias = _fitting(like, values, words, bias, in_features, out_features)
-            scales = None if scales is None else scales.contiguous()
+            _, values, bias = _fitting(like, values.detach(), words, bias, in_features, out_features)
+            scales = None if scales is None else scales.detach().contiguous()
+            bias = None if bias is None else bias.detach()
             self._held.append((values, scales, words, offsets, bias))
             self._parts.append((
                 (values.data_ptr(), words.data_ptr(), offsets.data_ptr(), _address(bias)),
@@ -157,10 +159,15 @@ class Group:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """``x`` is ``[..., in_features]``; the results are in the order of the parts."""
-        if x.dtype is not self.dtype or x.shape[-1] != self.in_features or not x.is_cpu:
-            values, _, words, _, bias = self._held[0]
-            assert values is not None  # for the type checker
-            _fitting(x, values, words, bias, self.in_features, self._parts[0][1][0])
+        if (
+            (self.dtype or x.dtype) is not x.dtype
+            or x.dtype not in _DTYPES
+            or x.shape[-1] != self.in_features
+            or not x.is_cpu
+        ):
+            for (values, _, words, _, bias), (_, tail) in zip(self._held, self._parts, strict=True):
+                assert values is not None  # for the type checker
+                _fitting(x, values, words, bias, self.in_features, tail[0])
         x = x.contiguous()
         shape = x.shape[:-1]
         results = [x.new_empty((*shape, tail[0])) for _, tail in self._parts]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from mosaic_kernels.errors import BackendError, UsageError
 
@@ -155,6 +156,12 @@ def fast_sparse_linear_int8(
 
 
 def is_recorded(x: torch.Tensor) -> bool:
-    """Whether autograd, a compiler or a tensor subclass must see the call."""
-    recorded = torch.is_grad_enabled() and x.requires_grad
-    return recorded or torch.compiler.is_compiling() or type(x) is not torch.Tensor
+    """Whether autograd, a compiler, a tracer, a function transform or a tensor subclass must see the call."""
+    return (
+        (torch.is_grad_enabled() and x.requires_grad)
+        or type(x) is not torch.Tensor
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
