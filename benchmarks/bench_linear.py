@@ -21,6 +21,7 @@ from measure import ROTATED_BYTES, copies, interleaved, summary
 from torch import Tensor
 
 import mosaic_kernels as mk
+from mosaic_kernels import siblings
 from mosaic_kernels.dense import DenseLinear
 
 # (out_features, in_features): attention and FFN projections of each model; the example's own shapes last,
@@ -197,3 +198,35 @@ def test_share_of_the_read_bandwidth(benchmark: Any, density: float) -> None:
     }
     share = speeds["packed"] / speeds["read"]
     benchmark.extra_info.update(density=density, gigabytes_per_s=speeds, ratios={"share of read bandwidth": share})
+
+
+@torch.no_grad()
+def test_call(benchmark: Any) -> None:
+    """What a call costs beside its product: microseconds for a layer so small that nothing else counts.
+
+    ``joined`` is the share of one layer of three that run in one dispatch.
+    """
+    weight = torch.randn(32, 64, dtype=torch.bfloat16) * (torch.rand(32, 64) < DENSITIES[0])
+    alone, *group = (mk.MosaicLinear.from_packed(mk.pack(weight)) for _ in range(4))
+    siblings.join(group)
+    dense = torch.nn.Linear(64, 32, bias=False).bfloat16()
+    x = torch.randn(1, 64).bfloat16()
+    calls: dict[str, Callable[[], object]] = {
+        "nn.Linear": lambda: dense(x),
+        "alone": lambda: alone(x),
+        "joined": lambda: [layer(x) for layer in group],
+    }
+
+    def repeated(call: Callable[[], object]) -> Callable[[int], None]:
+        def run(_: int) -> None:
+            for _ in range(200):
+                call()
+
+        return run
+
+    variants = {name: repeated(call) for name, call in calls.items()}
+    seconds = benchmark.pedantic(lambda: interleaved(variants, 60), rounds=1)
+    found = {name: summary(values)["median_us"] / 200 for name, values in seconds.items()}
+    found["joined"] /= len(group)
+    ratios = {f"{name} against nn.Linear": found["nn.Linear"] / found[name] for name in ("alone", "joined")}
+    benchmark.extra_info.update(microseconds=found, ratios=ratios)

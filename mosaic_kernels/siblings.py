@@ -12,6 +12,9 @@ from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.ops import cpu
 from mosaic_kernels.ops.select import is_recorded, kernel_for
 
+# a layer, its index, and its parameters by name with their addresses
+_Member = tuple[MosaicLinear, object, list[tuple[str, Tensor, int]]]
+
 
 class Siblings:
     """The layers that share an input.
@@ -27,9 +30,9 @@ class Siblings:
     def __init__(self, layers: Sequence[MosaicLinear]) -> None:
         self.layers = tuple(layers)
         self.quantize_x = layers[0].quantize_activations
-        # both replaced as a whole, so that threads that share a model never mix their results
+        # all replaced as a whole, so that threads that share a model never mix their results
         self._kept: tuple[weakref.ref[Tensor], int, dict[MosaicLinear, tuple[Tensor, int]]] | None = None
-        self._group: tuple[list[int], cpu.Group, list[object]] | None = None
+        self._group: tuple[cpu.Group, list[_Member]] | None = None
         self._unclaimed = 0
 
     def forward(self, layer: MosaicLinear, x: Tensor) -> Tensor | None:
@@ -58,14 +61,13 @@ class Siblings:
 
     def _current_group(self) -> cpu.Group | None:
         """The dispatch of the layers as they are; anew where a parameter or an index was replaced."""
-        if self._group is None or self._group[0] != _addresses(self.layers):
+        if self._group is None or not all(map(_is_current, self._group[1])):
             if not all(layer.bitmask.is_cpu for layer in self.layers):
                 return None  # weights that wait on disk come one layer at a time
             operands = [layer.operands for layer in self.layers]  # this may make indices anew
             group = cpu.Group(operands, self.layers[0].in_features, self.quantize_x)
-            indices: list[object] = [layer._index for layer in self.layers]  # held, so that no other gets its id
-            self._group = (_addresses(self.layers), group, indices)
-        return self._group[1]
+            self._group = group, [_member(layer) for layer in self.layers]
+        return self._group[0]
 
     def part(self) -> None:
         """Let every layer run alone again."""
@@ -73,20 +75,28 @@ class Siblings:
             layer.siblings = None
 
 
-def _addresses(layers: Sequence[MosaicLinear]) -> list[int]:
-    """What changes where an index or the memory of a parameter is replaced."""
-    found: list[int] = []
-    for layer in layers:
-        found.append(id(layer._index))
-        found += [0 if parameter is None else parameter.data_ptr() for parameter in layer._parameters.values()]
-    return found
+def _member(layer: MosaicLinear) -> _Member:
+    held = layer._parameters.items()
+    return layer, layer._index, [(name, found, found.data_ptr()) for name, found in held if found is not None]
+
+
+def _is_current(member: _Member) -> bool:
+    """Whether a layer has the index and the parameters, at the places in memory, that it had."""
+    layer, index, parameters = member
+    if layer._index is not index:
+        return False
+    held = layer._parameters
+    for name, parameter, address in parameters:
+        if held[name] is not parameter or parameter.data_ptr() != address:
+            return False
+    return True
 
 
 def _version(layer: MosaicLinear) -> int:
-    """What changes where the values of a layer are replaced or written to."""
+    """What changes where the values of a layer are written to."""
     values = layer._parameters["weight"]
     assert values is not None  # for the type checker
-    return hash((values.data_ptr(), values._version, id(layer._index)))
+    return values._version
 
 
 def join(layers: Iterable[nn.Module]) -> None:
