@@ -42,6 +42,8 @@ FINITE = tuple(kind for kind in CONTENTS if kind != "not finite")
 MODEST = ("zeros", "negative zeros", "ones", "ties", "tiny", "random")  # whose products overflow in no dtype
 
 rows_ = st.sampled_from((0, 1, 2, 3, 4, 5, 7, 9, 12, 13))
+some_rows = rows_.filter(bool)
+batches = st.sampled_from((0, 1, 2, 5, 8, 9, 26))
 widths = st.sampled_from(WIDTHS) | st.integers(1, 300)
 dtypes = st.sampled_from(DTYPES)
 # One level serves all examples of a test, and under a sanitizer drawing them takes longer than hypothesis likes.
@@ -77,6 +79,25 @@ def as_bits(tensor: Tensor) -> Tensor:
 
 def same(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and torch.equal(as_bits(found), as_bits(expected))
+
+
+def near(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, step: float = 0.0) -> bool:
+    """Whether ``found`` is ``F.linear`` but for rounding, x's to whole numbers of ``step`` times its largest included.
+
+    Where NaN and Inf are not among the terms they must not show.
+    """
+    clean = x.isfinite().all(1)[:, None] & weight.isfinite().all(1)
+    wide, weights = x.double().nan_to_num(0, 0, 0), weight.double().nan_to_num(0, 0, 0)
+    exact, terms = wide @ weights.T, wide.abs() @ weights.abs().T
+    if bias is not None:
+        exact, terms = exact + bias.double(), terms + bias.double().abs()
+    # half a step, and as quotients are rounded before they are whole a little more
+    steps = 0.51 * step * wide.abs().amax(1, keepdim=True) if step and x.shape[1] else torch.zeros(len(x), 1)
+    single, own = torch.finfo(torch.float32), torch.finfo(x.dtype)
+    # vdpbf16ps takes and makes no denormals: what is below the smallest normal number may be lost in each term.
+    lost = (x.shape[1] + 2) * single.tiny * 4 + own.tiny
+    limit = 2 * (own.eps + (x.shape[1] + 1) * single.eps) * terms + steps * weights.abs().sum(1) + lost
+    return found.shape == exact.shape and bool(((found.double() - exact).abs() <= limit)[clean].all())
 
 
 @thorough
@@ -131,24 +152,54 @@ def test_offsets_that_do_not_fit_are_refused(
 
 
 @thorough
-@given(data=st.data(), tokens=st.sampled_from((0, 1, 2, 5, 8, 9, 26)), rows=rows_, columns=widths, dtype=dtypes)
+@given(data=st.data(), tokens=batches, rows=rows_, columns=widths, dtype=dtypes)
 def test_sparse_linear(
     level: str, data: st.DataObject, tokens: int, rows: int, columns: int, dtype: torch.dtype
 ) -> None:
     weight = data.draw(tensors(rows, columns, dtype, (*MODEST, "not finite")))
     x = data.draw(tensors(tokens, columns, dtype, (*MODEST, "not finite")))
     bias = data.draw(st.none() | tensors(1, rows, dtype, MODEST).map(lambda t: t[0]))
-    found = mk.sparse_linear(x, mk.pack(weight), bias).double()
-    # Where NaN and Inf are not among the terms they must not show.
-    clean = x.isfinite().all(1)[:, None] & weight.isfinite().all(1)
-    wide, weights = x.double().nan_to_num(0, 0, 0), weight.double().nan_to_num(0, 0, 0)
-    exact, terms = wide @ weights.T, wide.abs() @ weights.abs().T
-    if bias is not None:
-        exact, terms = exact + bias.double(), terms + bias.double().abs()
-    single, own = torch.finfo(torch.float32), torch.finfo(dtype)
-    # vdpbf16ps takes and makes no denormals: what is below the smallest normal number may be lost in each term.
-    lost = (columns + 2) * single.tiny * 4 + own.tiny
-    assert bool(((found - exact).abs() <= 2 * (own.eps + (columns + 1) * single.eps) * terms + lost)[clean].all())
+    assert near(mk.sparse_linear(x, mk.pack(weight), bias), x, weight, bias)
+
+
+def before_a_page(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else Guarded(t).view() for t in tensors]
+
+
+@thorough
+@given(
+    data=st.data(), tokens=batches, rows=some_rows, columns=widths, dtype=dtypes,
+    group=st.sampled_from((None, 64)), quantize_x=st.booleans(),
+)  # fmt: skip
+def test_int8_linear_alone_and_in_a_group(
+    level: str, data: st.DataObject, tokens: int, rows: int, columns: int, dtype: torch.dtype, group: int | None,
+    quantize_x: bool,
+) -> None:  # fmt: skip
+    biased = data.draw(st.booleans())
+    parts, weights = [], []
+    for out in (rows, data.draw(some_rows)):
+        packed = mk.quantize(mk.pack(data.draw(tensors(out, columns, dtype, MODEST))), group)
+        bias = data.draw(tensors(1, out, dtype, MODEST))[0] if biased else None
+        index = packed.index()
+        parts.append(before_a_page(packed.values, packed.scales, index.words, index.offsets, bias))
+        weights.append(mk.unpack(packed))
+    x = Guarded(data.draw(tensors(tokens, columns, dtype, (*MODEST, "not finite")))).view()
+    together = cpu.Group(parts, columns, quantize_x)(x)
+    for (*part, bias), weight, result in zip(parts, weights, together, strict=True):
+        alone = cpu.sparse_linear_int8_raw(x, *part, bias, columns, quantize_x)
+        assert torch.equal(alone.nan_to_num(7), result.nan_to_num(7))
+        # bf16 may be multiplied as whole numbers of 16 bits, which are finer than its own
+        assert near(alone, x, weight, bias, 1 / 127 if quantize_x else 1 / 32767 if dtype is torch.bfloat16 else 0)
+
+
+@thorough
+@given(data=st.data(), tokens=batches, rows=rows_, columns=widths, dtype=dtypes)
+def test_dense_rows(level: str, data: st.DataObject, tokens: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+    weight = Guarded(data.draw(tensors(rows, columns, dtype, (*MODEST, "not finite")))).view()
+    x = Guarded(data.draw(tensors(tokens, columns, dtype, (*MODEST, "not finite")))).view()
+    bias = data.draw(st.none() | tensors(1, rows, dtype, MODEST).map(lambda t: Guarded(t[0]).view()))
+    if level == "avx512":
+        assert near(cpu.dense_linear_raw(x, weight, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

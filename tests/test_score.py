@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = ("scalar", "avx2", "avx512")
 BEST = _C_cpu.isa()
 
-# A single weight; off a word and a vector by one; longer than a piece (4096) and several rows of that; enough
+# A single weight; off a word and a vector by one; longer than a piece (1024) and several rows of that; enough
 # for several slices (131072 scores) of which none begins with a row; many narrow rows.
 SHAPES = [(1, 1), (5, 33), (3, 4097), (2, 9000), (41, 9001), (3000, 7)]
 
@@ -83,6 +83,23 @@ def test_a_sample_that_misleads_costs_time_alone(level: str) -> None:
     for weight in (flat.view(400, 1000), flat.flip(0).view(400, 1000), rows, few, -few):
         for keep in (7, 25, 1000, 200_000, 399_970, 399_995):
             assert torch.equal(ops.select(weight, keep), reference.select(weight, torch.tensor([keep]), "matrix"))
+
+
+SLICE, ROOM = 1 << 17, 1 << 14  # of 1024x4096 scores: what a thread takes, and what it keeps at hand around the cut
+
+
+@pytest.mark.parametrize("excess", [-20, -15, -5, -1, 0, 1, 16])
+def test_a_slice_may_have_as_many_scores_near_the_cut_as_there_is_room_for(level: str, excess: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    scores, near = torch.randn(1024, 4096, generator=random), ROOM + excess
+    first = scores.view(-1)[:SLICE]
+    first.copy_(torch.tensor([-100.0, 100.0]).repeat(SLICE // 2))
+    order, values = torch.randperm(SLICE, generator=random), torch.linspace(-0.01, 0.01, near)
+    first[order[:near]] = values[torch.randperm(near, generator=random)]
+    ranked = scores.view(-1).sort(descending=True).values
+    for keep in (2_089_152, 2_094_152, 2_097_152, 2_100_152, 2_105_152):
+        assert ranked[keep] != ranked[keep - 1]  # so that the reference is a comparison
+        assert torch.equal(ops.select(scores, keep), scores >= ranked[keep - 1]), keep
 
 
 def test_layouts_and_norms_of_any_dtype(level: str) -> None:

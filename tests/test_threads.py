@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mosaic_kernels.format import RowIndex
+from mosaic_kernels.format import PackedWeight, RowIndex
+from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops import cpu
 
 TORCHS = 2  # a kernel that may use exactly as many threads as torch has runs on torch's
@@ -33,6 +34,7 @@ class Work:
         self.scores, self.norms = self.weight.float().abs(), torch.rand(600)
         self.values, self.bits = cpu.KERNELS["pack"](self.weight)
         self.index = RowIndex.from_bitmask(self.bits)
+        self.int8 = quantize(PackedWeight(self.values, self.bits, (700, 600)), 64)
         self.block, self.keep = torch.randn(250, 96), torch.rand(250, 96) < 0.5
         self.factor = torch.eye(96) + 0.01 * torch.rand(96, 96).triu()
 
@@ -42,7 +44,15 @@ class Work:
         run, index = cpu.KERNELS, self.index
         found: list[Tensor] = []
         for rows in (1, 7, 40):
-            found.append(run["sparse_linear"](self.x[:rows], self.values, index.words, index.offsets, self.bias, 600))
+            x = self.x[:rows]
+            found.append(run["sparse_linear"](x, self.values, index.words, index.offsets, self.bias, 600))
+            found += cpu.Group([(self.values, None, index.words, index.offsets, self.bias)] * 2, 600)(x)
+            if cpu.DENSE_ROWS:
+                found.append(run["dense_linear"](x, self.weight, self.bias))
+            for quantize_x in (False, True):
+                int8 = (self.int8.values, self.int8.scales, index.words, index.offsets, self.bias)
+                found.append(run["sparse_linear_int8"](x, *int8, 600, quantize_x))
+                found += cpu.Group([int8] * 2, 600, quantize_x)(x)
         found += run["pack"](self.weight)
         found.append(run["unpack"](self.values, self.bits, 600))
         found += run["outlier_stats"](self.weight, self.norms, (1.0, 3.0))
@@ -50,6 +60,9 @@ class Work:
         found.append(run["select"](self.scores, torch.tensor([140_001]), "matrix"))
         found.append(run["select"](self.scores, torch.full((700,), 77), "row"))
         found.append(run["select"](self.scores, torch.tensor([2, 4]), "group"))
+        found.append(run["score_select"](self.weight, self.norms, torch.tensor([140_001]), "matrix"))
+        found.append(run["score_select"](self.weight, self.norms, torch.full((700,), 77), "row"))
+        found.append(run["score_select"](self.weight, self.norms, torch.tensor([2, 4]), "group"))
         found += run["obs_block"](self.block, self.factor, self.keep, 0, 0)
         return [t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in found]
 

@@ -180,12 +180,13 @@ Status select_matrix(const SelectArgs& a) {
   if (count > kSampled) suggest(a, table, source, &low, &high);
   const int64_t longest = count / slices + 1;
   const int64_t room = ((count > kSampled ? longest / kRoomShare : longest) + 15) / 16 * 16;
-  auto* between = static_cast<float*>(scratch(0, slices * room * 4));
+  const int64_t spacing = room + kSplitSlack;
+  auto* between = static_cast<float*>(scratch(0, slices * spacing * 4));
   if (!between) return kNoMemory;
 
   Split split[kMaxSlices];
   parallel_for(a.threads, slices, [&](int64_t s) {
-    split[s] = {low, high, between + s * room, room};
+    split[s] = {low, high, between + s * spacing, room};
     source.in_pieces(first(s), first(s + 1), [&](int64_t, const float* scores, int64_t n) {
       table.split(scores, n, &split[s]);
       return split[s].finite;

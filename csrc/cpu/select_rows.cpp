@@ -6,6 +6,8 @@
 namespace mosaic::MOSAIC_ISA {
 namespace {
 
+static_assert(kLanes <= kSplitSlack);
+
 Flags not_finite(Lanes v) { return ((Bits)v & 0x7f800000u) == 0x7f800000u; }
 
 bool all_finite(const float* scores, int64_t count) {
@@ -71,7 +73,7 @@ void split(const float* scores, int64_t count, Split* state) {
     const uint32_t chosen = mask_of((own >= low) & ~top);
     bad |= not_finite(own);
     above -= top;
-    if (found + kLanes <= state->room) store_chosen(state->between + found, own, chosen);
+    if (found <= state->room) store_chosen(state->between + found, own, chosen);
     found += __builtin_popcount(chosen);
   }
   state->finite &= mask_of(bad) == 0;

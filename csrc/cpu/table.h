@@ -33,13 +33,16 @@ struct Cut {
   int64_t ties;
 };
 
+// Vectors are stored whole: what `between` must have behind its room, the lanes of any instruction set.
+constexpr int64_t kSplitSlack = 16;
+
 // One pass over scores: how many reach `high`, and copies of those in [low, high).
 struct Split {
   float low;
   float high;
   float* between;
-  int64_t room;       // of `between`; a multiple of 16
-  int64_t found = 0;  // in [low, high); where they exceed `room`, `between` is not complete
+  int64_t room;       // of `between`, without the slack
+  int64_t found = 0;  // in [low, high); up to `room` of them `between` is complete
   int64_t above = 0;
   bool finite = true;
 };
