@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--no-regression"):
         config.stash[_COMPARISON] = Comparison(machine())
+
+
+def _noun(path: str | Path) -> str:
+    return Path(path).stem.removeprefix("bench_")
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if _COMPARISON in item.config.stash:
+            item.config.stash[_COMPARISON].partial.add(_noun(item.path))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Find committed benchmarks that no longer exist, in files that nothing was left out of."""
+    comparison = session.config.stash.get(_COMPARISON, None)
+    if comparison is None or session.config.getoption("lf", False):  # which leaves out without deselecting
+        return
+    comparison.partial |= {_noun(file) for file, *test in (arg.split("::") for arg in session.config.args) if test}
+    found = defaultdict[str, set[str]](set)
+    for item in session.items:
+        if item.path.name.startswith("bench_"):
+            measures = "benchmark" in getattr(item, "fixturenames", ())
+            found[_noun(item.path)] |= {item.name} if measures else set()
+    for noun, names in found.items():
+        comparison.collected(noun, names)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    comparison = session.config.stash.get(_COMPARISON, None)
+    if comparison and comparison.vanished and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(params=["one", "all"])
@@ -50,9 +83,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     result = yield
     benchmark = pyfuncitem.funcargs.get("benchmark")
     comparison = pyfuncitem.config.stash.get(_COMPARISON, None)
-    if benchmark is None or comparison is None or not benchmark.extra_info:
+    if benchmark is None or comparison is None:
         return result
-    noun = pyfuncitem.path.stem.removeprefix("bench_")
+    noun = _noun(pyfuncitem.path)
     found = comparison.of(noun, pyfuncitem.name, benchmark.extra_info)
     if any(miss.kind == "ratios" and miss.found is not None for miss in found):
         again = Again()

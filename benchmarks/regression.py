@@ -9,7 +9,7 @@ absolute times least of all.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,23 @@ class Comparison:
         self.compared = 0
         self.without: set[str] = set()  # nouns that have no figures of this kind of machine
         self.new: list[str] = []  # benchmarks that the committed file lacks
+        self.partial: set[str] = set()  # nouns of which only some benchmarks were asked for
+        self.vanished: list[str] = []  # benchmarks that only the committed file has
         self._figures: dict[str, dict[str, dict[str, Any]] | None] = {}
+
+    def _committed(self, noun: str) -> dict[str, dict[str, Any]] | None:
+        if noun not in self._figures:
+            self._figures[noun] = committed_figures(noun, self.machine, self.results)
+        return self._figures[noun]
+
+    def collected(self, noun: str, benchmarks: Collection[str]) -> None:
+        """Note what ``bench_NOUN.py`` has, run or skipped, unless only a part of it was asked for."""
+        if noun not in self.partial:
+            self.vanished += [name for name in self._committed(noun) or {} if name not in benchmarks]
 
     def of(self, noun: str, benchmark: str, found: Mapping[str, Any]) -> list[Miss]:
         """What got worse in one benchmark of ``bench_NOUN.py``."""
-        if noun not in self._figures:
-            self._figures[noun] = committed_figures(noun, self.machine, self.results)
-        figures = self._figures[noun]
+        figures = self._committed(noun)
         if figures is None:
             self.without.add(noun)
             return []
@@ -101,4 +111,6 @@ class Comparison:
             parts.append(f"no committed figures of a machine like this ({kind}) for {', '.join(sorted(self.without))}")
         if self.new:
             parts.append(f"not in the committed files: {', '.join(self.new)}")
+        if self.vanished:
+            parts.append(f"committed but no longer there: {', '.join(self.vanished)}")
         return "; ".join(parts)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,43 @@ def test_steady(benchmark, tmp_path):
     (tmp_path / "out").mkdir()  # a second run gets a directory of its own
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(ratios={"speed_up": SPEEDS[min(next(calls), len(SPEEDS) - 1)]})
+
+def test_silent(benchmark):
+    benchmark.pedantic(lambda: None, rounds=1)
+
+@pytest.mark.skip
+def test_skipped(benchmark):
+    pass
+
+def test_no_benchmark():
+    pass
 """
+
+
+@cache
+def machine_of_a_process() -> dict[str, Any]:
+    probe = "import json, measure; print(json.dumps(measure.machine()))"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def run_benchmarks(directory: Path, speeds: list[float], committed: list[str], *arguments: str) -> tuple[bool, str]:
+    """The hooks themselves, in a copy of benchmarks/ with one file and committed figures: passed, and said."""
+    for name in ("conftest.py", "measure.py", "regression.py"):
+        (directory / name).write_text((BENCHMARKS / name).read_text())
+    (directory / "bench_fake.py").write_text(f"SPEEDS = {speeds}\n{BENCH}")
+    (directory / "results").mkdir()
+    (directory / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\n")
+    benchmarks = [{"name": name, "extra_info": {"ratios": {"speed_up": 2.0}}} for name in committed]
+    (directory / "results" / "fake-here.json").write_text(
+        json.dumps({"machine_info": machine_of_a_process(), "benchmarks": benchmarks})
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--benchmark-only", "-p", "no:cacheprovider", *arguments],
+        cwd=directory, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -95,29 +132,39 @@ def test_steady(benchmark, tmp_path):
     [
         ([1.0, 1.9], [], True, "1 compared"),
         ([1.0, 1.1], [], False, "test_steady: ratios['speed_up'] was 2 and is 1.1"),
-        ([1.0], ["--no-regression"], True, "1 passed"),
+        ([1.0], ["--no-regression"], True, "2 passed"),
     ],
 )
 def test_a_slow_benchmark_fails_the_run_when_it_is_slow_twice(
     tmp_path: Path, speeds: list[float], options: list[str], passes: bool, says: str
 ) -> None:
-    """The hooks themselves, in a copy of benchmarks/ with one benchmark and its committed figure."""
-    for name in ("conftest.py", "measure.py", "regression.py"):
-        (tmp_path / name).write_text((BENCHMARKS / name).read_text())
-    (tmp_path / "bench_fake.py").write_text(f"SPEEDS = {speeds}\n{BENCH}")
-    (tmp_path / "results").mkdir()
-    (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\n")
-    probe = "import json, measure; print(json.dumps(measure.machine()))"
-    machine = subprocess.run(
-        [sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True
-    ).stdout
-    committed = [{"name": "test_steady", "extra_info": {"ratios": {"speed_up": 2.0}}}]
-    (tmp_path / "results" / "fake-here.json").write_text(
-        json.dumps({"machine_info": json.loads(machine), "benchmarks": committed})
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", tmp_path, "--benchmark-only", "-p", "no:cacheprovider", *options],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode == 0) is passes, done.stdout + done.stderr
-    assert says in done.stdout
+    gone = ["test_gone"] if "--no-regression" in options else []
+    passed, said = run_benchmarks(tmp_path, speeds, ["test_steady", "test_skipped", *gone], *options)
+    assert passed is passes, said
+    assert says in said
+    assert "no longer there" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "complete"),
+    [(["bench_fake.py"], True), (["-k", "steady"], False), (["bench_fake.py::test_steady"], False)],
+)
+def test_a_benchmark_that_vanishes_fails_a_run_of_its_whole_file(
+    tmp_path: Path, options: list[str], complete: bool
+) -> None:
+    committed = ["test_steady", "test_gone[a]", "test_skipped", "test_no_benchmark"]
+    passed, said = run_benchmarks(tmp_path, [2.0], committed, *options)
+    assert passed is not complete, said
+    assert ("; committed but no longer there: test_gone[a], test_no_benchmark\n" in said) is complete
+
+
+def test_a_benchmark_that_declares_nothing_any_more_fails(tmp_path: Path) -> None:
+    passed, said = run_benchmarks(tmp_path, [2.0], ["test_steady", "test_silent"], "-k", "silent")
+    assert not passed
+    assert "test_silent: ratios['speed_up'] is committed as 2 but was not measured" in said
+
+
+def test_every_committed_figure_has_its_benchmark() -> None:
+    for path in (BENCHMARKS / "results").glob("*.json"):
+        if "benchmarks" in json.loads(path.read_text()):
+            assert (BENCHMARKS / f"bench_{path.stem.split('-')[0]}.py").exists(), path.name
