@@ -164,6 +164,16 @@ def test_a_group_is_its_parts(level: str, dtype: torch.dtype, rows: int, threads
 
 
 @pytest.mark.parametrize("quantize_x", [False, True])
+def test_a_group_may_hold_a_weight_without_rows(level: str, quantize_x: bool) -> None:
+    layers = [mk.MosaicLinear.from_packed(mk.quantize(mk.pack(torch.ones(out, 100)))) for out in (0, 3, 0, 2)]
+    for layer in layers:
+        layer.quantize_activations = quantize_x
+    x = torch.randn(2, 100)
+    for layer, result in zip(layers, group_of(x, layers), strict=True):
+        assert torch.equal(result, layer(x))
+
+
+@pytest.mark.parametrize("quantize_x", [False, True])
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_group_of_int8_is_its_parts(level: str, group: int | None, quantize_x: bool) -> None:
     x = torch.randn(3, 100).bfloat16()

@@ -128,8 +128,8 @@ Status sparse_linear_group(const LinearArgs* args, int64_t count) {
   int64_t used = 0, chunks = 0, work = 0;
   for (int64_t i = 0; i < count; ++i) {
     const LinearArgs& a = args[i];
-    if (const char* problem = contradiction(a, args[0])) return invalid(problem);
-    if (a.rows == 0 || a.out_features == 0) continue;
+    if (a.rows == 0 || a.out_features == 0) continue;  // its scales have no address to tell int8 by
+    if (const char* problem = contradiction(a, used ? parts[0].task.args : a)) return invalid(problem);
     if (used == 0) {
       form = table.x_form(kind_of(a), a.dtype);
       if (!prepare_x(table, a, &form, &shared)) return {Code::kUnavailable, "sparse_linear: out of memory"};
