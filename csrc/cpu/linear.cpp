@@ -73,8 +73,6 @@ int64_t chunks_of(const LinearArgs& a) {
 }
 
 const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
-  if (a.offsets && a.offsets[a.out_features] != a.nnz)
-    return "offsets end at another number of values than are stored";
   if (a.scales && a.scale_groups != 1 && a.scale_groups != scale_groups_of(a.in_features))
     return "int8 values have one scale per row, or one per row and 64 columns";
   if (a.x != first.x || a.rows != first.rows || a.in_features != first.in_features ||
@@ -128,6 +126,9 @@ Status sparse_linear_group(const LinearArgs* args, int64_t count) {
   int64_t used = 0, chunks = 0, work = 0;
   for (int64_t i = 0; i < count; ++i) {
     const LinearArgs& a = args[i];
+    if (a.offsets && a.offsets[a.out_features] != a.nnz) {
+      return invalid("offsets end at another number of values than are stored");
+    }
     if (a.rows == 0 || a.out_features == 0) continue;  // its scales have no address to tell int8 by
     if (const char* problem = contradiction(a, used ? parts[0].task.args : a)) return invalid(problem);
     if (used == 0) {
