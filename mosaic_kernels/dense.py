@@ -18,8 +18,8 @@ class DenseLinear(nn.Linear):
     ``state_dict`` and gradients are those of ``nn.Linear``.
     """
 
-    # Up to here the kernel was 1.2 to 2.3x as fast as F.linear (11008x4096 and 2048x2048 bf16, one and two
-    # threads, Zen 4, Nov 2026); at 64 rows they are equal.
+    # 1.9 to 2.0x as fast as F.linear at one row, 1.3 to 1.4x at 16, 1.0 to 1.1x at this many (four bf16
+    # shapes, two threads, Zen 4, Nov 2026; test_dense_rows of benchmarks/bench_linear.py).
     MAX_ROWS = 32
 
     def forward(self, input: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def _is_current(member: _Member) -> bool:
         return False
     held = layer._parameters
     for name, parameter, address in parameters:
-        if held[name] is not parameter or parameter.data_ptr() != address:
+        if held.get(name) is not parameter or parameter.data_ptr() != address:
             return False
     return True
 
