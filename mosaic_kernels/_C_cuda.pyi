@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-def linear_decode(
+def linear_rows(
     x: int,
     values: int,
     words: int,
@@ -51,3 +51,19 @@ def unpack(
     stream: int,
 ) -> None: ...
 def why_not(device: int) -> str | None: ...
+
+# tiles, offsets, values, bias, out: addresses; out_features; units of the largest tile
+_Part = tuple[int, int, int, int, int, int, int]
+
+def linear_decode(
+    parts: list[_Part],
+    x: int,
+    rows: int,
+    in_features: int,
+    dtype: int,
+    workspace: int,
+    workspace_bytes: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def linear_workspace_bytes(device: int) -> int: ...

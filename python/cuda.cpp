@@ -2,6 +2,10 @@
 // mosaic_kernels._C_cuda: device addresses, sizes and a stream in, exceptions out. Importing it calls
 // nothing of CUDA. A launch does not wait for the device, so the GIL is kept.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
 
 #include "mosaic/kernels.h"
 #include "status.h"
@@ -16,9 +20,9 @@ T* address(uintptr_t p) {
   return reinterpret_cast<T*>(p);
 }
 
-void linear_decode(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias,
-                   uintptr_t out, int64_t rows, int64_t in_features, int64_t out_features, int64_t nnz,
-                   int dtype, int device, uintptr_t stream) {
+void linear_rows(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias,
+                 uintptr_t out, int64_t rows, int64_t in_features, int64_t out_features, int64_t nnz,
+                 int dtype, int device, uintptr_t stream) {
   const LinearArgs args{address<void>(x),
                         address<void>(values),
                         address<uint32_t>(words),
@@ -31,7 +35,29 @@ void linear_decode(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t off
                         nnz,
                         DType(dtype),
                         0};
-  raise_unless_ok(cuda::linear_decode(args, {address<void>(stream), device}), "sparse_linear");
+  raise_unless_ok(cuda::linear_rows(args, {address<void>(stream), device}), "sparse_linear");
+}
+
+// (tiles, offsets, values, bias, out, out_features, largest_tile) of one weight
+using Part = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+
+template <Status (*kRun)(const cuda::TileLinearArgs&, cuda::Launch)>
+void tile_linear(const std::vector<Part>& parts, uintptr_t x, int64_t rows, int64_t in_features, int dtype,
+                 uintptr_t workspace, int64_t workspace_bytes, int device, uintptr_t stream) {
+  cuda::TileLinearArgs args = {};
+  if (parts.size() > cuda::kMaxParts) throw py::value_error("a launch takes at most 4 weights");
+  for (const auto& [tiles, offsets, values, bias, out, out_features, largest_tile] : parts) {
+    args.parts[args.part_count++] = {address<void>(tiles), address<uint32_t>(offsets), address<void>(values),
+                                     address<void>(bias),  address<void>(out),         out_features,
+                                     largest_tile};
+  }
+  args.x = address<void>(x);
+  args.rows = rows;
+  args.in_features = in_features;
+  args.dtype = DType(dtype);
+  args.workspace = address<void>(workspace);
+  args.workspace_bytes = workspace_bytes;
+  raise_unless_ok(kRun(args, {address<void>(stream), device}), "sparse_linear");
 }
 
 template <Status (*kRun)(const cuda::PackArgs&, cuda::Launch)>
@@ -55,7 +81,9 @@ PYBIND11_MODULE(_C_cuda, m) {
   using namespace mosaic;
   using namespace mosaic::python;
   m.doc() = "CUDA kernels of mosaic_kernels; call them through mosaic_kernels.ops";
-  m.def("linear_decode", python::linear_decode);
+  m.def("linear_rows", python::linear_rows);
+  m.def("linear_decode", tile_linear<cuda::linear_decode>);
+  m.def("linear_workspace_bytes", cuda::linear_workspace_bytes);
   m.def("pack_bits", pack<cuda::pack_bits>);
   m.def("pack_values", pack<cuda::pack_values>);
   m.def("unpack", pack<cuda::unpack>);

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every launcher needs: the right device, the dtype as a type, and the launch's Status.
+// What every launcher needs: the right device and its limits, the dtype as a type, one way to launch.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include <algorithm>
+#include <atomic>
 
+#include "cuda/ptx.cuh"
 #include "mosaic/kernels.h"
 
 namespace mosaic::cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
 
 // Makes `device` current for this scope.
 class DeviceScope {
@@ -30,24 +32,89 @@ class DeviceScope {
   int before_ = -1;
 };
 
-inline Status launch_status() {
-  const cudaError_t error = cudaGetLastError();
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_bytes;  // of one multiprocessor; a block may have all but 1 KB of it
+  int major;         // compute capability
+};
+
+constexpr int kMaxDevices = 64;
+
+// Read once for each device: an attribute costs a driver call.
+inline DeviceLimits device_limits(int device) {
+  static std::atomic<uint64_t> known[kMaxDevices];
+  const bool kept = device >= 0 && device < kMaxDevices;
+  uint64_t packed = kept ? known[device].load(std::memory_order_relaxed) : 0;
+  if (packed == 0) {
+    int multiprocessors = 1, shared = 0, major = 0;
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    packed = static_cast<uint64_t>(multiprocessors) | static_cast<uint64_t>(shared) << 16 |
+             static_cast<uint64_t>(major) << 48;
+    if (kept) known[device].store(packed, std::memory_order_relaxed);
+  }
+  return {static_cast<int>(packed & 0xffff), static_cast<int>(packed >> 16 & 0xffffffff),
+          static_cast<int>(packed >> 48)};
+}
+
+inline Status status_of(cudaError_t error) {
   if (error == cudaSuccess) return {};
   return {Code::kUnavailable, cudaGetErrorString(error)};
+}
+
+struct Shape {
+  dim3 grid;
+  int threads;
+  int shared_bytes = 0;
+  bool overlaps = false;  // may start while the kernel before it still runs (see allow_next_kernel)
+};
+
+template <auto kKernel, typename... Args>
+Status launch(const Shape& shape, Launch where, const Args&... args) {
+  if (shape.shared_bytes > 48 * 1024) {  // more has to be asked for, once for each kernel and device
+    static std::atomic<int> allowed[kMaxDevices];
+    const bool kept = where.device >= 0 && where.device < kMaxDevices;
+    if (!kept || allowed[where.device].load(std::memory_order_relaxed) < shape.shared_bytes) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+      if (error != cudaSuccess) {
+        cudaGetLastError();
+        return status_of(error);
+      }
+      if (kept) allowed[where.device].store(shape.shared_bytes, std::memory_order_relaxed);
+    }
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(where.stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = shape.overlaps && device_limits(where.device).major >= 9 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, args...);
+  cudaGetLastError();
+  return status_of(error);
 }
 
 // Calls run(T()) with T the element type of `dtype`.
 template <typename Run>
 Status with_type(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return run(float());
-    case DType::kBFloat16:
-      return run(__nv_bfloat16());
-    case DType::kFloat16:
-      return run(__half());
-  }
+  if (dtype == DType::kFloat32) return run(float());
+  if (dtype == DType::kBFloat16) return run(__nv_bfloat16());
+  if (dtype == DType::kFloat16) return run(__half());
   return invalid("unknown dtype");
+}
+
+// The same where tensor cores multiply: bf16 and fp16 alone.
+template <typename Run>
+Status with_half_type(DType dtype, const Run& run) {
+  if (dtype == DType::kBFloat16) return run(__nv_bfloat16());
+  if (dtype == DType::kFloat16) return run(__half());
+  return invalid("this kernel takes bf16 and fp16");
 }
 
 __device__ __forceinline__ float to_float(float v) { return v; }
@@ -69,6 +136,13 @@ __device__ __forceinline__ __half from_float(float v) {
   return __float2half_rn(v);
 }
 
-constexpr unsigned kFullWarp = 0xffffffffu;
+__device__ __forceinline__ int inclusive_sum(int v, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
+    const int below = __shfl_up_sync(kFullWarp, v, distance);
+    if (lane >= distance) v += below;
+  }
+  return v;
+}
 
 }  // namespace mosaic::cuda

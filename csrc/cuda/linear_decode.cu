@@ -1,148 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
-// Row bitmap times a few rows of x: one warp per output row, fp32 sums, no shared memory.
-//
-// The weight is read once for every N rows of x and nothing of it is reused, so the kernel is bound by
-// its bytes as long as the walk stays cheap: for 64 weights a warp issues 3 shuffles, 2 popcounts, 2
-// predicated loads of values and one (paired) load of x for each row. The walk itself is format.h's
-// lane_pair; words of the next 1024 columns are fetched before this chunk's values are needed.
-#include "launch.cuh"
+// Tile bitmap times 1 to 64 rows of x: stream.cuh's walk with weights that are decoded on their way into
+// the tensor cores. A strip of 16 x 64 weights costs a warp one prefix sum over its 32 words, and each of
+// its 16 slots one 8-byte load (a word and where its values begin), one popcount and two predicated loads.
+#include "cuda/stream.cuh"
 
 namespace mosaic::cuda {
 namespace {
 
-constexpr int kWarps = 4;  // per block: enough blocks for a 4096-row projection to fill 132 SMs
+struct Bitmap {
+  static constexpr int kTileBytes = mosaic::kTileBytes;
+  static constexpr bool kHasValues = true;
 
-template <typename T>
-struct alignas(2 * sizeof(T)) Pair {
-  T first, second;
-};
+  // sums += strip . x^T; `area` is 256 bytes of this warp's own.
+  template <typename T, int kBlocks>
+  static __device__ __forceinline__ void multiply(float (&sums)[kBlocks][4], uint32_t tile, uint32_t values,
+                                                  uint32_t x, uint32_t area, int strip, int lane) {
+    const uint32_t word = load_shared_u32(tile + 4 * (kTileHeaderWords + strip * kStripWords + lane));
+    const uint32_t begins = load_shared_u32(tile + 4 * (strip / 2));
+    const uint32_t begin = values + 16 * (begins >> (16 * (strip % 2)) & 0xffffu);
+    const int count = popcount(word);
+    store_shared_u64(area + 8 * lane, make_uint2(word, begin + 2 * (inclusive_sum(count, lane) - count)));
+    __syncwarp();
 
-// Two neighbouring columns of one row of x; columns past the end count as zero.
-template <typename T, bool kPaired>
-__device__ __forceinline__ void load_x(const T* __restrict__ x, int64_t column, int64_t in_features,
-                                       float& first, float& second) {
-  if (kPaired) {  // in_features is even, so the pair is inside or outside as a whole
-    first = second = 0;
-    if (column < in_features) {
-      const Pair<T> pair = *reinterpret_cast<const Pair<T>*>(x + column);
-      first = to_float(pair.first);
-      second = to_float(pair.second);
-    }
-  } else {
-    first = column < in_features ? to_float(x[column]) : 0.0f;
-    second = column + 1 < in_features ? to_float(x[column + 1]) : 0.0f;
-  }
-}
-
-__device__ __forceinline__ int inclusive_sum(int v, int lane) {
+    const uint32_t first_bit = 1u << (2 * (lane % 16)), second_bit = 2 * first_bit, below = first_bit - 1;
+    const uint32_t pairs = area + 8 * (lane / 16);
+    uint32_t b[4];
 #pragma unroll
-  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
-    const int below = __shfl_up_sync(kFullWarp, v, distance);
-    if (lane >= distance) v += below;
-  }
-  return v;
-}
-
-template <typename T, int N, bool kPaired>
-__global__ void __launch_bounds__(kWarps* kWarpLanes) decode(const LinearArgs a) {
-  const int lane = threadIdx.x % kWarpLanes;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpLanes;
-  if (row >= a.out_features) return;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * N;
-  const int64_t words = bitmask_words(a.in_features);
-  const uint32_t* __restrict__ bits = a.words + row * words;
-  const T* __restrict__ values = static_cast<const T*>(a.values) + a.offsets[row];
-
-  // A block of fewer than N rows computes its last one again instead of branching.
-  const T* x[N];
-  float sum[N];
+    for (int step = 0; step < kTileColumns / 16; ++step) {
+      uint32_t weights[4];
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
-    x[n] = static_cast<const T*>(a.x) + min(first + n, a.rows - 1) * a.in_features;
-    sum[n] = 0;
-  }
-
-  uint32_t next = lane < words ? bits[lane] : 0;
-  for (int64_t base = 0; base < words; base += kWarpLanes) {
-    const uint32_t mine = next;
-    const int64_t ahead = base + kWarpLanes + lane;
-    next = ahead < words ? bits[ahead] : 0;
-    const int last_value = inclusive_sum(popcount(mine), lane);
-    const int first_value = last_value - popcount(mine);
-    const int64_t left = words - base;
-    const int steps = left < kWarpLanes ? static_cast<int>(left + 1) / kStepWords : kWarpLanes / kStepWords;
-#pragma unroll 4
-    for (int step = 0; step < steps; ++step) {
-      const uint32_t low = __shfl_sync(kFullWarp, mine, step * kStepWords);
-      const uint32_t high = __shfl_sync(kFullWarp, mine, step * kStepWords + 1);
-      const int start = __shfl_sync(kFullWarp, first_value, step * kStepWords);
-      const LanePair pair = lane_pair(low, high, start, lane);
-      const float first_weight = pair.first ? to_float(values[pair.first_value]) : 0.0f;
-      const float second_weight = pair.second ? to_float(values[pair.second_value]) : 0.0f;
-      const int64_t column = base * kWordBits + step * kStepColumns + 2 * lane;
+      for (int r = 0; r < 4; ++r) {
+        const uint2 pair = load_shared_u64(pairs + 16 * (4 * step + r));
+        const uint32_t at = pair.y + 2 * popcount(pair.x & below);
+        weights[r] = load_shared_kept_pair(at, pair.x, first_bit, second_bit);
+      }
+      // One block of 8 rows: a load brings x of two steps; more: of two blocks.
+      if constexpr (kBlocks == 1) {
+        if (step % 2 == 0) load_matrices(b, x + (lane % 8) * kXStride + 32 * step + 16 * (lane / 8));
+        mma_16x8x16<T>(sums[0], weights, b[2 * (step % 2)], b[2 * (step % 2) + 1]);
+      } else {
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        float x_first, x_second;
-        load_x<T, kPaired>(x[n], column, a.in_features, x_first, x_second);
-        sum[n] = fmaf(first_weight, x_first, sum[n]);
-        sum[n] = fmaf(second_weight, x_second, sum[n]);
+        for (int block = 0; block < kBlocks; block += 2) {
+          const int row = kBlockRows * (block + lane / 16) + lane % 8;
+          load_matrices(b, x + row * kXStride + 32 * step + 16 * (lane / 8 % 2));
+          mma_16x8x16<T>(sums[block], weights, b[0], b[1]);
+          mma_16x8x16<T>(sums[block + 1], weights, b[2], b[3]);
+        }
       }
     }
-    values += __shfl_sync(kFullWarp, last_value, kWarpLanes - 1);
+    __syncwarp();  // before the next strip's pairs take this one's place
   }
-
-  const float bias = a.bias ? to_float(static_cast<const T*>(a.bias)[row]) : 0.0f;
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-#pragma unroll
-    for (int distance = kWarpLanes / 2; distance > 0; distance /= 2) {
-      sum[n] += __shfl_xor_sync(kFullWarp, sum[n], distance);
-    }
-    if (lane == 0 && first + n < a.rows) {
-      static_cast<T*>(a.out)[(first + n) * a.out_features + row] = from_float<T>(sum[n] + bias);
-    }
-  }
-}
-
-template <typename T, int N>
-Status launch(const LinearArgs& a, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((a.out_features + kWarps - 1) / kWarps),
-                  static_cast<unsigned>((a.rows + N - 1) / N));
-  const bool paired = a.in_features % 2 == 0 && reinterpret_cast<uintptr_t>(a.x) % sizeof(Pair<T>) == 0;
-  if (paired) {
-    decode<T, N, true><<<grid, kWarps * kWarpLanes, 0, stream>>>(a);
-  } else {
-    decode<T, N, false><<<grid, kWarps * kWarpLanes, 0, stream>>>(a);
-  }
-  return launch_status();
-}
+};
 
 }  // namespace
 
-Status linear_decode(const LinearArgs& a, Launch where) {
-  if (a.rows == 0 || a.out_features == 0) return {};
-  const DeviceScope device(where.device);
-  const auto stream = static_cast<cudaStream_t>(where.stream);
-  return with_type(a.dtype, [&](auto element) {
-    using T = decltype(element);
-    if (a.rows == 1) return launch<T, 1>(a, stream);
-    if (a.rows == 2) return launch<T, 2>(a, stream);
-    if (a.rows <= 4) return launch<T, 4>(a, stream);
-    return launch<T, 8>(a, stream);
-  });
-}
+Status linear_decode(const TileLinearArgs& a, Launch where) { return stream<Bitmap>(a, where); }
 
-const char* why_not(int device) {
-  int count = 0;
-  cudaError_t error = cudaGetDeviceCount(&count);
-  if (error == cudaSuccess && device >= count) return "there is no such CUDA device";
-  if (error == cudaSuccess) {
-    const DeviceScope scope(device);
-    cudaFuncAttributes attributes;  // fails where this file was not compiled for the device
-    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(decode<float, 1, true>));
-  }
-  cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+int64_t linear_workspace_bytes(int device) { return stream_workspace_bytes(device); }
 
 }  // namespace mosaic::cuda

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packing and unpacking, one warp per row, 32 columns a step: lane l owns column l of the word, so a
 // word is one ballot and a value's place one masked popcount. Bound by reading or writing the weight.
-#include "launch.cuh"
+#include "cuda/launch.cuh"
 
 namespace mosaic::cuda {
 namespace {
@@ -50,11 +50,10 @@ __global__ void values_kernel(const PackArgs a) {
   }
 }
 
-template <typename Kernel>
-Status launch(const PackArgs& a, Launch where, Kernel kernel) {
+template <auto kKernel>
+Status run(const PackArgs& a, Launch where) {
   const auto blocks = static_cast<unsigned>((a.rows + kWarps - 1) / kWarps);
-  kernel<<<blocks, kWarps * kWarpLanes, 0, static_cast<cudaStream_t>(where.stream)>>>(a);
-  return launch_status();
+  return launch<kKernel>(Shape{dim3(blocks), kWarps * kWarpLanes}, where, a);
 }
 
 }  // namespace
@@ -62,21 +61,21 @@ Status launch(const PackArgs& a, Launch where, Kernel kernel) {
 Status pack_bits(const PackArgs& a, Launch where) {
   if (a.rows == 0) return {};
   const DeviceScope device(where.device);
-  return with_type(a.dtype, [&](auto element) { return launch(a, where, bits_kernel<decltype(element)>); });
+  return with_type(a.dtype, [&](auto element) { return run<bits_kernel<decltype(element)>>(a, where); });
 }
 
 Status pack_values(const PackArgs& a, Launch where) {
   if (a.rows == 0) return {};
   const DeviceScope device(where.device);
   return with_type(a.dtype,
-                   [&](auto element) { return launch(a, where, values_kernel<decltype(element), false>); });
+                   [&](auto element) { return run<values_kernel<decltype(element), false>>(a, where); });
 }
 
 Status unpack(const PackArgs& a, Launch where) {
   if (a.rows == 0) return {};
   const DeviceScope device(where.device);
   return with_type(a.dtype,
-                   [&](auto element) { return launch(a, where, values_kernel<decltype(element), true>); });
+                   [&](auto element) { return run<values_kernel<decltype(element), true>>(a, where); });
 }
 
 }  // namespace mosaic::cuda

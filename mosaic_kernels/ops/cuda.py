@@ -64,7 +64,7 @@ def _sparse_linear(
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty((*shape[:-1], words.shape[0]))
-    _C_cuda.linear_decode(
+    _C_cuda.linear_rows(
         x.data_ptr(),
         values.data_ptr(),
         words.data_ptr(),

@@ -6,6 +6,16 @@
 //
 // In both, values are the kept weights in row-major order without padding, and row r owns
 // values[offsets[r] .. offsets[r + 1]). Bits past the last column are zero.
+//
+//   tile bitmap         uint32 [row tiles, column tiles, kTileWords]: header and bits of a tile of 64 x 64
+//   weights
+//                       uint32 [tiles + 1]: where each tile's values begin, in units of 8 values
+//                       values: tile by tile, strip by strip (16 x 64), in the order of the bits; every strip
+//                       is padded with zeros to whole units, so 16-byte copies are legal
+//
+// A strip's 1024 bits are in the order in which a warp holds operand A of mma.m16n8k16 (see TileBit below),
+// which is also the order of wgmma m64k16's A in registers, a strip a warp: the kernels for few and for many
+// rows share it.
 #pragma once
 
 #include <cstdint>
@@ -80,6 +90,69 @@ MOSAIC_HD LanePair lane_pair(uint32_t low, uint32_t high, int first_value_of_low
   pair.first_value = first_value_of_low + (in_high ? popcount(low) : 0) + rank(word, bit);
   pair.second_value = pair.first_value + (pair.first ? 1 : 0);
   return pair;
+}
+
+// The tile bitmap. Bit `word * 32 + bit` of a strip is weight number `half` of lane `lane` in slot `slot`:
+//
+//     word = 2 slot + lane / 16        slot = 4 step + register: step 0..3 of 16 columns, register a0..a3 of
+//     the mma bit  = 2 (lane % 16) + half      lane = 4 (row % 8) + (column % 8) / 2, half = column % 2
+//
+// a1 and a3 are the lower eight rows, a2 and a3 the right eight columns. A lane's two weights of a slot lie
+// side by side in one word, and the words of a strip in order hold its values in order.
+constexpr int kTileRows = 64;
+constexpr int kTileColumns = 64;
+constexpr int kStripRows = 16;
+constexpr int kStrips = kTileRows / kStripRows;
+constexpr int kSlots = 16;
+constexpr int kStripWords = 2 * kSlots;
+constexpr int kTileHeaderWords =
+    4;  // where each strip's values begin in the tile's, as uint16 units; then its units
+constexpr int kTileWords = kTileHeaderWords + kStrips * kStripWords;
+constexpr int kTileBytes = kTileWords * 4;
+constexpr int kUnitValues = 8;  // 16 bytes of bf16 or fp16
+
+MOSAIC_HD int64_t row_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+MOSAIC_HD int64_t column_tiles(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
+
+struct TileBit {
+  int word;  // of the strip
+  int bit;
+};
+
+MOSAIC_HD TileBit tile_bit(int strip_row, int column) {
+  const int step = column / 16, across = column % 16;
+  const int slot = 4 * step + strip_row / 8 + 2 * (across / 8);
+  const int lane = 4 * (strip_row % 8) + (across % 8) / 2;
+  return {2 * slot + lane / 16, 2 * (lane % 16) + across % 2};
+}
+
+// The first of the two neighbouring weights that lane `lane` holds in slot `slot` of a strip.
+struct TilePlace {
+  int row;
+  int column;
+};
+
+MOSAIC_HD TilePlace tile_place(int slot, int lane) {
+  return {lane / 4 + 8 * (slot % 2), 16 * (slot / 4) + 8 * ((slot % 4) / 2) + 2 * (lane % 4)};
+}
+
+MOSAIC_HD int units_of(int values) { return (values + kUnitValues - 1) / kUnitValues; }
+
+// Header words 0 and 1: the strips' first units as uint16; word 2: the tile's units.
+MOSAIC_HD int strip_unit(const uint32_t* tile, int strip) {
+  return static_cast<int>((tile[strip / 2] >> (16 * (strip % 2))) & 0xffffu);
+}
+
+MOSAIC_HD const uint32_t* strip_words(const uint32_t* tile, int strip) {
+  return tile + kTileHeaderWords + strip * kStripWords;
+}
+
+// Bits 0..15 of `v` at the even places 0, 2, .. 30.
+MOSAIC_HD uint32_t spread_bits(uint32_t v) {
+  v = (v | (v << 8)) & 0x00ff00ffu;
+  v = (v | (v << 4)) & 0x0f0f0f0fu;
+  v = (v | (v << 2)) & 0x33333333u;
+  return (v | (v << 1)) & 0x55555555u;
 }
 
 }  // namespace mosaic

@@ -138,8 +138,37 @@ struct Launch {
   int device;
 };
 
-// Up to any number of rows, meant for few: every 8 rows of x read the weight once.
-Status linear_decode(const LinearArgs&, Launch);
+// A weight in row bitmap form, any dtype and any number of rows: every 8 rows of x read it once.
+Status linear_rows(const LinearArgs&, Launch);
+
+// A weight in one of format.h's tile forms, and what it makes of x.
+struct TilePart {
+  const void* tiles;
+  const uint32_t* offsets;  // tile bitmap alone, as are values and largest_tile
+  const void* values;
+  const void* bias;  // nullptr: none
+  void* out;         // [rows, out_features]
+  int64_t out_features;
+  int64_t largest_tile;  // units of the tile with most values
+};
+
+constexpr int kMaxParts = 4;
+
+// Several weights on one x in one launch (query, key and value; gate and up), bf16 or fp16, sums in fp32.
+struct TileLinearArgs {
+  TilePart parts[kMaxParts];
+  int part_count;
+  const void* x;  // [rows, in_features]: in_features a multiple of 8, 16-byte aligned
+  int64_t rows;
+  int64_t in_features;
+  DType dtype;
+  void* workspace;  // linear_workspace_bytes(device) of the stream's own, zero at the first launch
+  int64_t workspace_bytes;
+};
+
+// Tile bitmap; meant for up to 64 rows, for each 64 of which the weight is read once.
+Status linear_decode(const TileLinearArgs&, Launch);
+int64_t linear_workspace_bytes(int device);
 
 // weight [rows, columns] <-> words [rows, bitmask_words(columns)] and values.
 struct PackArgs {

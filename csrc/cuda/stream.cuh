@@ -1,0 +1,445 @@
+// SPDX-License-Identifier: Apache-2.0
+// The walk that the kernels for few rows share. All steps of a product form one list, of which every block
+// takes an equal run ("stream-K"): a producer warp copies each step's weights and activations into a ring of
+// stages in shared memory, and the other warps, one for each strip of 16 rows, multiply.
+//
+//   step      kGroup tiles of 64 x 64 weights, one under the other; the list runs along the columns
+//   segment   a block's steps in one group of rows. One that spans all columns writes the output; others
+//             write fp32 partial sums, and the block that arrives last adds them in the order of the
+//             columns, so the result does not depend on which block that is.
+//
+// Weights do not depend on the kernel before this one: their first copies start before it has ended.
+#pragma once
+
+#include "cuda/launch.cuh"
+
+namespace mosaic::cuda {
+
+constexpr int kGroup = 2;      // tiles of a step: eight strips share what is copied of x
+constexpr int kBlockRows = 8;  // rows of x that one mma takes
+constexpr int kMaxBlocks = 8;  // of which a launch takes at most so many: 64 rows
+constexpr int kMaxStages = 10;
+constexpr int kConsumerWarps = kGroup * kStrips;
+constexpr int kConsumers = kConsumerWarps * kWarpLanes;
+constexpr int kStreamThreads = kConsumers + kWarpLanes;
+constexpr int kXStride = kTileColumns * 2 + 16;  // bytes; 8 rows at 16 bytes of skew lie in different banks
+constexpr int kAreaBytes = kStripWords * 8;      // a consumer warp's own shared memory
+constexpr int kControlBytes = 256;               // 2 kMaxStages barriers and a flag
+constexpr int kFixedShared = kControlBytes + kConsumerWarps * kAreaBytes;
+
+// How the list of steps is dealt out.
+struct Deal {
+  int column_steps;  // of a group of rows
+  int64_t steps;
+  int blocks;
+};
+
+MOSAIC_HD int64_t first_step(const Deal& d, int64_t block) { return d.steps * block / d.blocks; }
+MOSAIC_HD int block_of(const Deal& d, int64_t step) {
+  return static_cast<int>(((step + 1) * d.blocks - 1) / d.steps);
+}
+
+struct StreamPart {
+  TilePart part;
+  int first_group;
+};
+
+struct StreamArgs {
+  StreamPart parts[kMaxParts];
+  int part_count;
+  const void* x;
+  int rows;
+  int in_features;
+  Deal deal;
+  int stages;
+  int tile_value_bytes;  // room for one tile's values
+  unsigned* arrivals;    // [groups], zero before and after
+  float* partials;       // [2 blocks][kConsumerWarps][4 sums of each 8 rows][lanes]
+};
+
+__device__ __forceinline__ const StreamPart& part_of(const StreamArgs& a, int group) {
+  int p = 0;
+  while (p + 1 < a.part_count && group >= a.parts[p + 1].first_group) ++p;
+  return a.parts[p];
+}
+
+// The tiles of a step: how many there are (the last group may have fewer), and the first one's number.
+struct StepTiles {
+  const TilePart* part;
+  int count;
+  int64_t first;  // tile t of the step is first + t * column_steps
+};
+
+__device__ __forceinline__ StepTiles tiles_of(const StreamArgs& a, int group, int column_step) {
+  const StreamPart& found = part_of(a, group);
+  const int64_t row = static_cast<int64_t>(group - found.first_group) * kGroup;
+  const int64_t left = row_tiles(found.part.out_features) - row;
+  return {&found.part, left < kGroup ? static_cast<int>(left) : kGroup,
+          row * a.deal.column_steps + column_step};
+}
+
+struct Stage {
+  uint32_t x, tiles, values;  // shared addresses
+};
+
+template <typename Format, int kBlocks>
+struct StageShape {
+  static constexpr int kX = kBlocks * kBlockRows * kXStride;
+  static constexpr int kTiles = kGroup * Format::kTileBytes;
+  MOSAIC_HD int bytes(int tile_value_bytes) { return kX + kTiles + kGroup * tile_value_bytes; }
+};
+
+// Where each step's values begin and how long they are, fetched 32 steps at a time, a step a lane, and one
+// such batch ahead: a step alone would wait for memory.
+struct ValueRanges {
+  uint32_t first[kGroup], end[kGroup];
+};
+
+__device__ __forceinline__ ValueRanges fetch_ranges(const StreamArgs& a, int64_t step, int64_t last) {
+  ValueRanges r = {};
+  if (step >= last) return r;
+  const auto group = static_cast<int>(step / a.deal.column_steps);
+  const StepTiles tiles = tiles_of(a, group, static_cast<int>(step % a.deal.column_steps));
+#pragma unroll
+  for (int t = 0; t < kGroup; ++t) {
+    if (t < tiles.count) {
+      const uint32_t* offset =
+          tiles.part->offsets + tiles.first + static_cast<int64_t>(t) * a.deal.column_steps;
+      r.first[t] = offset[0];
+      r.end[t] = offset[1];
+    }
+  }
+  return r;
+}
+
+// Copies `bytes`, a multiple of 16, with one thread where there are bulk copies and with 32 elsewhere.
+__device__ __forceinline__ void copy_piece(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
+                                           int lane, bool mine) {
+  if constexpr (kBulkCopies) {
+    if (mine && bytes > 0) copy_bulk(to, from, bytes, barrier);
+  } else {
+    for (uint32_t at = 16u * lane; at < bytes; at += 16u * kWarpLanes) {
+      copy_16(to + at, static_cast<const char*>(from) + at);
+    }
+  }
+}
+
+template <typename Format, int kBlocks>
+struct Producer {
+  const StreamArgs& a;
+  uint32_t barriers, stages;
+  int64_t first, last;
+  int lane;
+  int group, column_step;  // of the next step whose weights are copied
+  int x_column_step;       // of the next step whose activations are
+  ValueRanges now = {}, ahead = {};
+
+  __device__ Producer(const StreamArgs& args, uint32_t barriers_, uint32_t stages_, int64_t first_,
+                      int64_t last_, int lane_)
+      : a(args), barriers(barriers_), stages(stages_), first(first_), last(last_), lane(lane_) {
+    group = static_cast<int>(first / a.deal.column_steps);
+    x_column_step = column_step = static_cast<int>(first % a.deal.column_steps);
+    if constexpr (Format::kHasValues) ahead = fetch_ranges(a, first + lane, last);
+  }
+
+  __device__ uint32_t stage(int64_t i) const {
+    return stages +
+           static_cast<uint32_t>(i % a.stages) * StageShape<Format, kBlocks>::bytes(a.tile_value_bytes);
+  }
+  __device__ uint32_t full(int64_t i) const { return barriers + 8 * static_cast<uint32_t>(i % a.stages); }
+  __device__ uint32_t x_bytes(int step) const {
+    return 2 * min(kTileColumns, a.in_features - step * kTileColumns);
+  }
+
+  __device__ void copy_weights(int64_t i) {
+    const int batch_lane = static_cast<int>(i % kWarpLanes);
+    if constexpr (Format::kHasValues) {
+      if (batch_lane == 0) {
+        now = ahead;
+        ahead = fetch_ranges(a, first + i + kWarpLanes + lane, last);
+      }
+    }
+    const StepTiles tiles = tiles_of(a, group, column_step);
+    const uint32_t to = stage(i) + StageShape<Format, kBlocks>::kX;
+    uint32_t units[kGroup] = {}, begin[kGroup] = {};
+    uint32_t total = tiles.count * Format::kTileBytes + a.rows * x_bytes(column_step);
+    if constexpr (Format::kHasValues) {
+#pragma unroll
+      for (int t = 0; t < kGroup; ++t) {
+        begin[t] = __shfl_sync(kFullWarp, now.first[t], batch_lane);
+        units[t] = __shfl_sync(kFullWarp, now.end[t], batch_lane) - begin[t];
+        total += 16 * units[t];
+      }
+    }
+    if constexpr (kBulkCopies) {
+      if (lane == 0) barrier_arrive_expect(full(i), total);
+      __syncwarp();
+    }
+#pragma unroll
+    for (int t = 0; t < kGroup; ++t) {
+      if (t < tiles.count) {
+        const int64_t tile = tiles.first + static_cast<int64_t>(t) * a.deal.column_steps;
+        copy_piece(to + t * Format::kTileBytes,
+                   static_cast<const char*>(tiles.part->tiles) + tile * Format::kTileBytes,
+                   Format::kTileBytes, full(i), lane, lane == 2 * t);
+        if constexpr (Format::kHasValues) {
+          copy_piece(to + StageShape<Format, kBlocks>::kTiles + t * a.tile_value_bytes,
+                     static_cast<const char*>(tiles.part->values) + 16 * static_cast<int64_t>(begin[t]),
+                     16 * units[t], full(i), lane, lane == 2 * t + 1);
+        }
+      }
+    }
+    if (++column_step == a.deal.column_steps) {
+      column_step = 0;
+      ++group;
+    }
+  }
+
+  __device__ void copy_x(int64_t i) {
+    const uint32_t bytes = x_bytes(x_column_step);
+    const char* from = static_cast<const char*>(a.x) + static_cast<int64_t>(x_column_step) * kTileColumns * 2;
+    const int64_t row_bytes = static_cast<int64_t>(a.in_features) * 2;
+    if constexpr (kBulkCopies) {
+      for (int n = lane; n < a.rows; n += kWarpLanes)
+        copy_bulk(stage(i) + n * kXStride, from + n * row_bytes, bytes, full(i));
+    } else {
+      for (int piece = lane; piece < 8 * a.rows; piece += kWarpLanes) {  // 128 bytes of a row are 8 pieces
+        const int n = piece / 8;
+        const uint32_t at = 16u * (piece % 8);
+        if (at < bytes) copy_16(stage(i) + n * kXStride + at, from + n * row_bytes + at);
+      }
+      barrier_arrive_after_copies(full(i));
+    }
+    if (++x_column_step == a.deal.column_steps) x_column_step = 0;
+  }
+
+  __device__ void run() {
+    const int64_t count = last - first;
+    const int64_t filled = min(static_cast<int64_t>(a.stages), count);
+    for (int64_t i = 0; i < filled; ++i) copy_weights(i);
+    wait_for_previous_kernel();
+    for (int64_t i = 0; i < filled; ++i) copy_x(i);
+    for (int64_t i = filled; i < count; ++i) {
+      barrier_wait(full(i) + 8 * kMaxStages, static_cast<uint32_t>((i / a.stages - 1) & 1));
+      copy_weights(i);
+      copy_x(i);
+    }
+  }
+};
+
+// sums[b][r] of a warp: rows lane / 4 (r 0, 1) and 8 below (r 2, 3) of its strip, rows of x 8 b + 2 (lane %
+// 4) + r % 2.
+template <typename T, int kBlocks>
+__device__ __forceinline__ void write_out(const TilePart& part, int64_t strip_row, int rows,
+                                          const float (&sums)[kBlocks][4], int lane) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int64_t row = strip_row + lane / 4 + 8 * (r / 2);
+    if (row >= part.out_features) continue;
+    const float bias = part.bias ? to_float(static_cast<const T*>(part.bias)[row]) : 0.0f;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const int n = kBlockRows * b + 2 * (lane % 4) + r % 2;
+      if (n < rows) static_cast<T*>(part.out)[n * part.out_features + row] = from_float<T>(sums[b][r] + bias);
+    }
+  }
+}
+
+// The segment's sums go to the output, or to the block that arrives last.
+template <typename T, int kBlocks>
+__device__ void finish_segment(const StreamArgs& a, int group, bool whole, bool starts_run, uint32_t* flag,
+                               float (&sums)[kBlocks][4], int warp, int lane) {
+  const StreamPart& found = part_of(a, group);
+  const int64_t strip_row =
+      (static_cast<int64_t>(group - found.first_group) * kGroup * kStrips + warp) * kStripRows;
+  if (!whole) {
+    constexpr int kSums = kBlocks * 4 * kWarpLanes;
+    const auto slot = [&](int64_t block, bool start) {
+      return a.partials + ((2 * block + (start ? 0 : 1)) * kConsumerWarps + warp) * kSums + lane;
+    };
+    float* own = slot(blockIdx.x, starts_run);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) __stcg(own + (4 * b + r) * kWarpLanes, sums[b][r]);
+    }
+    const int64_t begin = static_cast<int64_t>(group) * a.deal.column_steps;
+    const int first_block = block_of(a.deal, begin);
+    const int last_block = block_of(a.deal, begin + a.deal.column_steps - 1);
+    __threadfence();
+    sync_threads_of(1, kConsumers);
+    if (threadIdx.x == 0) {
+      const auto others = static_cast<unsigned>(last_block - first_block);
+      *flag = atomicInc(a.arrivals + group, others) == others;  // the last arrival sets it to zero again
+    }
+    sync_threads_of(1, kConsumers);
+    if (!*flag) return;
+    __threadfence();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) sums[b][r] = 0;
+    }
+    for (int block = first_block; block <= last_block; ++block) {
+      const float* part = slot(block, first_step(a.deal, block) >= begin);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sums[b][r] += __ldcg(part + (4 * b + r) * kWarpLanes);
+      }
+    }
+  }
+  write_out<T, kBlocks>(found.part, strip_row, a.rows, sums, lane);
+}
+
+template <typename Format, typename T, int kBlocks>
+__device__ void consume(const StreamArgs& a, uint32_t* flag, uint32_t barriers, uint32_t area,
+                        uint32_t stages, int64_t first, int64_t last, int warp, int lane) {
+  float sums[kBlocks][4] = {};
+  auto group = static_cast<int>(first / a.deal.column_steps);
+  auto column_step = static_cast<int>(first % a.deal.column_steps);
+  int segment_start = column_step, stage = 0;
+  uint32_t parity = 0;
+  int tiles = tiles_of(a, group, column_step).count;
+  const int tile = warp / kStrips;
+  const uint32_t stage_bytes = StageShape<Format, kBlocks>::bytes(a.tile_value_bytes);
+  for (int64_t step = first; step < last; ++step) {
+    barrier_wait(barriers + 8 * stage, parity);
+    if (tile < tiles) {
+      const uint32_t x = stages + stage * stage_bytes;
+      const uint32_t own = x + StageShape<Format, kBlocks>::kX + tile * Format::kTileBytes;
+      const uint32_t values = x + StageShape<Format, kBlocks>::kX + StageShape<Format, kBlocks>::kTiles +
+                              tile * a.tile_value_bytes;
+      Format::template multiply<T, kBlocks>(sums, own, values, x, area, warp % kStrips, lane);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barriers + 8 * (kMaxStages + stage));
+    if (++stage == a.stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+    if (++column_step == a.deal.column_steps || step + 1 == last) {
+      const bool whole = segment_start == 0 && column_step == a.deal.column_steps;
+      const bool starts_run = step - first < column_step - segment_start;
+      finish_segment<T, kBlocks>(a, group, whole, starts_run, flag, sums, warp, lane);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sums[b][r] = 0;
+      }
+      segment_start = column_step = 0;
+      ++group;
+      if (step + 1 < last) tiles = tiles_of(a, group, 0).count;
+    }
+  }
+}
+
+template <typename Format, typename T, int kBlocks>
+__global__ void __launch_bounds__(kStreamThreads, 2) stream_linear(const __grid_constant__ StreamArgs a) {
+  unsigned char* memory = dynamic_shared();
+  const uint32_t barriers = shared_address(memory);
+  auto* flag = reinterpret_cast<uint32_t*>(memory + 16 * kMaxStages);
+  const uint32_t areas = barriers + kControlBytes, stages = barriers + kFixedShared;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes,
+            lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < a.stages; ++i) {
+      barrier_init(barriers + 8 * i, kBulkCopies ? 1 : kWarpLanes);
+      barrier_init(barriers + 8 * (kMaxStages + i), kConsumerWarps);
+    }
+    barrier_init_fence();
+  }
+  if (a.in_features % kTileColumns != 0) {
+    // The last copy of x does not reach the end of its row: a NaN left there would spoil its zero weights.
+    const int bytes = StageShape<Format, kBlocks>::bytes(a.tile_value_bytes);
+    for (int i = static_cast<int>(threadIdx.x); i < a.stages * (StageShape<Format, kBlocks>::kX / 16);
+         i += kStreamThreads) {
+      const int stage = i / (StageShape<Format, kBlocks>::kX / 16),
+                at = i % (StageShape<Format, kBlocks>::kX / 16);
+      store_shared_zero_16(stages + stage * bytes + 16 * at);
+    }
+    fence_before_bulk_copies();
+  }
+  __syncthreads();
+  allow_next_kernel();
+  const int64_t first = first_step(a.deal, blockIdx.x), last = first_step(a.deal, blockIdx.x + 1);
+  if (warp == kConsumerWarps) {
+    Producer<Format, kBlocks>(a, barriers, stages, first, last, lane).run();
+  } else {
+    consume<Format, T, kBlocks>(a, flag, barriers, areas + warp * kAreaBytes, stages, first, last, warp,
+                                lane);
+  }
+}
+
+template <typename Format, typename T, int kBlocks>
+Status launch_stream(StreamArgs& a, Launch where) {
+  const DeviceLimits limits = device_limits(where.device);
+  const int stage = StageShape<Format, kBlocks>::bytes(a.tile_value_bytes);
+  // Two blocks for each multiprocessor where three stages each fit, else one.
+  const int half = (limits.shared_bytes / 2 - 1024 - kFixedShared) / stage;
+  const int per_multiprocessor = half >= 3 ? 2 : 1;
+  const int room = limits.shared_bytes / per_multiprocessor - 1024 - kFixedShared;
+  a.stages = std::min(kMaxStages, room / stage);
+  if (a.stages < 1) return invalid("this device's shared memory is too small for one step");
+  a.deal.blocks =
+      static_cast<int>(std::min<int64_t>(a.deal.steps, per_multiprocessor * limits.multiprocessors));
+  const Shape shape{dim3(static_cast<unsigned>(a.deal.blocks)), kStreamThreads,
+                    kFixedShared + a.stages * stage, true};
+  return launch<stream_linear<Format, T, kBlocks>>(shape, where, a);
+}
+
+constexpr int64_t kMaxGroups = 16384;  // of 128 output features
+
+// Counters, then the partial sums of two segments for each block.
+inline int64_t stream_workspace_bytes(int device) {
+  const int64_t blocks = 2 * device_limits(device).multiprocessors;
+  return kMaxGroups * 4 + 2 * blocks * kConsumerWarps * kMaxBlocks * 4 * kWarpLanes * 4;
+}
+
+template <typename Format>
+Status stream(const TileLinearArgs& given, Launch where) {
+  if (given.rows == 0) return {};
+  if (given.part_count < 1 || given.part_count > kMaxParts) return invalid("a launch takes 1 to 4 weights");
+  if (given.in_features % kUnitValues != 0 || reinterpret_cast<uintptr_t>(given.x) % 16 != 0) {
+    return invalid("rows of x must begin at multiples of 16 bytes: pad its features to a multiple of 8");
+  }
+  const DeviceScope device(where.device);
+  if (given.workspace_bytes < stream_workspace_bytes(where.device))
+    return invalid("the workspace is too small");
+  StreamArgs a = {};
+  a.part_count = given.part_count;
+  a.in_features = static_cast<int>(given.in_features);
+  a.deal.column_steps = static_cast<int>(column_tiles(given.in_features));
+  int64_t groups = 0, largest = 0;
+  for (int p = 0; p < given.part_count; ++p) {
+    a.parts[p] = {given.parts[p], static_cast<int>(groups)};
+    groups += (row_tiles(given.parts[p].out_features) + kGroup - 1) / kGroup;
+    largest = std::max(largest, given.parts[p].largest_tile);
+  }
+  if (groups > kMaxGroups) return invalid("too many output features for one launch");
+  if (groups == 0) return {};
+  if (given.in_features == 0) return invalid("a weight without columns has no steps");
+  a.deal.steps = groups * a.deal.column_steps;
+  a.tile_value_bytes = Format::kHasValues ? static_cast<int>(largest) * 16 : 0;
+  a.arrivals = static_cast<unsigned*>(given.workspace);
+  a.partials = reinterpret_cast<float*>(static_cast<char*>(given.workspace) + kMaxGroups * 4);
+  return with_half_type(given.dtype, [&](auto element) -> Status {
+    using T = decltype(element);
+    for (int64_t done = 0; done < given.rows; done += kMaxBlocks * kBlockRows) {
+      a.rows = static_cast<int>(std::min<int64_t>(given.rows - done, kMaxBlocks * kBlockRows));
+      a.x = static_cast<const T*>(given.x) + done * given.in_features;
+      for (int p = 0; p < given.part_count; ++p) {
+        a.parts[p].part.out = static_cast<T*>(given.parts[p].out) + done * given.parts[p].out_features;
+      }
+      const int blocks = (a.rows + kBlockRows - 1) / kBlockRows;
+      const Status status = blocks == 1   ? launch_stream<Format, T, 1>(a, where)
+                            : blocks == 2 ? launch_stream<Format, T, 2>(a, where)
+                            : blocks <= 4 ? launch_stream<Format, T, 4>(a, where)
+                                          : launch_stream<Format, T, 8>(a, where);
+      if (status.code != Code::kOk) return status;
+    }
+    return {};
+  });
+}
+
+}  // namespace mosaic::cuda
