@@ -11,7 +11,7 @@
 // Weights do not depend on the kernel before this one: their first copies start before it has ended.
 #pragma once
 
-#include "cuda/launch.cuh"
+#include "cuda/bitmap.cuh"
 
 namespace mosaic::cuda {
 
@@ -23,7 +23,6 @@ constexpr int kConsumerWarps = kGroup * kStrips;
 constexpr int kConsumers = kConsumerWarps * kWarpLanes;
 constexpr int kStreamThreads = kConsumers + kWarpLanes;
 constexpr int kXStride = kTileColumns * 2 + 16;  // bytes; 8 rows at 16 bytes of skew lie in different banks
-constexpr int kAreaBytes = kStripWords * 8;      // a consumer warp's own shared memory
 constexpr int kControlBytes = 256;               // 2 kMaxStages barriers and a flag
 constexpr int kFixedShared = kControlBytes + kConsumerWarps * kAreaBytes;
 
