@@ -6,6 +6,10 @@
 
 namespace mosaic::cuda {
 
+// A workspace begins with counters that every launch finds and leaves at zero; the rest is anyone's.
+constexpr int64_t kMaxGroups = 16384;  // of 128 output features
+constexpr int64_t kArrivalBytes = kMaxGroups * 4;
+
 constexpr int kGroup = 2;  // tiles of 64 x 64, one under the other, that a block reads at once
 
 struct ListedPart {

@@ -48,10 +48,6 @@ struct StreamArgs {
   float* partials;       // [2 blocks][kConsumerWarps][4 sums of each 8 rows][lanes]
 };
 
-struct Stage {
-  uint32_t x, tiles, values;  // shared addresses
-};
-
 template <typename Format, int kBlocks>
 struct StageShape {
   static constexpr int kX = kBlocks * kBlockRows * kXStride;
@@ -342,12 +338,10 @@ Status launch_stream(StreamArgs& a, Launch where) {
   return launch<stream_linear<Format, T, kBlocks>>(shape, where, a);
 }
 
-constexpr int64_t kMaxGroups = 16384;  // of 128 output features
-
 // Counters, then the partial sums of two segments for each block.
 inline int64_t stream_workspace_bytes(int device) {
   const int64_t blocks = 2 * device_limits(device).multiprocessors;
-  return kMaxGroups * 4 + 2 * blocks * kConsumerWarps * kMaxBlocks * 4 * kWarpLanes * 4;
+  return kArrivalBytes + 2 * blocks * kConsumerWarps * kMaxBlocks * 4 * kWarpLanes * 4;
 }
 
 template <typename Format>
@@ -366,7 +360,7 @@ Status stream(const TileLinearArgs& given, Launch where) {
   a.deal.steps = size.groups * a.list.column_steps;
   a.tile_value_bytes = Format::kHasValues ? static_cast<int>(size.largest_tile) * 16 : 0;
   a.arrivals = static_cast<unsigned*>(given.workspace);
-  a.partials = reinterpret_cast<float*>(static_cast<char*>(given.workspace) + kMaxGroups * 4);
+  a.partials = reinterpret_cast<float*>(static_cast<char*>(given.workspace) + kArrivalBytes);
   return with_half_type(given.dtype, [&](auto element) -> Status {
     using T = decltype(element);
     for (int64_t done = 0; done < given.rows; done += kMaxBlocks * kBlockRows) {
