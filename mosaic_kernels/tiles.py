@@ -23,7 +23,7 @@ from mosaic_kernels.format import PackedWeight, bits_to_mask, mask_to_bits
 TILE = 64  # rows and columns of a tile
 STRIPS = 4  # of a tile, 16 rows each
 STRIP_BITS = TILE * TILE // STRIPS
-HEADER_WORDS = 4  # int32: each strip's first unit as two uint16 a word, the tile's units, and a spare one
+HEADER_WORDS = 4  # int32: each strip's first unit as two uint16 a word, the tile's units, its kept weights
 TILE_WORDS = HEADER_WORDS + TILE * TILE // 32
 UNIT = 8  # values that a copy of 16 bytes moves
 TILE_DTYPES = (torch.bfloat16, torch.float16)
@@ -165,6 +165,7 @@ def _pack_band(weight: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, int
     header[..., 0] = begins[..., 0] | begins[..., 1] << 16
     header[..., 1] = begins[..., 2] | begins[..., 3] << 16
     header[..., 2] = ends[..., -1]
+    header[..., 3] = counts.sum(-1)
     bits = (
         mask_to_bits(kept.view(down * across, TILE * TILE))
         .view(torch.int32)

@@ -28,7 +28,8 @@ def test_the_way_there_and_back(shape: tuple[int, int], density: float, dtype: t
     assert tiles.nnz == packed.nnz
     assert torch.equal(tiles.to_dense(), weight)
     again = tiles.to_packed()
-    assert torch.equal(again.values, packed.values) and torch.equal(again.bitmask, packed.bitmask)
+    assert torch.equal(again.values, packed.values)
+    assert torch.equal(again.bitmask, packed.bitmask)
     assert torch.equal(tiles.values, TileBitmap.from_dense(weight).values)
 
 
@@ -49,8 +50,10 @@ def test_stored_zeros_stay_and_strips_are_padded() -> None:
     keep = torch.zeros(64, 64, dtype=torch.bool)
     keep[0, :9] = keep[20, 5] = True
     tiles = TileBitmap.from_dense(torch.zeros(64, 64, dtype=torch.float16), keep)
-    assert tiles.nnz == 10 and len(tiles.values) == 24 and tiles.largest_tile == 3
-    assert tiles.tiles[0, 0, :3].tolist() == [2 << 16, 3 | 3 << 16, 3]
+    assert tiles.nnz == 10
+    assert len(tiles.values) == 24
+    assert tiles.largest_tile == 3
+    assert tiles.tiles[0, 0, :4].tolist() == [2 << 16, 3 | 3 << 16, 3, 10]
     assert torch.equal(tiles.keep(), keep)
     assert tiles.to_packed().nnz == 10
 
