@@ -21,8 +21,7 @@ __global__ void bits_kernel(const PackArgs a) {
   int64_t count = 0;
   for (int64_t w = 0; w < words; ++w) {
     const int64_t column = w * kWordBits + lane;
-    bool kept = column < a.columns;
-    if (kept) kept = a.keep ? a.keep[row * a.columns + column] != 0 : !is_zero(weight[column]);
+    const bool kept = column < a.columns && !is_zero(weight[column]) && (!a.keep || a.keep[row * a.columns + column]);
     const uint32_t word = __ballot_sync(kFullWarp, kept);
     if (lane == 0) a.words[row * words + w] = word;
     count += popcount(word);
