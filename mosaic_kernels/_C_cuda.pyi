@@ -20,6 +20,7 @@ def pack_bits(
     words: int,
     counts: int,
     offsets: int,
+    keep: int,
     rows: int,
     columns: int,
     dtype: int,
@@ -32,6 +33,7 @@ def pack_values(
     words: int,
     counts: int,
     offsets: int,
+    keep: int,
     rows: int,
     columns: int,
     dtype: int,
@@ -44,6 +46,7 @@ def unpack(
     words: int,
     counts: int,
     offsets: int,
+    keep: int,
     rows: int,
     columns: int,
     dtype: int,
@@ -67,3 +70,27 @@ def linear_decode(
     stream: int,
 ) -> None: ...
 def linear_workspace_bytes(device: int) -> int: ...
+def pack_tile_bits(
+    weight: int,
+    keep: int,
+    tiles: int,
+    offsets: int,
+    values: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def pack_tile_values(
+    weight: int,
+    keep: int,
+    tiles: int,
+    offsets: int,
+    values: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -62,22 +62,41 @@ void tile_linear(const std::vector<Part>& parts, uintptr_t x, int64_t rows, int6
 
 template <Status (*kRun)(const cuda::PackArgs&, cuda::Launch)>
 void pack(uintptr_t weight, uintptr_t values, uintptr_t words, uintptr_t counts, uintptr_t offsets,
-          int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
+          uintptr_t keep, int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
   const cuda::PackArgs args{address<void>(weight),
                             address<void>(values),
                             address<uint32_t>(words),
                             address<int64_t>(counts),
                             address<int64_t>(offsets),
+                            address<uint8_t>(keep),
                             rows,
                             columns,
                             DType(dtype)};
   raise_unless_ok(kRun(args, {address<void>(stream), device}), "pack");
 }
 
+template <Status (*kRun)(const cuda::PackTilesArgs&, cuda::Launch)>
+void pack_tiles(uintptr_t weight, uintptr_t keep, uintptr_t tiles, uintptr_t offsets, uintptr_t values,
+                int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
+  const cuda::PackTilesArgs args{address<void>(weight),
+                                 address<uint8_t>(keep),
+                                 address<uint32_t>(tiles),
+                                 address<uint32_t>(offsets),
+                                 address<void>(values),
+                                 rows,
+                                 columns,
+                                 DType(dtype)};
+  raise_unless_ok(kRun(args, {address<void>(stream), device}), "pack_tiles");
+}
+
 }  // namespace
 }  // namespace mosaic::python
 
-PYBIND11_MODULE(_C_cuda, m) {
+#ifndef MOSAIC_CUDA_MODULE  // tests build this under other names, with the kernels on the CPU
+#define MOSAIC_CUDA_MODULE _C_cuda
+#endif
+
+PYBIND11_MODULE(MOSAIC_CUDA_MODULE, m) {
   using namespace mosaic;
   using namespace mosaic::python;
   m.doc() = "CUDA kernels of mosaic_kernels; call them through mosaic_kernels.ops";
@@ -87,6 +106,8 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("pack_bits", pack<cuda::pack_bits>);
   m.def("pack_values", pack<cuda::pack_values>);
   m.def("unpack", pack<cuda::unpack>);
+  m.def("pack_tile_bits", pack_tiles<cuda::pack_tile_bits>);
+  m.def("pack_tile_values", pack_tiles<cuda::pack_tile_values>);
   m.def("why_not", [](int device) -> py::object {
     const char* reason = cuda::why_not(device);
     return reason ? py::object(py::str(reason)) : py::object(py::none());
