@@ -19,6 +19,16 @@
 //
 //     decode front | start its products | wait for the last back  (its stage is free)
 //     decode back  | start its products | wait for front | next tile
+#include "mosaic/kernels.h"
+
+#ifdef MOSAIC_WITHOUT_SM90A
+
+mosaic::Status mosaic::cuda::linear_prefill(const TileLinearArgs&, Launch) {
+  return {Code::kUnavailable, "linear_prefill was not built: MOSAIC_CUDA_ARCHS has no 90"};
+}
+
+#else
+
 #include "cuda/parts.cuh"
 #include "cuda/ptx_sm90a.cuh"
 
@@ -432,10 +442,10 @@ Status launch_prefill(PrefillArgs& a, DType dtype, const TileLinearArgs& given, 
   if (!mapped.ok()) return mapped;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(items, limits.multiprocessors));
   const Status status =
-      launch<prefill<T, kRows>>(Shape{dim3(blocks), kThreads, fixed + a.stages * stage, true}, where, a);
+      launch<prefill<T, kRows> >(Shape{dim3(blocks), kThreads, fixed + a.stages * stage, true}, where, a);
   if (a.slices == 1 || !status.ok()) return status;
   const dim3 grid(static_cast<unsigned>(a.groups), static_cast<unsigned>((a.rows + kSumRows - 1) / kSumRows));
-  return launch<sum_slices<T>>(Shape{grid, kGroupRows, 0, true}, where, a);
+  return launch<sum_slices<T> >(Shape{grid, kGroupRows, 0, true}, where, a);
 }
 
 }  // namespace
@@ -472,3 +482,5 @@ Status linear_prefill(const TileLinearArgs& given, Launch where) {
 }
 
 }  // namespace mosaic::cuda
+
+#endif  // MOSAIC_WITHOUT_SM90A
