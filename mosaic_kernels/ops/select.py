@@ -13,6 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 from mosaic_kernels.errors import BackendError, UsageError
+from mosaic_kernels.tiles import TileBitmap
 
 BACKEND_NAMES = ("reference", "cpu", "cuda", "triton")
 
@@ -152,6 +153,16 @@ def fast_sparse_linear_int8(
         out: torch.Tensor = torch.ops.mosaic.sparse_linear_int8(*arguments)
         return out
     direct: torch.Tensor = kernel_for("sparse_linear_int8", x)(*arguments)
+    return direct
+
+
+def fast_tile_linear(x: torch.Tensor, weight: TileBitmap, bias: torch.Tensor | None) -> torch.Tensor:
+    """``torch.ops.mosaic.tile_linear``, as directly as :func:`fast_sparse_linear`."""
+    arguments = (x, weight.tiles, weight.offsets, weight.values, bias, *weight.shape, weight.largest_tile)
+    if is_recorded(x):
+        out: torch.Tensor = torch.ops.mosaic.tile_linear(*arguments)
+        return out
+    direct: torch.Tensor = kernel_for("tile_linear", x)(*arguments)
     return direct
 
 
