@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 from torch.autograd import forward_ad
 
 from mosaic_kernels.errors import BackendError, UsageError
+
+logger = logging.getLogger(__name__)
 
 BACKEND_NAMES = ("reference", "cpu", "cuda", "triton")
 
@@ -36,6 +39,7 @@ class Backend:
 
 _registry: dict[str, Backend] = {}
 _forced: str | None = None
+_reported: set[str] = set()  # backends whose absence was logged
 _resolved: dict[tuple[str, str], Callable[..., Any]] = {}  # what `kernel` found, until a backend is forced or added
 
 
@@ -76,10 +80,23 @@ def kernel_for(op: str, x: torch.Tensor) -> Callable[..., Any]:
 def _resolve(op: str, device: torch.device) -> Callable[..., Any]:
     if _forced is not None:
         return _forced_kernel(_registry[_forced], op, device)
+    passed_over: list[tuple[str, str]] = []
     for backend in _registry.values():
-        if device.type in backend.devices and op in backend.kernels and backend.why_not() is None:
-            return backend.kernels[op]
+        if device.type in backend.devices and op in backend.kernels:
+            reason = backend.why_not()
+            if reason is None:
+                _report(passed_over, device, backend.name)
+                return backend.kernels[op]
+            passed_over.append((backend.name, reason))
     return _registry["reference"].kernels[op]
+
+
+def _report(passed_over: list[tuple[str, str]], device: torch.device, chosen: str) -> None:
+    """Log, once for each, the backends that should have run: a broken build must not be slow in silence."""
+    for name, reason in passed_over:
+        if name not in _reported:
+            _reported.add(name)
+            logger.warning("backend '%s' cannot run, so %s tensors use '%s': %s", name, device.type, chosen, reason)
 
 
 def _forced_kernel(backend: Backend, op: str, device: torch.device) -> Callable[..., Any]:
