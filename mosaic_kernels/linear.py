@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from mosaic_kernels import ops
 from mosaic_kernels.config import Weights
@@ -14,6 +15,7 @@ from mosaic_kernels.errors import FormatError
 from mosaic_kernels.format import PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops.cpu import Operands
+from mosaic_kernels.ops.prepared import PreparedCall, prepare
 from mosaic_kernels.ops.select import fast_sparse_linear, fast_sparse_linear_int8
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class MosaicLinear(nn.Linear):
         self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
         # with the bitmask it was built from, in a tuple: a bare Parameter would register as a second one
         self._index: tuple[nn.Parameter, RowIndex] | None = None
+        self._prepared: PreparedCall | None = None  # of the parameters and a dtype of the input
         self.siblings: Siblings | None = None
 
     @classmethod
@@ -171,11 +174,24 @@ class MosaicLinear(nn.Linear):
             found = self.siblings.forward(self, input)
             if found is not None:
                 return found
+        if is_dynamo_compiling():  # it takes operators, and must not trace what looks at addresses
+            return self._multiply(input)
+        prepared = self._prepared
+        if prepared is not None:
+            found = prepared(input, self._parameters, self.quantize_activations)
+            if found is not None:
+                return found
+        result = self._multiply(input)
+        again = prepare(input, self.operands, self.bitmask, self.in_features, self.quantize_activations)
+        self._prepared = again or prepared  # which a call that has to be recorded leaves as it is
+        return result
+
+    def _multiply(self, x: Tensor) -> Tensor:
         values, scales, words, offsets, bias = self.operands
         if scales is None:
-            return fast_sparse_linear(input, values, words, offsets, bias, self.in_features)
+            return fast_sparse_linear(x, values, words, offsets, bias, self.in_features)
         return fast_sparse_linear_int8(
-            input, values, scales, words, offsets, bias, self.in_features, self.quantize_activations
+            x, values, scales, words, offsets, bias, self.in_features, self.quantize_activations
         )
 
     def extra_repr(self) -> str:
@@ -188,7 +204,7 @@ class MosaicLinear(nn.Linear):
         """Nothing to initialise: the values come from a checkpoint or a dense layer."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        had_index, self._index = self._index is not None, None
+        had_index, self._index, self._prepared = self._index is not None, None, None
         if self.scales is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         else:  # moves between devices, but casts of float tensors pass by integers
@@ -218,7 +234,8 @@ class MosaicLinear(nn.Linear):
                 rest[-1].append(str(error))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_index": None, "siblings": None}  # a copy's siblings are other layers
+        # what holds addresses, and siblings: a copy has others
+        return {**self.__dict__, "_index": None, "_prepared": None, "siblings": None}
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
