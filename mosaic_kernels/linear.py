@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from mosaic_kernels import ops
 from mosaic_kernels.arrangement import arrange
@@ -15,6 +17,7 @@ from mosaic_kernels.errors import FormatError
 from mosaic_kernels.format import PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops.cpu import Operands
+from mosaic_kernels.ops.prepared import PreparedCall, prepare
 from mosaic_kernels.ops.select import fast_sparse_linear, fast_sparse_linear_int8, fast_tile_linear
 from mosaic_kernels.tiles import TileBitmap
 
@@ -55,6 +58,8 @@ class MosaicLinear(nn.Linear):
         True
     """
 
+    DECODE_ROWS = 64  # an input of more rows takes the dense weight, where that is kept
+
     bitmask: nn.Parameter
     scales: nn.Parameter | None
 
@@ -82,6 +87,8 @@ class MosaicLinear(nn.Linear):
         # with the bitmask it was built from, in a tuple: a bare Parameter would register as a second one
         self._index: tuple[nn.Parameter, RowIndex] | None = None
         self._arranged: tuple[nn.Parameter, TileBitmap] | None = None  # as _index, with the parameter `weight`
+        self._prepared: PreparedCall | None = None  # of the parameters and a dtype of the input
+        self._dense: Tensor | None = None  # beside the packed weight, see keep_dense_for_prefill
         self.siblings: Siblings | None = None
 
     @classmethod
@@ -153,7 +160,7 @@ class MosaicLinear(nn.Linear):
             dtype: of its weight and bias where the values are int8, which do not say; left out, that of the
                 bias, and without one fp32. Float values keep theirs.
         """
-        weight = ops.unpack(self.packed)
+        weight = self._dense_weight()
         if self.scales is not None:
             weight = weight.to(dtype or (weight if self.bias is None else self.bias).dtype)
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -190,6 +197,16 @@ class MosaicLinear(nn.Linear):
             self._arranged = None
             self.weight, self.bitmask = _frozen(packed.values), _frozen(packed.bitmask)
 
+    def keep_dense_for_prefill(self, keep: bool = True) -> None:
+        """Hold the dense weight too, for inputs of many rows: the speed of a dense layer there, and its memory.
+
+        Not of int8 values, which do not say what dtype their dense weight would have.
+        """
+        self._dense = self._dense_weight() if keep and self.scales is None else None
+
+    def _dense_weight(self) -> Tensor:
+        return ops.unpack(self.packed) if self.arranged is None else self.arranged.to_dense()
+
     @property
     def operands(self) -> Operands:
         """What a kernel reads: values, scales, words, offsets and bias."""
@@ -204,14 +221,29 @@ class MosaicLinear(nn.Linear):
             found = self.siblings.forward(self, input)
             if found is not None:
                 return found
-        arranged = self._arranged
+        dense, arranged = self._dense, self._arranged
+        if dense is not None and input.shape[:-1].numel() > self.DECODE_ROWS:
+            return F.linear(input, dense, self._parameters.get("bias"))
         if arranged is not None and arranged[0] is self._parameters["weight"]:
             return fast_tile_linear(input, arranged[1], self._parameters.get("bias"))
+        if is_dynamo_compiling():  # it takes operators, and must not trace what looks at addresses
+            return self._multiply(input)
+        prepared = self._prepared
+        if prepared is not None:
+            found = prepared(input, self._parameters, self.quantize_activations)
+            if found is not None:
+                return found
+        result = self._multiply(input)
+        again = prepare(input, self.operands, self.bitmask, self.in_features, self.quantize_activations)
+        self._prepared = again or prepared  # which a call that has to be recorded leaves as it is
+        return result
+
+    def _multiply(self, x: Tensor) -> Tensor:
         values, scales, words, offsets, bias = self.operands
         if scales is None:
-            return fast_sparse_linear(input, values, words, offsets, bias, self.in_features)
+            return fast_sparse_linear(x, values, words, offsets, bias, self.in_features)
         return fast_sparse_linear_int8(
-            input, values, scales, words, offsets, bias, self.in_features, self.quantize_activations
+            x, values, scales, words, offsets, bias, self.in_features, self.quantize_activations
         )
 
     def extra_repr(self) -> str:
@@ -224,9 +256,9 @@ class MosaicLinear(nn.Linear):
         """Nothing to initialise: the values come from a checkpoint or a dense layer."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        had_index = self._index is not None or self.arranged is not None
+        had_index, keeps_dense = self._index is not None or self.arranged is not None, self._dense is not None
         self._hold_canonical()
-        self._index = None
+        self._index = self._prepared = self._dense = None
         if self.scales is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         else:  # moves between devices, but casts of float tensors pass by integers
@@ -237,6 +269,7 @@ class MosaicLinear(nn.Linear):
                 self.scales = _frozen(self.scales.view(torch.float32))
         if had_index and not self.bitmask.is_meta:  # not after to_empty(), whose bits are garbage
             self.build_index()
+            self.keep_dense_for_prefill(keeps_dense)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -267,12 +300,14 @@ class MosaicLinear(nn.Linear):
         if not self.bitmask.is_meta:  # now rather than in forward(), which may run inside a compiled graph
             try:
                 self.build_index(prefix.removesuffix("."))
+                self.keep_dense_for_prefill(self._dense is not None)
             except FormatError as error:
                 rest[-1].append(str(error))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_parameters": self._canonical_parameters(), "_index": None, "_arranged": None}
-        return {**self.__dict__, **own, "siblings": None}  # a copy's siblings are other layers
+        # what holds addresses, and siblings: a copy has others
+        own = {"_parameters": self._canonical_parameters(), "_index": None, "_arranged": None, "_prepared": None}
+        return {**self.__dict__, **own, "siblings": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

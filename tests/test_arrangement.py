@@ -124,6 +124,24 @@ def test_gradients_and_compilation() -> None:
     assert torch.equal(compiled(x.detach()), linear(x.detach()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_dense_weight_is_kept_for_many_rows(dtype: torch.dtype) -> None:
+    linear = dense(dtype=dtype)
+    layer = mk.MosaicLinear.from_linear(linear)
+    layer.keep_dense_for_prefill()
+    many, few = torch.randn(65, 72).to(dtype), torch.randn(64, 72).to(dtype)
+    assert torch.equal(layer(many), linear(many))
+    assert "_dense" not in layer.state_dict()
+    layer.half()
+    assert torch.equal(layer(many.half()), linear.half()(many.half()))
+    other = dense(dtype=torch.half)
+    other.weight[:, :9] = 0
+    layer.load_state_dict(mk.MosaicLinear.from_linear(other).state_dict())
+    assert torch.equal(layer(many.half()), other(many.half()))
+    layer.keep_dense_for_prefill(False)
+    assert torch.allclose(layer(few.half()), other(few.half()), atol=1e-2)
+
+
 def test_wrong_features_are_refused() -> None:
     layer = mk.MosaicLinear.from_linear(dense())
     with pytest.raises((mk.errors.KernelError, RuntimeError)):
