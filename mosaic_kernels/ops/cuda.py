@@ -186,11 +186,18 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _tile_linear(
-    x: Tensor, tiles: Tensor, offsets: Tensor, values: Tensor, bias: Tensor | None, out_features: int, largest_tile: int
+    x: Tensor,
+    tiles: Tensor,
+    offsets: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    largest_tile: int,
 ) -> Tensor:
     if x.shape[:-1].numel() > _MAX_TILE_ROWS:
-        return F.linear(x, expand_tiles(tiles, offsets, values, out_features, x.shape[-1]), bias)
-    part = TileBitmap(tiles, offsets, values, (out_features, x.shape[-1]), 0, largest_tile)
+        return F.linear(x, expand_tiles(tiles, offsets, values, out_features, in_features), bias)
+    part = TileBitmap(tiles, offsets, values, (out_features, in_features), 0, largest_tile)
     return TileGroup([(part, bias)])(x)[0]
 
 

@@ -21,7 +21,7 @@ _SCHEMAS = {
     "int in_features, bool quantize_x) -> Tensor",
     "dense_linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "tile_linear": "(Tensor x, Tensor tiles, Tensor offsets, Tensor values, Tensor? bias, int out_features, "
-    "int largest_tile) -> Tensor",
+    "int in_features, int largest_tile) -> Tensor",
     "pack_tiles": "(Tensor weight, Tensor? keep=None) -> (Tensor tiles, Tensor offsets, Tensor values)",
     "expand_tiles": "(Tensor tiles, Tensor offsets, Tensor values, int rows, int columns) -> Tensor",
     "pack": "(Tensor weight, Tensor? keep=None) -> (Tensor values, Tensor bitmask)",
@@ -80,7 +80,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("mosaic::tile_linear")
 def _(
-    x: Tensor, tiles: Tensor, offsets: Tensor, values: Tensor, bias: Tensor | None, out_features: int, largest_tile: int
+    x: Tensor,
+    tiles: Tensor,
+    offsets: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    largest_tile: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -172,14 +179,15 @@ def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_tiles_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, tiles, offsets, values, bias, out_features, _ = inputs
+    _, tiles, offsets, values, bias, *shape, _ = inputs
     _require_frozen(values, bias)
     ctx.save_for_backward(tiles, offsets, values)
-    ctx.shape = (out_features, x.shape[-1])
+    ctx.shape = shape
 
 
 def _tile_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad @ torch.ops.mosaic.expand_tiles(*ctx.saved_tensors, *ctx.shape), None, None, None, None, None, None
+    weight = torch.ops.mosaic.expand_tiles(*ctx.saved_tensors, *ctx.shape)
+    return grad @ weight, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("mosaic::tile_linear", _tile_backward, setup_context=_save_tiles_for_backward)

@@ -54,9 +54,16 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tile_linear(
-    x: Tensor, tiles: Tensor, offsets: Tensor, values: Tensor, bias: Tensor | None, out_features: int, largest_tile: int
+    x: Tensor,
+    tiles: Tensor,
+    offsets: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    largest_tile: int,
 ) -> Tensor:
-    return F.linear(x, expand_tiles(tiles, offsets, values, out_features, x.shape[-1]), bias)
+    return F.linear(x, expand_tiles(tiles, offsets, values, out_features, in_features), bias)
 
 
 def expand_tiles(tiles: Tensor, offsets: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
