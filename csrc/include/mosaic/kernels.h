@@ -124,9 +124,6 @@ const char* isa();                  // the level in use: "scalar", "avx2" or "av
 const char* features();             // what the processor offers, for `python -m mosaic_kernels.info`
 Status set_isa(const char* level);  // a level this processor has; for tests and measurements
 
-// The CUDA decode kernel's walk over the row bitmap, lane by lane in a plain loop; fp32 only, for tests.
-Status emulate_linear_decode(const LinearArgs&);
-
 }  // namespace cpu
 
 // Pointers are to device memory; `stream` is a cudaStream_t of device `device`. Nothing is allocated,
