@@ -167,6 +167,24 @@ struct TileLinearArgs {
 Status linear_decode(const TileLinearArgs&, Launch);
 int64_t linear_workspace_bytes(int device);
 
+// The same product for many rows, on compute capability 9.0 alone; kUnavailable elsewhere.
+Status linear_prefill(const TileLinearArgs&, Launch);
+
+// Tile bitmap -> its row tiles [first_row_tile, last_row_tile) in dense form, for a dense product with many
+// rows of x. bf16 and fp16 alike.
+struct ExpandTilesArgs {
+  const void* tiles;
+  const uint32_t* offsets;
+  const void* values;
+  void* weight;  // [rows of these row tiles, columns]: the last of them may have fewer than 64 rows
+  int64_t rows;  // of the whole weight, as are columns
+  int64_t columns;
+  int64_t first_row_tile;
+  int64_t last_row_tile;
+};
+
+Status expand_tiles(const ExpandTilesArgs&, Launch);
+
 // weight [rows, columns] <-> words [rows, bitmask_words(columns)] and values.
 struct PackArgs {
   void* weight;
