@@ -66,4 +66,16 @@ def linear_decode(
     device: int,
     stream: int,
 ) -> None: ...
+def linear_2to4(
+    parts: list[_Part],
+    x: int,
+    rows: int,
+    in_features: int,
+    dtype: int,
+    workspace: int,
+    workspace_bytes: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def expand_2to4(tiles: int, weight: int, rows: int, columns: int, device: int, stream: int) -> None: ...
 def linear_workspace_bytes(device: int) -> int: ...

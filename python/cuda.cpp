@@ -60,6 +60,12 @@ void tile_linear(const std::vector<Part>& parts, uintptr_t x, int64_t rows, int6
   raise_unless_ok(kRun(args, {address<void>(stream), device}), "sparse_linear");
 }
 
+void expand_2to4(uintptr_t tiles, uintptr_t weight, int64_t rows, int64_t columns, int device,
+                 uintptr_t stream) {
+  const cuda::ExpandArgs args{address<void>(tiles), address<void>(weight), rows, columns};
+  raise_unless_ok(cuda::expand_2to4(args, {address<void>(stream), device}), "unpack");
+}
+
 template <Status (*kRun)(const cuda::PackArgs&, cuda::Launch)>
 void pack(uintptr_t weight, uintptr_t values, uintptr_t words, uintptr_t counts, uintptr_t offsets,
           int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
@@ -83,6 +89,8 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of mosaic_kernels; call them through mosaic_kernels.ops";
   m.def("linear_rows", python::linear_rows);
   m.def("linear_decode", tile_linear<cuda::linear_decode>);
+  m.def("linear_2to4", tile_linear<cuda::linear_2to4>);
+  m.def("expand_2to4", python::expand_2to4);
   m.def("linear_workspace_bytes", cuda::linear_workspace_bytes);
   m.def("pack_bits", pack<cuda::pack_bits>);
   m.def("pack_values", pack<cuda::pack_values>);
