@@ -20,6 +20,7 @@ def pack_bits(
     words: int,
     counts: int,
     offsets: int,
+    keep: int,
     rows: int,
     columns: int,
     dtype: int,
@@ -32,6 +33,7 @@ def pack_values(
     words: int,
     counts: int,
     offsets: int,
+    keep: int,
     rows: int,
     columns: int,
     dtype: int,
@@ -44,6 +46,7 @@ def unpack(
     words: int,
     counts: int,
     offsets: int,
+    keep: int,
     rows: int,
     columns: int,
     dtype: int,
@@ -79,3 +82,27 @@ def linear_2to4(
 ) -> None: ...
 def expand_2to4(tiles: int, weight: int, rows: int, columns: int, device: int, stream: int) -> None: ...
 def linear_workspace_bytes(device: int) -> int: ...
+def pack_tile_bits(
+    weight: int,
+    keep: int,
+    tiles: int,
+    offsets: int,
+    values: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def pack_tile_values(
+    weight: int,
+    keep: int,
+    tiles: int,
+    offsets: int,
+    values: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -68,16 +68,31 @@ void expand_2to4(uintptr_t tiles, uintptr_t weight, int64_t rows, int64_t column
 
 template <Status (*kRun)(const cuda::PackArgs&, cuda::Launch)>
 void pack(uintptr_t weight, uintptr_t values, uintptr_t words, uintptr_t counts, uintptr_t offsets,
-          int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
+          uintptr_t keep, int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
   const cuda::PackArgs args{address<void>(weight),
                             address<void>(values),
                             address<uint32_t>(words),
                             address<int64_t>(counts),
                             address<int64_t>(offsets),
+                            address<uint8_t>(keep),
                             rows,
                             columns,
                             DType(dtype)};
   raise_unless_ok(kRun(args, {address<void>(stream), device}), "pack");
+}
+
+template <Status (*kRun)(const cuda::PackTilesArgs&, cuda::Launch)>
+void pack_tiles(uintptr_t weight, uintptr_t keep, uintptr_t tiles, uintptr_t offsets, uintptr_t values,
+                int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
+  const cuda::PackTilesArgs args{address<void>(weight),
+                                 address<uint8_t>(keep),
+                                 address<uint32_t>(tiles),
+                                 address<uint32_t>(offsets),
+                                 address<void>(values),
+                                 rows,
+                                 columns,
+                                 DType(dtype)};
+  raise_unless_ok(kRun(args, {address<void>(stream), device}), "pack_tiles");
 }
 
 }  // namespace
@@ -95,6 +110,8 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("pack_bits", pack<cuda::pack_bits>);
   m.def("pack_values", pack<cuda::pack_values>);
   m.def("unpack", pack<cuda::unpack>);
+  m.def("pack_tile_bits", pack_tiles<cuda::pack_tile_bits>);
+  m.def("pack_tile_values", pack_tiles<cuda::pack_tile_values>);
   m.def("why_not", [](int device) -> py::object {
     const char* reason = cuda::why_not(device);
     return reason ? py::object(py::str(reason)) : py::object(py::none());

@@ -136,6 +136,10 @@ __device__ __forceinline__ __half from_float(float v) {
   return __float2half_rn(v);
 }
 
+__device__ __forceinline__ bool is_zero(float v) { return (__float_as_uint(v) & 0x7fffffffu) == 0; }
+__device__ __forceinline__ bool is_zero(__nv_bfloat16 v) { return (__bfloat16_as_ushort(v) & 0x7fffu) == 0; }
+__device__ __forceinline__ bool is_zero(__half v) { return (__half_as_ushort(v) & 0x7fffu) == 0; }
+
 __device__ __forceinline__ int inclusive_sum(int v, int lane) {
 #pragma unroll
   for (int distance = 1; distance < kWarpLanes; distance *= 2) {

@@ -8,10 +8,6 @@ namespace {
 
 constexpr int kWarps = 4;
 
-__device__ __forceinline__ bool is_zero(float v) { return (__float_as_uint(v) & 0x7fffffffu) == 0; }
-__device__ __forceinline__ bool is_zero(__nv_bfloat16 v) { return (__bfloat16_as_ushort(v) & 0x7fffu) == 0; }
-__device__ __forceinline__ bool is_zero(__half v) { return (__half_as_ushort(v) & 0x7fffu) == 0; }
-
 __device__ __forceinline__ int64_t row_of_warp() {
   return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpLanes;
 }
@@ -25,7 +21,7 @@ __global__ void bits_kernel(const PackArgs a) {
   int64_t count = 0;
   for (int64_t w = 0; w < words; ++w) {
     const int64_t column = w * kWordBits + lane;
-    const bool kept = column < a.columns && !is_zero(weight[column]);
+    const bool kept = column < a.columns && !is_zero(weight[column]) && (!a.keep || a.keep[row * a.columns + column]);
     const uint32_t word = __ballot_sync(kFullWarp, kept);
     if (lane == 0) a.words[row * words + w] = word;
     count += popcount(word);

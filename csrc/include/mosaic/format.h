@@ -116,7 +116,7 @@ constexpr int kStrips = kTileRows / kStripRows;
 constexpr int kSlots = 16;
 constexpr int kStripWords = 2 * kSlots;
 constexpr int kTileHeaderWords =
-    4;  // where each strip's values begin in the tile's, as uint16 units; then its units
+    4;  // where each strip's values begin in the tile's, as uint16 units; then its units and its kept weights
 constexpr int kTileWords = kTileHeaderWords + kStrips * kStripWords;
 constexpr int kTileBytes = kTileWords * 4;
 constexpr int kUnitValues = 8;  // 16 bytes of bf16 or fp16
@@ -148,7 +148,8 @@ MOSAIC_HD TilePlace tile_place(int slot, int lane) {
 
 MOSAIC_HD int units_of(int values) { return (values + kUnitValues - 1) / kUnitValues; }
 
-// Header words 0 and 1: the strips' first units as uint16; word 2: the tile's units.
+// Header words 0 and 1: the strips' first units as uint16; word 2: the tile's units; word 3: its kept
+// weights.
 MOSAIC_HD int strip_unit(const uint32_t* tile, int strip) {
   return static_cast<int>((tile[strip / 2] >> (16 * (strip % 2))) & 0xffffu);
 }

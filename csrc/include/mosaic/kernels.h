@@ -191,6 +191,7 @@ struct PackArgs {
   uint32_t* words;
   int64_t* counts;         // [rows]: kept weights of each row; pack_bits alone writes it
   const int64_t* offsets;  // [rows + 1]; nullptr for pack_bits
+  const uint8_t* keep;     // [rows, columns], 0 or 1: the others count as zero, for pack_bits; or nullptr
   int64_t rows;
   int64_t columns;
   DType dtype;
@@ -199,6 +200,21 @@ struct PackArgs {
 Status pack_bits(const PackArgs&, Launch);    // weight -> words, counts
 Status pack_values(const PackArgs&, Launch);  // weight, words, offsets -> values
 Status unpack(const PackArgs&, Launch);       // values, words, offsets -> weight
+
+// weight [rows, columns], bf16 or fp16 -> tile bitmap
+struct PackTilesArgs {
+  const void* weight;
+  const uint8_t* keep;      // [rows, columns], 0 or 1: what is stored, zeros too; nullptr: all but zeros
+  uint32_t* tiles;          // written by pack_tile_bits, read by pack_tile_values
+  const uint32_t* offsets;  // pack_tile_values alone, as are values
+  void* values;
+  int64_t rows;
+  int64_t columns;
+  DType dtype;
+};
+
+Status pack_tile_bits(const PackTilesArgs&, Launch);    // weight, keep -> tiles
+Status pack_tile_values(const PackTilesArgs&, Launch);  // weight, tiles, offsets -> values
 
 // nullptr where kernels can run on `device`, else the reason.
 const char* why_not(int device);
