@@ -81,6 +81,7 @@ Status linear_2to4(const TileLinearArgs& a, Launch where) { return stream<TwoOfF
 Status expand_2to4(const ExpandArgs& a, Launch where) {
   const int64_t tiles = row_tiles(a.rows) * column_tiles(a.columns);
   if (tiles == 0) return {};
+  if (tiles >= int64_t{1} << 31) return invalid("the weight has too many tiles");
   const DeviceScope device(where.device);
   return launch<expand>(Shape{dim3(static_cast<unsigned>(tiles)), kStrips * kWarpLanes}, where, a);
 }

@@ -17,15 +17,13 @@
 // which is also the order of wgmma m64k16's A in registers, a strip a warp: the kernels for few and for many
 // rows share it.
 //
-//   2:4 tiles           uint32 [row tiles, column tiles, kTwoOfFourTileWords]: bf16 or fp16 values and 2-bit
-//   indices
-//                       of a tile of 64 x 64 weights of which every quad (four neighbouring columns of a row,
-//                       the first a multiple of 4) keeps two. Strip by strip, first the values, then the
-//                       indices, both in the order in which a warp holds mma.sp.m16n8k32's operands (see
-//                       quad_values below), so that a lane's values of a step are one 16-byte load.
+//   2:4 tiles           uint32 [row tiles, column tiles, kTwoOfFourTileWords]: a tile's bf16 or fp16 values
+//                       and their 2-bit indices; nothing else, since every tile takes the same bytes
 //
-// A quad that keeps fewer than two weights is filled with the value -0.0 in its lowest free columns; a stored
-// -0.0 is written as 0.0, so what is padding can be told from what is stored.
+// Every quad of a 2:4 weight (four neighbouring columns of a row, the first a multiple of 4) keeps at most
+// two weights. One that keeps fewer has the value -0.0 in its lowest free columns; a stored -0.0 is written
+// as 0.0, so that padding can be told from what is stored. Strip by strip come the values, then the indices,
+// in the order in which a warp holds the operands of mma.sp.m16n8k32 (see quad_values below).
 #pragma once
 
 #include <cstdint>
