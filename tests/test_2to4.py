@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from guarded import Guarded
+from simt import CODES, DEVICE, Gpu
 from torch import Tensor
 
 from mosaic_kernels import semistructured
@@ -118,7 +122,7 @@ def test_other_tiles_are_refused() -> None:
 
 
 def test_strips_hold_the_operands_that_the_ptx_isa_lists() -> None:
-    """Its section on the fragments of sparse mma.m16n8k32, lane by lane, without a line of ours."""
+    """Its section on the fragments of sparse mma.m16n8k32, lane by lane, from its formulas alone."""
     weight = dense(packed(64, 64, 1.0, torch.bfloat16))
     strips = TwoOfFour.from_dense(weight).tiles.view(4, 288)
     for strip, words in enumerate(strips):
@@ -149,3 +153,88 @@ def test_indices_are_those_pytorch_makes_for_the_same_instruction() -> None:
     ours = TwoOfFour.from_dense(weight).tiles.view(2, 3, 4, 288)[..., 256:].reshape(2, 3, 2, 2, 8, 2, 2)
     # ours: row tile, column tile, 32 rows, 16 rows, row % 8, step, side
     assert torch.equal(ours.permute(1, 5, 0, 2, 4, 3, 6).reshape(theirs.shape), theirs)
+
+
+def product(
+    gpu: Gpu, x: Tensor, weights: Sequence[TwoOfFour], biases: Sequence[Tensor | None]
+) -> tuple[list[Tensor], Tensor]:
+    """The results, from memory that ends where a tensor does, and the workspace after the launch."""
+    tiles = [Guarded(weight.tiles) for weight in weights]
+    held = [None if bias is None else Guarded(bias) for bias in biases]
+    outs = [Guarded(x.new_full((len(x), weight.shape[0]), float("nan"))) for weight in weights]
+    rows, work = Guarded(x), torch.zeros(gpu.module.linear_workspace_bytes(DEVICE), dtype=torch.uint8)
+    parts = [
+        (t.address, 0, 0, 0 if b is None else b.address, out.address, weight.shape[0], 0)
+        for t, b, out, weight in zip(tiles, held, outs, weights, strict=True)
+    ]
+    gpu.module.linear_2to4(
+        parts, rows.address, len(x), x.shape[1], CODES[x.dtype], work.data_ptr(), work.numel(), DEVICE, 0
+    )
+    return [out.read() for out in outs], work
+
+
+# (rows of x, in_features, out_features of each weight, density): every number of blocks of 8 rows, a second launch;
+# a row of steps that one block or several share; a last step of one tile; part of a tile and of a quad of zeros
+PRODUCTS = [
+    (1, 8, [1], 1.0),
+    (1, 640, [64], 1.0),
+    (3, 72, [130], 0.6),
+    (8, 328, [64, 200, 1], 1.0),
+    (9, 136, [72], 1.0),
+    (16, 64, [256], 0.5),
+    (17, 192, [65, 128], 1.0),
+    (40, 264, [70], 1.0),
+    (64, 200, [64], 0.8),
+    (67, 72, [33], 1.0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "outs", "density"), PRODUCTS)
+def test_the_kernel_multiplies_as_the_dense_weight_does(
+    gpu: Gpu, rows: int, columns: int, outs: list[int], density: float, dtype: torch.dtype
+) -> None:
+    weights = [packed(out, columns, density, dtype) for out in outs]
+    biases = [None if i == 1 else torch.randn(out).to(dtype) for i, out in enumerate(outs)]
+    x = torch.randn(rows, columns).to(dtype)
+    gpu.limits(multiprocessors=1 + rows % 5, shared_bytes=1024 * (100 if rows % 2 else 228))
+    gpu.seed(rows)
+    found, work = product(gpu, x, [TwoOfFour.from_packed(weight) for weight in weights], biases)
+    assert not work[: 4 * len(outs)].any()  # its counters are zero again
+    for weight, bias, result in zip(weights, biases, found, strict=True):
+        full, added = dense(weight).double(), 0.0 if bias is None else bias.double()
+        exact = x.double() @ full.T + added
+        scale = float((x.double().abs() @ full.abs().T).norm() + torch.as_tensor(added).norm() * rows**0.5)
+        limit = (torch.finfo(dtype).eps + columns**0.5 * torch.finfo(torch.float32).eps) * scale
+        assert float((result.double() - exact).norm()) <= limit
+
+
+def test_the_order_of_threads_changes_nothing(gpu: Gpu) -> None:
+    weight = TwoOfFour.from_packed(packed(130, 520, 0.9, torch.bfloat16))
+    x = torch.randn(5, 520).bfloat16()
+    gpu.limits()
+    results = []
+    for seed in range(4):
+        gpu.seed(seed)
+        results.append(product(gpu, x, [weight], [None])[0][0])
+    assert all(equal_bits(result, results[0]) for result in results)
+
+
+def test_what_is_not_kept_is_not_multiplied(gpu: Gpu) -> None:
+    """Where every quad keeps two weights, infinities at the other columns do not reach the sums."""
+    weight = torch.zeros(64, 64).half()
+    weight.view(64, 16, 4)[..., 1::2] = 1.0
+    x = torch.ones(1, 64).half()
+    x.view(1, 16, 4)[..., 0::2] = float("inf")
+    found, _ = product(gpu, x, [TwoOfFour.from_dense(weight)], [None])
+    assert torch.equal(found[0], torch.full((1, 64), 32.0).half())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_expansion(gpu: Gpu, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = packed(*shape, 0.8, dtype)
+    tiles = Guarded(TwoOfFour.from_packed(weight).tiles)
+    out = Guarded(torch.full(shape, float("nan"), dtype=dtype))
+    gpu.module.expand_2to4(tiles.address, out.address, *shape, DEVICE, 0)
+    assert torch.equal(out.read(), dense(weight))  # padding is -0.0 here, which equals zero
