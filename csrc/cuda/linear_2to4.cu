@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // 2:4 tiles times 1 to 64 rows of x: stream.cuh's walk with mma.sp, which takes two weights of every four and
 // their indices as they are stored. A strip of 16 x 64 weights costs a warp three loads and, for every 8 rows
-// of x, two loads and two products: nothing is decoded, so bytes alone (9/8 of one for each weight) bound it.
+// of x, two loads and two products: nothing is decoded, so few rows are bound by the weight's bytes, 9/8 for
+// each. At 64 rows a warp loads 8 KB of x from shared memory for 1.1 KB of weights, which costs as much again
+// (by accounting; not measured).
 #include "cuda/stream.cuh"
 
 namespace mosaic::cuda {

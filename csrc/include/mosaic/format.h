@@ -23,7 +23,7 @@
 // Every quad of a 2:4 weight (four neighbouring columns of a row, the first a multiple of 4) keeps at most
 // two weights. One that keeps fewer has the value -0.0 in its lowest free columns; a stored -0.0 is written
 // as 0.0, so that padding can be told from what is stored. Strip by strip come the values, then the indices,
-// in the order in which a warp holds the operands of mma.sp.m16n8k32 (see quad_values below).
+// in the order in which a warp holds the operands of mma.sp.m16n8k32 (see quad_place below).
 #pragma once
 
 #include <cstdint>
@@ -174,17 +174,11 @@ constexpr int kTwoOfFourStepWords = kWarpLanes * 4;
 constexpr int kTwoOfFourValueWords = kTileColumns / kTwoOfFourStepColumns * kTwoOfFourStepWords;
 constexpr int kTwoOfFourStripWords = kTwoOfFourValueWords + kWarpLanes;
 constexpr int kTwoOfFourTileWords = kStrips * kTwoOfFourStripWords;
-// 4608: for each weight 1 byte of values (half of two) and 1/8 byte of indices (4 bits a quad).
+// 4608: for each weight 1 byte of values (two bytes for every second one) and 1/8 byte of indices (4 bits a
+// quad).
 constexpr int kTwoOfFourTileBytes = kTwoOfFourTileWords * 4;
 
-// The word of its strip that holds the values of the quad that `column` is in.
-MOSAIC_HD int quad_values(int strip_row, int column) {
-  const int step = column / kTwoOfFourStepColumns, across = column % kTwoOfFourStepColumns;
-  const int lane = 4 * (strip_row % 8) + across % 16 / kQuad;
-  return kTwoOfFourStepWords * step + 4 * lane + strip_row / 8 + 2 * (across / 16);
-}
-
-// Where the quad's four index bits begin.
+// Where the four index bits of the quad begin that `column` is in.
 MOSAIC_HD TileBit quad_indices(int strip_row, int column) {
   const int step = column / kTwoOfFourStepColumns, across = column % kTwoOfFourStepColumns;
   return {kTwoOfFourValueWords + 4 * (strip_row % 8) + 2 * step + across / 16,
