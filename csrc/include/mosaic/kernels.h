@@ -124,9 +124,6 @@ const char* isa();                  // the level in use: "scalar", "avx2" or "av
 const char* features();             // what the processor offers, for `python -m mosaic_kernels.info`
 Status set_isa(const char* level);  // a level this processor has; for tests and measurements
 
-// The CUDA decode kernel's walk over the row bitmap, lane by lane in a plain loop; fp32 only, for tests.
-Status emulate_linear_decode(const LinearArgs&);
-
 }  // namespace cpu
 
 // Pointers are to device memory; `stream` is a cudaStream_t of device `device`. Nothing is allocated,
@@ -187,6 +184,20 @@ struct ExpandTilesArgs {
 };
 
 Status expand_tiles(const ExpandTilesArgs&, Launch);
+
+// The same for 2:4 tiles.
+Status linear_2to4(const TileLinearArgs&, Launch);
+
+// 2:4 tiles -> weight [rows, columns], bf16 or fp16 alike: for many rows of x a dense product is the faster
+// way. Padding becomes -0.0.
+struct ExpandArgs {
+  const void* tiles;
+  void* weight;  // 8-byte aligned
+  int64_t rows;
+  int64_t columns;
+};
+
+Status expand_2to4(const ExpandArgs&, Launch);
 
 // weight [rows, columns] <-> words [rows, bitmask_words(columns)] and values.
 struct PackArgs {
