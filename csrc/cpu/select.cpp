@@ -71,6 +71,43 @@ class Scores {
   void (*score_row_)(const void*, const float*, int64_t, float*);
 };
 
+// Where marks go: into the mask, or as bits of what is marked and not zero, row by row. Marks of bits are bytes
+// only as long as they are in L1.
+class Marks {
+ public:
+  Marks(const SelectArgs& a, const KernelTable& table)
+      : args_(a), table_(table), row_bytes_(bitmask_bytes(a.columns)), item_(item_size(a.dtype)) {
+    if (as_bits()) std::fill(a.offsets, a.offsets + a.rows + 1, 0);
+  }
+
+  bool as_bits() const { return args_.mask == nullptr; }
+
+  // Of scores [begin, begin + count): mark(bytes) writes as many marks. Bits: of one row, and begin is a
+  // multiple of 8 columns; no other thread has scores of that row.
+  template <typename Mark>
+  void set(int64_t begin, int64_t count, uint8_t* buffer, const Mark& mark) const {
+    if (!as_bits()) {
+      mark(args_.mask + begin);
+      return;
+    }
+    mark(buffer);
+    const int64_t row = begin / args_.columns, column = begin % args_.columns;
+    const auto* weight = static_cast<const char*>(args_.weight) + begin * item_;
+    args_.offsets[row + 1] +=
+        table_.pack_bits(item_, weight, buffer, args_.bitmask + row * row_bytes_ + column / 8, count);
+  }
+
+  void finish() const {
+    if (as_bits()) std::partial_sum(args_.offsets, args_.offsets + args_.rows + 1, args_.offsets);
+  }
+
+ private:
+  const SelectArgs& args_;
+  const KernelTable& table_;
+  int64_t row_bytes_;
+  int item_;
+};
+
 // Keys are in the order of the floats: bits of negative ones are flipped.
 uint32_t key_of(float score) {
   uint32_t bits;
@@ -115,9 +152,10 @@ Cut cut_of(const KernelTable& table, const float* scores, int64_t count, int64_t
 }
 
 Status select_rows(const SelectArgs& a, int64_t rows, int64_t columns, bool one_count) {
-  if (columns == 0) return {};
   const KernelTable& table = kernels();
   const Scores source(a, table);
+  const Marks marks(a, table);
+  if (columns == 0) return {};
   const int64_t step = std::max<int64_t>(1, kChunkScores / columns);
   std::atomic<bool> finite{true}, memory{true};
   parallel_for(a.threads, (rows + step - 1) / step, [&](int64_t c) {

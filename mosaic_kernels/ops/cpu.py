@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +26,9 @@ __all__ = [
     "KERNELS",
     "Group",
     "address",
+    "bytes_of",
     "dense_linear_raw",
+    "holds",
     "linear_at",
     "sparse_linear_int8_raw",
     "sparse_linear_raw",
@@ -151,6 +154,18 @@ def linear_at(
     ).run  # fmt: skip
 
 
+def bytes_of(x: Tensor) -> bytes:
+    """A copy of what a tensor of the CPU holds."""
+    x = x.contiguous()
+    return _C_cpu.bytes_at(x.data_ptr(), x.numel() * x.element_size())
+
+
+def holds(x: Tensor, copy: bytes) -> bool:
+    """Whether :func:`bytes_of` a tensor of that size would be this: -0 is not 0, and NaN is itself."""
+    x = x.contiguous()  # a copy must live as long as it is read
+    return _C_cpu.holds(x.data_ptr(), copy)
+
+
 class Group:
     """Several weights on one ``x`` in one dispatch: the results of ``sparse_linear`` or ``sparse_linear_int8``.
 
@@ -173,37 +188,32 @@ class Group:
         self.in_features, self.quantize_x = in_features, quantize_x
         like = torch.empty(0, in_features, dtype=self.dtype)
         # What the addresses below point to, as tensors of their own: a parameter's storage may be replaced.
-        self._held: list[tuple[Tensor | None, ...]] = []
-        self._parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self._held: list[tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]] = []
+        self._sizes: list[int] = []
+        addresses: list[tuple[int, ...]] = []
         for values, scales, words, offsets, bias in parts:
             out_features = words.shape[0]
             _, values, bias = _fitting(like, values.detach(), words, bias, in_features, out_features)
             scales = None if scales is None else scales.detach().contiguous()
             bias = None if bias is None else bias.detach()
             self._held.append((values, scales, words, offsets, bias))
-            self._parts.append((
-                (values.data_ptr(), words.data_ptr(), offsets.data_ptr(), address(bias)),
-                (out_features, values.numel(), address(scales), 0 if scales is None else scales.shape[1]),
+            self._sizes.append(out_features)
+            addresses.append((
+                values.data_ptr(), words.data_ptr(), offsets.data_ptr(), address(bias), out_features, values.numel(),
+                address(scales), 0 if scales is None else scales.shape[1],
             ))  # fmt: skip
+        self._run = _C_cpu.PreparedGroup(addresses, in_features, quantize_x).run
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """``x`` is ``[..., in_features]``; the results are in the order of the parts."""
-        if (
-            (self.dtype or x.dtype) is not x.dtype
-            or x.dtype not in _DTYPES
-            or x.shape[-1] != self.in_features
-            or not x.is_cpu
-        ):
-            for (values, _, words, _, bias), (_, tail) in zip(self._held, self._parts, strict=True):
-                assert values is not None  # for the type checker
-                _fitting(x, values, words, bias, self.in_features, tail[0])
+        dtype = x.dtype
+        *lead, features = x.shape
+        if (self.dtype or dtype) is not dtype or dtype not in _DTYPES or features != self.in_features or not x.is_cpu:
+            for (values, _, words, _, bias), size in zip(self._held, self._sizes, strict=True):
+                _fitting(x, values, words, bias, self.in_features, size)
         x = x.contiguous()
-        shape = x.shape[:-1]
-        results = [x.new_empty((*shape, tail[0])) for _, tail in self._parts]
-        parts = [(*head, out.data_ptr(), *tail) for (head, tail), out in zip(self._parts, results, strict=True)]
-        _C_cpu.sparse_linear_group(
-            x.data_ptr(), shape.numel(), self.in_features, _DTYPES[x.dtype], threads(), self.quantize_x, parts
-        )  # fmt: skip
+        results = [x.new_empty(*lead, size) for size in self._sizes]
+        self._run(x.data_ptr(), [out.data_ptr() for out in results], math.prod(lead), _DTYPES[dtype], threads())
         return results
 
 
