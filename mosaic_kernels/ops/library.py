@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import dequantize
-from mosaic_kernels.ops import cpu, cuda, reference, triton
+from mosaic_kernels.ops import cpu, cuda, reference, tensor_cores, triton
 from mosaic_kernels.ops import select as _select
+from mosaic_kernels.semistructured import TWO_OF_FOUR_WORDS
 from mosaic_kernels.tiles import TILE_WORDS, tile_counts
 
 _SCHEMAS = {
@@ -24,6 +25,9 @@ _SCHEMAS = {
     "int in_features, int largest_tile) -> Tensor",
     "pack_tiles": "(Tensor weight, Tensor? keep=None) -> (Tensor tiles, Tensor offsets, Tensor values)",
     "expand_tiles": "(Tensor tiles, Tensor offsets, Tensor values, int rows, int columns) -> Tensor",
+    "two_of_four_linear": "(Tensor x, Tensor tiles, Tensor? bias, int out_features, int in_features) -> Tensor",
+    "pack_two_of_four": "(Tensor weight, Tensor? keep=None) -> Tensor",
+    "expand_two_of_four": "(Tensor tiles, int rows, int columns, ScalarType dtype) -> Tensor",
     "pack": "(Tensor weight, Tensor? keep=None) -> (Tensor values, Tensor bitmask)",
     "unpack": "(Tensor values, Tensor bitmask, int in_features) -> Tensor",
     "outlier_stats": "(Tensor weight, Tensor column_norms, float[] alphas) -> (Tensor score_sum, Tensor counts)",
@@ -33,7 +37,7 @@ _SCHEMAS = {
     "obs_block": "(Tensor weight, Tensor factor, Tensor keep, int n, int m) -> (Tensor, Tensor, Tensor)",
 }
 
-_select.register(_select.Backend("cuda", ("cuda",), cuda.KERNELS, cuda.why_not))
+_select.register(_select.Backend("cuda", ("cuda",), {**cuda.KERNELS, **tensor_cores.KERNELS}, cuda.why_not))
 _select.register(_select.Backend("cpu", ("cpu",), cpu.KERNELS, cpu.why_not))
 _select.register(_select.Backend("triton", triton.DEVICES, triton.KERNELS, triton.why_not))
 _select.register(
@@ -103,6 +107,21 @@ def _(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tenso
 @torch.library.register_fake("mosaic::expand_tiles")
 def _(tiles: Tensor, offsets: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
     return values.new_empty(rows, columns)
+
+
+@torch.library.register_fake("mosaic::two_of_four_linear")
+def _(x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("mosaic::pack_two_of_four")
+def _(weight: Tensor, keep: Tensor | None = None) -> Tensor:
+    return weight.new_empty((*tile_counts(*weight.shape), TWO_OF_FOUR_WORDS), dtype=torch.int32)
+
+
+@torch.library.register_fake("mosaic::expand_two_of_four")
+def _(tiles: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return tiles.new_empty((rows, columns), dtype=dtype)
 
 
 @torch.library.register_fake("mosaic::pack")
@@ -190,6 +209,21 @@ def _tile_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad @ weight, None, None, None, None, None, None, None
 
 
+def _save_two_of_four_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, tiles, bias, *shape = inputs
+    _require_frozen(bias)
+    ctx.save_for_backward(tiles)
+    ctx.shape = shape
+
+
+def _two_of_four_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight = torch.ops.mosaic.expand_two_of_four(*ctx.saved_tensors, *ctx.shape, grad.dtype)
+    return grad @ weight, None, None, None, None
+
+
+torch.library.register_autograd(
+    "mosaic::two_of_four_linear", _two_of_four_backward, setup_context=_save_two_of_four_for_backward
+)
 torch.library.register_autograd("mosaic::tile_linear", _tile_backward, setup_context=_save_tiles_for_backward)
 torch.library.register_autograd("mosaic::sparse_linear", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd("mosaic::sparse_linear_int8", _int8_backward, setup_context=_save_int8_for_backward)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.format import GROUP_COLUMNS, bits_to_mask, dequantize, mask_to_bits
+from mosaic_kernels.semistructured import TwoOfFour
 from mosaic_kernels.tiles import TileBitmap
 
 
@@ -73,6 +74,18 @@ def expand_tiles(tiles: Tensor, offsets: Tensor, values: Tensor, rows: int, colu
 def pack_tiles(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     packed = TileBitmap.from_dense(weight, keep)
     return packed.tiles, packed.offsets, packed.values
+
+
+def two_of_four_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    return F.linear(x, expand_two_of_four(tiles, out_features, in_features, x.dtype), bias)
+
+
+def expand_two_of_four(tiles: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return TwoOfFour(tiles, (rows, columns), dtype).to_dense()
+
+
+def pack_two_of_four(weight: Tensor, keep: Tensor | None = None) -> Tensor:
+    return TwoOfFour.from_dense(weight, keep).tiles
 
 
 def pack(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
