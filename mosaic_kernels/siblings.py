@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_kernels.linear import MosaicLinear
-from mosaic_kernels.ops import cpu
+from mosaic_kernels.ops import cpu, tensor_cores
 from mosaic_kernels.ops.select import is_recorded, kernel_for
 
 _Result = tuple[Tensor, nn.Parameter, int]  # with the values that made it, and their version
@@ -55,8 +55,9 @@ class Siblings:
     """The layers that share an input.
 
     The first one to be called computes all and keeps the others' results until they ask with the same input
-    (see :class:`_Input`). Without gradients, on the CPU, outside ``torch.compile``; elsewhere every layer runs
-    alone. Where results are not asked for three times in a row, the layers part.
+    (see :class:`_Input`). Without gradients, outside ``torch.compile``, on a GPU outside inference mode and for
+    weights in tiles; elsewhere every layer runs alone. Where results are not asked for three times in a row, the
+    layers part.
     """
 
     PATIENCE = 3
@@ -66,14 +67,14 @@ class Siblings:
         self.quantize_x = layers[0].quantize_activations
         # all replaced as a whole, so that threads that share a model never mix their results
         self._kept: tuple[_Input, dict[MosaicLinear, _Result]] | None = None
-        self._group: tuple[cpu.Group, _Indices, _Places] | None = None
+        self._group: tuple[cpu.Group | tensor_cores.Group, _Indices, _Places] | None = None
         self._unclaimed = 0
 
     def forward(self, layer: MosaicLinear, x: Tensor) -> Tensor | None:
         """The result of ``layer``, or ``None`` where it has to run alone."""
         if is_recorded(x) or layer.quantize_activations is not self.quantize_x:
             return None
-        if not x.is_cpu or kernel_for("sparse_linear", x) is not cpu.sparse_linear_raw:
+        if not _runs_together(x):
             return None
         kept = self._kept
         if kept is not None and kept[0].is_again(x):
@@ -98,15 +99,14 @@ class Siblings:
         self._kept = _Input(x), others
         return own
 
-    def _current_group(self) -> cpu.Group | None:
+    def _current_group(self) -> cpu.Group | tensor_cores.Group | None:
         """The dispatch of the layers as they are; anew where a parameter or an index was replaced."""
         if self._group is None or not _are_current(*self._group[1:]):
-            if not all(layer.bitmask.is_cpu for layer in self.layers):
-                return None  # weights that wait on disk come one layer at a time
             if any(layer.weight.is_inference() for layer in self.layers):
                 return None  # whether these change between the calls, nobody knows
-            operands = [layer.operands for layer in self.layers]  # this may make indices anew
-            group = cpu.Group(operands, self.layers[0].in_features, self.quantize_x)
+            group = self._made_group()
+            if group is None:
+                return None
             places: _Places = []
             for layer in self.layers:
                 held = layer._parameters
@@ -114,10 +114,29 @@ class Siblings:
             self._group = group, [(layer, layer._index) for layer in self.layers], places
         return self._group[0]
 
+    def _made_group(self) -> cpu.Group | tensor_cores.Group | None:
+        forms = [(layer.arranged, layer.bias) for layer in self.layers]
+        tiles = [(form, bias) for form, bias in forms if form is not None]
+        if len(tiles) == len(forms) <= 4 and len({(type(form), form.tiles.device) for form, _ in tiles}) == 1:
+            return tensor_cores.Group(tiles)
+        if tiles or not all(layer.bitmask.is_cpu for layer in self.layers):
+            return None  # of several forms; or weights that wait on disk and come one layer at a time
+        operands = [layer.operands for layer in self.layers]  # this may make indices anew
+        return cpu.Group(operands, self.layers[0].in_features, self.quantize_x)
+
     def part(self) -> None:
         """Let every layer run alone again."""
         for layer in self.layers:
             layer.siblings = None
+
+
+def _runs_together(x: Tensor) -> bool:
+    """Whether the device of ``x`` has kernels for several weights, and an input can be known again there."""
+    if x.is_cpu:
+        return kernel_for("sparse_linear", x) is cpu.sparse_linear_raw
+    if not x.is_cuda or x.is_inference() or kernel_for("tile_linear", x) is not tensor_cores.tile_linear:
+        return False  # to compare bytes would be to wait for the device
+    return x.shape[:-1].numel() <= max(tensor_cores.rows_of(x.get_device()))
 
 
 def _are_current(indices: _Indices, places: _Places) -> bool:
