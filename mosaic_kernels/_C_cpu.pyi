@@ -110,6 +110,18 @@ def select(scores: int, keep: int, mask: int, rows: int, columns: int, scope: in
 def score_select(
     weight: int, norms: int, keep: int, mask: int, rows: int, columns: int, dtype: int, scope: int, threads: int
 ) -> None: ...
+def score_bits(
+    weight: int,
+    norms: int,
+    keep: int,
+    bitmask: int,
+    offsets: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    scope: int,
+    threads: int,
+) -> None: ...
 def obs_block(
     weight: int, factor: int, keep: int, errors: int, rows: int, block: int, n: int, m: int, threads: int
 ) -> None: ...

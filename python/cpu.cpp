@@ -151,6 +151,14 @@ void score_select(uintptr_t weight, uintptr_t norms, uintptr_t keep, uintptr_t m
                   address<uint8_t>(mask), rows, columns, Scope(scope), threads});
 }
 
+void score_bits(uintptr_t weight, uintptr_t norms, uintptr_t keep, uintptr_t bitmask, uintptr_t offsets,
+                int64_t rows, int64_t columns, int dtype, int scope, int threads) {
+  call("score_pack", cpu::select,
+       SelectArgs{nullptr, address<void>(weight), address<float>(norms), DType(dtype), address<int64_t>(keep),
+                  nullptr, rows, columns, Scope(scope), threads, address<uint8_t>(bitmask),
+                  address<int64_t>(offsets)});
+}
+
 void obs_block(uintptr_t weight, uintptr_t factor, uintptr_t keep, uintptr_t errors, int64_t rows,
                int64_t block, int64_t n, int64_t m, int threads) {
   call("select", cpu::obs_block,
@@ -186,6 +194,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("column_square_sums", python::column_square_sums);
   m.def("select", python::select);
   m.def("score_select", python::score_select);
+  m.def("score_bits", python::score_bits);
   m.def("obs_block", python::obs_block);
   m.def("bytes_at", python::bytes_at);
   m.def("holds", python::holds);

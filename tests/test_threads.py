@@ -65,6 +65,9 @@ class Work:
         found.append(run["score_select"](self.weight, self.norms, torch.tensor([140_001]), "matrix"))
         found.append(run["score_select"](self.weight, self.norms, torch.full((700,), 77), "row"))
         found.append(run["score_select"](self.weight, self.norms, torch.tensor([2, 4]), "group"))
+        for keep, scope in ((torch.tensor([140_001]), "matrix"), (torch.full((700,), 77), "row")):
+            found += run["score_pack"](self.weight, self.norms, keep, scope)
+        found += run["score_pack"](self.weight, self.norms, torch.tensor([2, 4]), "group")
         found += run["obs_block"](self.block, self.factor, self.keep, 0, 0)
         return [t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in found]
 

@@ -21,6 +21,7 @@ __all__ = [
     "obs_block",
     "outlier_stats",
     "pack",
+    "score_pack",
     "score_select",
     "select",
     "sparse_linear",
@@ -256,6 +257,35 @@ def score_select(
     counts = _counts(weight.shape, keep, scope)
     mask: Tensor = torch.ops.mosaic.score_select(weight, column_norms.float(), counts, scope)
     return mask
+
+
+def score_pack(
+    weight: Tensor, column_norms: Tensor, keep: int | Tensor | tuple[int, int], scope: str = "matrix"
+) -> PackedWeight:
+    """``pack(weight, score_select(weight, column_norms, keep, scope))``, without storing the mask.
+
+    Args:
+        weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
+        column_norms: ``[in_features]``.
+        keep, scope: see :func:`select`.
+
+    Returns:
+        The canonical bitmask form; of the weights that were kept, those that are zero are packed away, too.
+
+    Raises:
+        KernelError, NonFiniteError: see :func:`score_select`.
+
+    Example:
+        >>> import torch
+        >>> from mosaic_kernels import ops
+        >>> packed = ops.score_pack(torch.tensor([[-2.0, 3.0]]), torch.tensor([2.0, 1.0]), 1)
+        >>> packed.values.tolist(), packed.bitmask.tolist()
+        ([-2.0], [[1]])
+    """
+    _require_scored(weight, column_norms)
+    counts = _counts(weight.shape, keep, scope)
+    values, bitmask = torch.ops.mosaic.score_pack(weight, column_norms.float(), counts, scope)
+    return PackedWeight(values, bitmask, (weight.shape[0], weight.shape[1]))
 
 
 def obs_block(

@@ -25,6 +25,7 @@ _SCHEMAS = {
     "column_square_sums": "(Tensor x) -> Tensor",
     "select": "(Tensor scores, Tensor keep, str scope) -> Tensor",
     "score_select": "(Tensor weight, Tensor column_norms, Tensor keep, str scope) -> Tensor",
+    "score_pack": "(Tensor weight, Tensor column_norms, Tensor keep, str scope) -> (Tensor values, Tensor bitmask)",
     "obs_block": "(Tensor weight, Tensor factor, Tensor keep, int n, int m) -> (Tensor, Tensor, Tensor)",
 }
 
@@ -103,6 +104,13 @@ def _(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
 @torch.library.register_fake("mosaic::score_select")
 def _(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("mosaic::score_pack")
+def _(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> tuple[Tensor, Tensor]:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    rows, columns = weight.shape
+    return weight.new_empty(nnz), weight.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
 
 
 @torch.library.register_fake("mosaic::obs_block")

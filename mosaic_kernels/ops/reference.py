@@ -92,6 +92,10 @@ def score_select(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str)
     return select(weight.float().abs() * column_norms.float(), keep, scope)
 
 
+def score_pack(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> tuple[Tensor, Tensor]:
+    return pack(weight, score_select(weight, column_norms, keep, scope))
+
+
 def obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     weight, keep, errors = weight.clone(), keep.clone(), torch.empty_like(weight)
     for j in range(weight.shape[1]):

@@ -87,13 +87,13 @@ struct SelectArgs {
   const float* column_norms;
   DType dtype;          // of weight
   const int64_t* keep;  // matrix: one count; row: one per row; group: n, m
-  uint8_t* mask;        // [rows, columns], 0 or 1; nullptr: bits and offsets, as pack_bits finds them of the mask
+  uint8_t* mask;        // [rows, columns], 0 or 1
   int64_t rows;
   int64_t columns;
   Scope scope;
   int threads;
-  uint8_t* bitmask = nullptr;  // [rows, bitmask_bytes(columns)]
-  int64_t* offsets = nullptr;  // [rows + 1]
+  uint8_t* bitmask = nullptr;  // where they are given, and the weight is: instead of the mask, what pack_bits
+  int64_t* offsets = nullptr;  // makes of it
 };
 
 struct ObsArgs {
