@@ -125,6 +125,20 @@ def score_bits(
 def obs_block(
     weight: int, factor: int, keep: int, errors: int, rows: int, block: int, n: int, m: int, threads: int
 ) -> None: ...
+def admm_step(
+    proposal: int, keep: int, gradient: int, target: int, penalty: float, rows: int, columns: int, threads: int
+) -> None: ...
+def cg_step(
+    solution: int,
+    residual: int,
+    direction: int,
+    energy: int,
+    image: int,
+    keep: int,
+    rows: int,
+    columns: int,
+    threads: int,
+) -> None: ...
 def bytes_at(x: int, count: int) -> bytes: ...
 def holds(x: int, bytes: bytes) -> bool: ...
 def isa() -> str: ...

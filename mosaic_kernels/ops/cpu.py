@@ -354,6 +354,24 @@ def _obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> 
     return weight, errors, keep
 
 
+def _admm_step(proposal: Tensor, keep: Tensor, gradient: Tensor, penalty: float) -> Tensor:
+    keep, gradient, target = keep.contiguous(), gradient.contiguous(), torch.empty_like(proposal)
+    addresses = (proposal.data_ptr(), keep.data_ptr(), gradient.data_ptr(), target.data_ptr())
+    _C_cpu.admm_step(*addresses, penalty, proposal.shape[0], proposal.shape[1], threads())
+    return target
+
+
+def _cg_step(
+    solution: Tensor, residual: Tensor, direction: Tensor, energy: Tensor, image: Tensor, keep: Tensor
+) -> None:
+    image, keep = image.contiguous(), keep.contiguous()
+    rows, columns = solution.shape
+    _C_cpu.cg_step(
+        solution.data_ptr(), residual.data_ptr(), direction.data_ptr(), energy.data_ptr(), image.data_ptr(),
+        keep.data_ptr(), rows, columns, threads(),
+    )  # fmt: skip
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "sparse_linear": sparse_linear_raw,
     "sparse_linear_int8": sparse_linear_int8_raw,
@@ -366,4 +384,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "score_select": _score_select,
     "score_pack": _score_pack,
     "obs_block": _obs_block,
+    "admm_step": _admm_step,
+    "cg_step": _cg_step,
 }

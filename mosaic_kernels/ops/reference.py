@@ -12,6 +12,8 @@ from torch import Tensor
 from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.format import GROUP_COLUMNS, bits_to_mask, dequantize, mask_to_bits
 
+TINY = 1e-30  # what a step divides by at least, in cg_step
+
 
 def sparse_linear(
     x: Tensor, values: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None, in_features: int
@@ -107,3 +109,18 @@ def obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> t
         weight[:, j] *= keep[:, j]
         errors[:, j] = error
     return weight, errors, keep
+
+
+def admm_step(proposal: Tensor, keep: Tensor, gradient: Tensor, penalty: float) -> Tensor:
+    target = gradient + penalty * torch.where(keep, proposal, -proposal)
+    proposal.masked_fill_(keep, 0)  # the dual
+    return target
+
+
+def cg_step(solution: Tensor, residual: Tensor, direction: Tensor, energy: Tensor, image: Tensor, keep: Tensor) -> None:
+    image, before = image * keep, energy.clamp_min(TINY)
+    step = energy / (direction * image).sum(1, keepdim=True).clamp_min(TINY)
+    solution += step * direction
+    residual -= step * image
+    energy.copy_(residual.square().sum(1, keepdim=True))
+    direction.mul_(energy / before).add_(residual)

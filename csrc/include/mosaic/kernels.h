@@ -108,6 +108,29 @@ struct ObsArgs {
   int threads;
 };
 
+struct AdmmArgs {
+  float* proposal;  // [rows, columns], becomes the dual
+  const uint8_t* keep;
+  const float* gradient;
+  float* target;
+  float penalty;
+  int64_t rows;
+  int64_t columns;
+  int threads;
+};
+
+struct CgArgs {
+  float* solution;  // [rows, columns], as what follows; updated in place
+  float* residual;
+  float* direction;
+  float* energy;  // [rows], updated in place
+  const float* image;
+  const uint8_t* keep;
+  int64_t rows;
+  int64_t columns;
+  int threads;
+};
+
 namespace cpu {
 
 Status sparse_linear(const LinearArgs&);
@@ -121,6 +144,8 @@ Status outlier_stats(const OutlierArgs&);
 Status column_square_sums(const ColumnSumsArgs&);
 Status select(const SelectArgs&);
 Status obs_block(const ObsArgs&);
+Status admm_step(const AdmmArgs&);
+Status cg_step(const CgArgs&);
 
 const char* isa();                  // the level in use: "scalar", "avx2" or "avx512"
 const char* features();             // what the processor offers, for `python -m mosaic_kernels.info`
