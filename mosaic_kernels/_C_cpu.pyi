@@ -96,8 +96,34 @@ def select(scores: int, keep: int, mask: int, rows: int, columns: int, scope: in
 def score_select(
     weight: int, norms: int, keep: int, mask: int, rows: int, columns: int, dtype: int, scope: int, threads: int
 ) -> None: ...
+def score_bits(
+    weight: int,
+    norms: int,
+    keep: int,
+    bitmask: int,
+    offsets: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    scope: int,
+    threads: int,
+) -> None: ...
 def obs_block(
     weight: int, factor: int, keep: int, errors: int, rows: int, block: int, n: int, m: int, threads: int
+) -> None: ...
+def admm_step(
+    proposal: int, keep: int, gradient: int, target: int, penalty: float, rows: int, columns: int, threads: int
+) -> None: ...
+def cg_step(
+    solution: int,
+    residual: int,
+    direction: int,
+    energy: int,
+    image: int,
+    keep: int,
+    rows: int,
+    columns: int,
+    threads: int,
 ) -> None: ...
 def bytes_at(x: int, count: int) -> bytes: ...
 def holds(x: int, bytes: bytes) -> bool: ...

@@ -150,11 +150,33 @@ void score_select(uintptr_t weight, uintptr_t norms, uintptr_t keep, uintptr_t m
                   address<uint8_t>(mask), rows, columns, Scope(scope), threads});
 }
 
+void score_bits(uintptr_t weight, uintptr_t norms, uintptr_t keep, uintptr_t bitmask, uintptr_t offsets,
+                int64_t rows, int64_t columns, int dtype, int scope, int threads) {
+  call("score_pack", cpu::select,
+       SelectArgs{nullptr, address<void>(weight), address<float>(norms), DType(dtype), address<int64_t>(keep),
+                  nullptr, rows, columns, Scope(scope), threads, address<uint8_t>(bitmask),
+                  address<int64_t>(offsets)});
+}
+
 void obs_block(uintptr_t weight, uintptr_t factor, uintptr_t keep, uintptr_t errors, int64_t rows,
                int64_t block, int64_t n, int64_t m, int threads) {
   call("select", cpu::obs_block,
        ObsArgs{address<float>(weight), address<float>(factor), address<uint8_t>(keep), address<float>(errors),
                rows, block, n, m, threads});
+}
+
+void admm_step(uintptr_t proposal, uintptr_t keep, uintptr_t gradient, uintptr_t target, float penalty,
+               int64_t rows, int64_t columns, int threads) {
+  call("admm_step", cpu::admm_step,
+       AdmmArgs{address<float>(proposal), address<uint8_t>(keep), address<float>(gradient),
+                address<float>(target), penalty, rows, columns, threads});
+}
+
+void cg_step(uintptr_t solution, uintptr_t residual, uintptr_t direction, uintptr_t energy, uintptr_t image,
+             uintptr_t keep, int64_t rows, int64_t columns, int threads) {
+  call("cg_step", cpu::cg_step,
+       CgArgs{address<float>(solution), address<float>(residual), address<float>(direction),
+              address<float>(energy), address<float>(image), address<uint8_t>(keep), rows, columns, threads});
 }
 
 py::bytes bytes_at(uintptr_t x, size_t count) { return py::bytes(address<char>(x), count); }
@@ -184,7 +206,10 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("column_square_sums", python::column_square_sums);
   m.def("select", python::select);
   m.def("score_select", python::score_select);
+  m.def("score_bits", python::score_bits);
   m.def("obs_block", python::obs_block);
+  m.def("admm_step", python::admm_step);
+  m.def("cg_step", python::cg_step);
   m.def("bytes_at", python::bytes_at);
   m.def("holds", python::holds);
   m.def("isa", cpu::isa);

@@ -236,35 +236,38 @@ def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _pack(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     weight, keep = weight.contiguous(), None if keep is None else keep.contiguous()
+    bitmask, offsets = _bits_and_offsets(weight)
+    sizes = (*weight.shape, _DTYPES[weight.dtype], threads())
+    _C_cpu.pack_bits(weight.data_ptr(), address(keep), bitmask.data_ptr(), offsets.data_ptr(), *sizes)
+    return _values_of(weight, bitmask, offsets), bitmask
+
+
+def _score_pack(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> tuple[Tensor, Tensor]:
+    weight, norms, keep = weight.contiguous(), column_norms.float().contiguous(), keep.contiguous()
+    bitmask, offsets = _bits_and_offsets(weight)
+    sizes = (*weight.shape, _DTYPES[weight.dtype], _SCOPES[scope], threads())
+    inputs = (weight.data_ptr(), norms.data_ptr(), keep.data_ptr())
+    _C_cpu.score_bits(*inputs, bitmask.data_ptr(), offsets.data_ptr(), *sizes)
+    return _values_of(weight, bitmask, offsets), bitmask
+
+
+def _bits_and_offsets(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the bits of a weight, and for where each row's values begin."""
     rows, columns = weight.shape
-    dtype = _DTYPES[weight.dtype]
     bitmask = weight.new_empty((rows, bitmask_bytes(columns)), dtype=torch.uint8)
-    offsets = weight.new_empty(rows + 1, dtype=torch.int64)
-    _C_cpu.pack_bits(
-        weight.data_ptr(),
-        0 if keep is None else keep.data_ptr(),
-        bitmask.data_ptr(),
-        offsets.data_ptr(),
-        rows,
-        columns,
-        dtype,
-        threads(),
-    )
+    return bitmask, weight.new_empty(rows + 1, dtype=torch.int64)
+
+
+def _values_of(weight: Tensor, bitmask: Tensor, offsets: Tensor) -> Tensor:
+    """The values of a weight whose bits are set."""
+    rows, columns = weight.shape
     nnz = int(offsets[-1])
     values = weight.new_empty(nnz)
     _C_cpu.pack_values(
-        weight.data_ptr(),
-        values.data_ptr(),
-        bitmask.data_ptr(),
-        bitmask.stride(0),
-        offsets.data_ptr(),
-        rows,
-        columns,
-        nnz,
-        dtype,
-        threads(),
-    )
-    return values, bitmask
+        weight.data_ptr(), values.data_ptr(), bitmask.data_ptr(), bitmask.stride(0), offsets.data_ptr(),
+        rows, columns, nnz, _DTYPES[weight.dtype], threads(),
+    )  # fmt: skip
+    return values
 
 
 def _unpack(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
@@ -351,6 +354,24 @@ def _obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> 
     return weight, errors, keep
 
 
+def _admm_step(proposal: Tensor, keep: Tensor, gradient: Tensor, penalty: float) -> Tensor:
+    keep, gradient, target = keep.contiguous(), gradient.contiguous(), torch.empty_like(proposal)
+    addresses = (proposal.data_ptr(), keep.data_ptr(), gradient.data_ptr(), target.data_ptr())
+    _C_cpu.admm_step(*addresses, penalty, proposal.shape[0], proposal.shape[1], threads())
+    return target
+
+
+def _cg_step(
+    solution: Tensor, residual: Tensor, direction: Tensor, energy: Tensor, image: Tensor, keep: Tensor
+) -> None:
+    image, keep = image.contiguous(), keep.contiguous()
+    rows, columns = solution.shape
+    _C_cpu.cg_step(
+        solution.data_ptr(), residual.data_ptr(), direction.data_ptr(), energy.data_ptr(), image.data_ptr(),
+        keep.data_ptr(), rows, columns, threads(),
+    )  # fmt: skip
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "sparse_linear": sparse_linear_raw,
     "sparse_linear_int8": sparse_linear_int8_raw,
@@ -361,5 +382,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "column_square_sums": _column_square_sums,
     "select": _select,
     "score_select": _score_select,
+    "score_pack": _score_pack,
     "obs_block": _obs_block,
+    "admm_step": _admm_step,
+    "cg_step": _cg_step,
 }

@@ -34,7 +34,11 @@ _SCHEMAS = {
     "column_square_sums": "(Tensor x) -> Tensor",
     "select": "(Tensor scores, Tensor keep, str scope) -> Tensor",
     "score_select": "(Tensor weight, Tensor column_norms, Tensor keep, str scope) -> Tensor",
+    "score_pack": "(Tensor weight, Tensor column_norms, Tensor keep, str scope) -> (Tensor values, Tensor bitmask)",
     "obs_block": "(Tensor weight, Tensor factor, Tensor keep, int n, int m) -> (Tensor, Tensor, Tensor)",
+    "admm_step": "(Tensor(a!) proposal, Tensor keep, Tensor gradient, float penalty) -> Tensor",
+    "cg_step": "(Tensor(a!) solution, Tensor(b!) residual, Tensor(c!) direction, Tensor(d!) energy, Tensor image, "
+    "Tensor keep) -> ()",
 }
 
 _select.register(_select.Backend("cuda", ("cuda",), {**cuda.KERNELS, **tensor_cores.KERNELS}, cuda.why_not))
@@ -156,9 +160,25 @@ def _(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.bool)
 
 
+@torch.library.register_fake("mosaic::score_pack")
+def _(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> tuple[Tensor, Tensor]:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    rows, columns = weight.shape
+    return weight.new_empty(nnz), weight.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
+
+
 @torch.library.register_fake("mosaic::obs_block")
 def _(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(keep)
+
+
+@torch.library.register_fake("mosaic::admm_step")
+def _(proposal: Tensor, keep: Tensor, gradient: Tensor, penalty: float) -> Tensor:
+    return torch.empty_like(proposal)
+
+
+@torch.library.register_fake("mosaic::cg_step")
+def _(solution: Tensor, residual: Tensor, direction: Tensor, energy: Tensor, image: Tensor, keep: Tensor) -> None: ...
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
