@@ -30,6 +30,24 @@ def sparse_linear_int8(
     scale_groups: int,
     quantize_x: bool,
 ) -> None: ...
+
+class PreparedLinear:
+    def __init__(
+        self,
+        values: int,
+        words: int,
+        offsets: int,
+        bias: int,
+        in_features: int,
+        out_features: int,
+        nnz: int,
+        dtype: int,
+        scales: int,
+        scale_groups: int,
+        quantize_x: bool,
+    ) -> None: ...
+    def run(self, x: int, out: int, rows: int, threads: int) -> None: ...
+
 def sparse_linear_group(
     x: int,
     rows: int,

@@ -16,7 +16,13 @@ from mosaic_kernels.models import ModelAdapter
 _SAME_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
-def prepare_inference(model: Any, *, quantize_activations: bool | None = None, attention: bool = True) -> Any:
+def prepare_inference(
+    model: Any,
+    *,
+    quantize_activations: bool | None = None,
+    keep_dense_for_prefill: bool | None = None,
+    attention: bool = True,
+) -> Any:
     """Make a causal language model quick to run; done, but for attention, for every mosaic checkpoint at loading.
 
     Query, key and value projections run in one dispatch where they are packed, and so do gate and up
@@ -29,6 +35,8 @@ def prepare_inference(model: Any, *, quantize_activations: bool | None = None, a
         model: a Hugging Face causal language model, dense or with packed layers; changed in place.
         quantize_activations: whether int8 layers round their input to int8 as well, which is faster and
             less exact; ``None`` leaves each layer as it is.
+        keep_dense_for_prefill: whether packed layers hold their dense weight too, for inputs of more than 64
+            rows: prompts at the speed of the dense model, for its memory; ``None`` leaves each layer as it is.
         attention: whether to switch a model from transformers' ``sdpa`` to ``mosaic_sdpa``, which continuous
             batching does not know; off when a checkpoint is loaded.
 
@@ -38,10 +46,14 @@ def prepare_inference(model: Any, *, quantize_activations: bool | None = None, a
     Raises:
         UnsupportedModelError: its architecture is not known.
     """
-    if quantize_activations is not None:
-        for module in model.modules():
-            if isinstance(module, MosaicLinear):
-                module.quantize_activations = quantize_activations and module.scales is not None
+    for module in model.modules():
+        if not isinstance(module, MosaicLinear):
+            continue
+        if quantize_activations is not None:
+            module.quantize_activations = quantize_activations and module.scales is not None
+        if keep_dense_for_prefill is not None:
+            module.keep_dense_for_prefill(keep_dense_for_prefill)
+        module.arrange()
     for block in ModelAdapter.of(model).blocks:
         for names in _SAME_INPUT:
             siblings.join(block.projection(name) for name in names)

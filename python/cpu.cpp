@@ -49,6 +49,28 @@ void sparse_linear_int8(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_
                  threads, address<float>(scales), scale_groups, quantize_x});
 }
 
+// One weight, named once: a call names what differs from call to call. Its caller keeps the memory alive.
+struct PreparedLinear {
+  LinearArgs args;
+
+  void run(uintptr_t x, uintptr_t out, int64_t rows, int threads) const {
+    LinearArgs now = args;
+    now.x = address<void>(x);
+    now.out = address<void>(out);
+    now.rows = rows;
+    now.threads = threads;
+    call("sparse_linear", cpu::sparse_linear, now);
+  }
+};
+
+PreparedLinear prepare_linear(uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias,
+                              int64_t in_features, int64_t out_features, int64_t nnz, int dtype,
+                              uintptr_t scales, int64_t scale_groups, bool quantize_x) {
+  return {{nullptr, address<void>(values), address<uint32_t>(words), address<int64_t>(offsets),
+           address<void>(bias), nullptr, 0, in_features, out_features, nnz, DType(dtype), 1,
+           address<float>(scales), scale_groups, quantize_x}};
+}
+
 // Each part: (values, words, offsets, bias, out, out_features, nnz, scales, scale_groups).
 void sparse_linear_group(uintptr_t x, int64_t rows, int64_t in_features, int dtype, int threads,
                          bool quantize_x, const std::vector<std::array<int64_t, 9>>& parts) {
@@ -125,6 +147,9 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.doc() = "CPU kernels of mosaic_kernels; call them through mosaic_kernels.ops";
   m.def("sparse_linear", python::sparse_linear<cpu::sparse_linear>);
   m.def("sparse_linear_int8", python::sparse_linear_int8);
+  py::class_<PreparedLinear>(m, "PreparedLinear")
+      .def(py::init(&prepare_linear))
+      .def("run", &PreparedLinear::run);
   m.def("sparse_linear_group", python::sparse_linear_group);
   m.def("emulate_linear_decode", python::sparse_linear<cpu::emulate_linear_decode>);
   m.def("pack_bits", python::pack_bits);

@@ -92,7 +92,11 @@ void pack_tiles(uintptr_t weight, uintptr_t keep, uintptr_t tiles, uintptr_t off
 }  // namespace
 }  // namespace mosaic::python
 
-PYBIND11_MODULE(_C_cuda, m) {
+#ifndef MOSAIC_CUDA_MODULE  // tests build this under other names, with the kernels on the CPU
+#define MOSAIC_CUDA_MODULE _C_cuda
+#endif
+
+PYBIND11_MODULE(MOSAIC_CUDA_MODULE, m) {
   using namespace mosaic;
   using namespace mosaic::python;
   m.doc() = "CUDA kernels of mosaic_kernels; call them through mosaic_kernels.ops";

@@ -83,6 +83,14 @@ def dense_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", params=[80, 90], ids="sm_{}".format)
+def gpu(request: pytest.FixtureRequest) -> Any:
+    """The CUDA kernels on an emulated GPU, with and without bulk copies: ``simt.Gpu``."""
+    from simt import Gpu
+
+    return Gpu(request.param)
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Call the prune command in an empty directory: ``run("MODEL", "--output-dir", "out")``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Guarded:
-    """A copy of a tensor whose last byte is followed by a page that may not be touched."""
+    """A copy of a tensor whose last byte is followed by a page that may not be touched, its first preceded by NaN."""
 
     def __init__(self, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
@@ -22,6 +22,7 @@ class Guarded:
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0, ctypes.get_errno()
         self.like, self.address = tensor, end - size
+        ctypes.memset(start, 0xFF, pages * mmap.PAGESIZE)
         ctypes.memmove(self.address, tensor.contiguous().data_ptr(), size)
 
     def read(self) -> Tensor:

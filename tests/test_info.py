@@ -47,14 +47,28 @@ def test_variables_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MOSAIC_LOG_LEVEL=debug" in format_table(found)
 
 
+WITHOUT_KERNELS = "import sys; sys.modules['mosaic_kernels._C_cpu'] = sys.modules['mosaic_kernels._C_cuda'] = None; "
+
+
+def test_a_broken_build_is_not_slow_in_silence() -> None:
+    """One line at the first use, none before it and none after."""
+    program = WITHOUT_KERNELS + (
+        "import logging; logging.basicConfig(format='%(name)s %(levelname)s %(message)s'); "
+        "import torch, mosaic_kernels as mk; print('imported', file=sys.stderr); "
+        "mk.unpack(mk.pack(torch.eye(3))); mk.MosaicLinear.from_linear(torch.nn.Linear(3, 2))(torch.ones(3))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    imported, warning = done.stderr.splitlines()
+    assert imported == "imported"
+    assert warning.startswith(
+        "mosaic_kernels.ops.select WARNING backend 'cpu' cannot run, so cpu tensors use 'reference'"
+    )
+    assert "_C_cpu did not load" in warning
+
+
 def test_a_build_without_kernels_is_explained() -> None:
     """Its main use: the native modules are missing."""
-    program = (
-        "import sys\n"
-        "sys.modules['mosaic_kernels._C_cpu'] = sys.modules['mosaic_kernels._C_cuda'] = None\n"
-        "from mosaic_kernels.info import main\n"
-        "sys.exit(main(['--json']))\n"
-    )
+    program = WITHOUT_KERNELS + "from mosaic_kernels.info import main; sys.exit(main(['--json']))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     found = json.loads(done.stdout)
     assert "_C_cpu did not load" in found["backends"]["cpu"]["why_not"]

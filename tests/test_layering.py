@@ -17,7 +17,7 @@ LEVELS = {
     "errors": 0, "config": 0,
     "format": 1, "tiles": 1, "semistructured": 1, "text": 1, "cli": 1,
     "ops": 2, "_C_cpu": 2, "_C_cuda": 2,
-    "linear": 3, "int8": 3, "siblings": 3, "dense": 3,
+    "arrangement": 3, "linear": 3, "int8": 3, "siblings": 3, "dense": 3,
     "models": 4,
     "attention": 4, "inference": 5, "checkpoint": 5, "evaluate": 5, "export": 5,
     "prune": 6, "deploy": 6,

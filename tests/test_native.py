@@ -61,6 +61,20 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(l
             assert torch.equal(linear(x[:rows].contiguous(), weight, threads), alone[:rows])
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_no_threads_are_the_caller_alone(level: str, rows: int) -> None:
+    weight, x = sparse(700, 600, 0.5, torch.float32), torch.randn(rows, 600)
+    for threads in (0, -1):
+        assert torch.equal(linear(x, weight, threads), linear(x, weight, 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 2**32 + 1), (2**16 + 1, 2**16), (2**62, 4)])
+@pytest.mark.parametrize("scope", [0, 1, 2])
+def test_more_scores_than_are_counted_are_refused_unseen(shape: tuple[int, int], scope: int) -> None:
+    with pytest.raises(KernelError, match="more than 2\\^32 scores"):
+        _C_cpu.select(0, 0, 0, *shape, scope, 1)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 31, 7), (2, 33, 9), (1, 1024, 5), (4, 1025, 3), (2, 3000, 11)])
 def test_the_walk_of_a_gpu_warp_is_right(shape: tuple[int, int, int]) -> None:
     rows, columns, out = shape

@@ -246,6 +246,9 @@ def test_select_refuses(backend: str) -> None:
         ops.select(scores, (2, 4), "group")
     with pytest.raises(KernelError, match="scope"):
         ops.select(scores, 1, "column")
+    for strange in (2**70, -(2**70), "half", None, [[1, 2], [3]]):
+        with pytest.raises(KernelError, match="whole numbers of 64 bits"):
+            ops.select(scores, strange)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("rows", "block"), [(1, 1), (5, 33), (64, 128)])

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +176,48 @@ def test_in_a_process_of_its_own(scenario) -> None:
         env={**os.environ, "OMP_NUM_THREADS": str(TORCHS)}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+# Another OpenMP runtime, which computes on the caller and counts.
+OTHER_RUNTIME = """
+static int calls;
+void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags) { ++calls; body(data); }
+int omp_get_max_threads(void) { return 2; }
+int other_calls(void) { return calls; }
+"""
+
+TWO_RUNTIMES = """
+import ctypes, sys
+if sys.argv[2] == "before":
+    other = ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+import torch
+import mosaic_kernels as mk
+if sys.argv[2] == "after":
+    other = ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+torch.set_num_threads(2)
+packed, x, calls = mk.pack(torch.ones(2000, 1000)), torch.randn(4, 1000), [other.other_calls()]
+torch.randn(1 << 20).exp()
+calls.append(other.other_calls())
+assert torch.allclose(mk.sparse_linear(x, packed), x.sum(1, keepdim=True).expand(4, 2000), atol=1e-3)
+calls.append(other.other_calls())
+print(calls[1] > calls[0], calls[2] > calls[1])
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_of_two_openmp_runtimes_the_one_torch_calls(order: str, tmp_path: Path) -> None:
+    """The loader binds torch to a runtime that was loaded for all before it: then the kernels run there, too."""
+    library = tmp_path / "libother.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", library, "-x", "c", "-"], input=OTHER_RUNTIME, text=True, check=True
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_RUNTIMES, library, order], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    torch_does, kernels_do = done.stdout.split()
+    assert kernels_do == torch_does
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ constexpr int64_t kColumns = kWordBits;
 // Fewer steps than this hold an element less well than bf16 does.
 constexpr float kCoarse = 128;
 
-template <typename T, typename Q>
+// kWatched: whether somebody asks if the rows are even.
+template <typename T, typename Q, bool kWatched>
 bool round_rows(const void* from, int limit, int offset, int64_t rows, int64_t in_features, void* packed,
                 float* scales) {
   bool even = true;
@@ -84,8 +85,10 @@ bool round_rows(const void* from, int limit, int offset, int64_t rows, int64_t i
       for (int64_t i = 0; i < count; ++i) {
         const float v = to_float(x[first + i]);
         float whole = usable ? __builtin_rintf(v / scales[n]) : 0;
-        some += v != 0;
-        coarse += v != 0 && __builtin_fabsf(whole) < kCoarse;
+        if constexpr (kWatched) {
+          some += v != 0;
+          coarse += v != 0 && __builtin_fabsf(whole) < kCoarse;
+        }
         whole = whole > most ? most : whole < -most ? -most : whole;  // a denormal scale is a coarse one
         to[i] = static_cast<Q>(static_cast<int>(whole) + offset);
       }
@@ -110,9 +113,10 @@ int64_t rounded_row_bytes(XForm form, int64_t in_features) {
 
 template <typename T>
 bool round_x(const void* from, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales) {
-  if (!kWhole) return round_rows<T, float>(from, 127, 0, rows, in_features, packed, scales);
-  if (form == XForm::kInt8) return round_rows<T, uint8_t>(from, 127, 128, rows, in_features, packed, scales);
-  return round_rows<T, int16_t>(from, 32767, 0, rows, in_features, packed, scales);
+  if (!kWhole) return round_rows<T, float, false>(from, 127, 0, rows, in_features, packed, scales);
+  if (form == XForm::kInt8)
+    return round_rows<T, uint8_t, false>(from, 127, 128, rows, in_features, packed, scales);
+  return round_rows<T, int16_t, true>(from, 32767, 0, rows, in_features, packed, scales);
 }
 
 template bool round_x<float>(const void*, XForm, int64_t, int64_t, void*, float*);

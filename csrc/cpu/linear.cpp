@@ -63,7 +63,7 @@ int64_t value_bytes(const LinearArgs& a) { return a.scales ? 1 : item_size(a.dty
 
 int64_t chunks_of(const LinearArgs& a) {
   const int64_t work = weights_of(a) * a.rows;
-  if (a.threads == 1 || work <= kInlineWork) {
+  if (a.threads <= 1 || work <= kInlineWork) {
     return a.rows <= kRowBlock ? 1 : weights_of(a) * value_bytes(a) / kCachedBytes + 1;
   }
   if (a.rows <= kRowBlock) return std::min(a.threads * kChunksPerThread, work / kMinChunkWork);

@@ -19,6 +19,9 @@ constexpr int64_t kChunkScores = 1 << 17;
 constexpr int64_t kMaxSlices = 64;
 constexpr int64_t kRankGroup = 64;  // larger groups are selected as rows are
 
+// Each of 4 lanes or more counts a slice, or a row, in 32 bits. (A weight of 2^32 has 8 GB in bf16.)
+constexpr int64_t kMostScores = int64_t{1} << 32;
+
 constexpr int64_t kPiece = 1024;  // scores that are worked out together: 4 KB, they stay in L1
 
 // A matrix of more scores is sampled: 1024 runs of 32 neighbours, and 1/64 of them to each side of the rank.
@@ -263,6 +266,8 @@ Status select_groups(const SelectArgs& a) {
 }  // namespace
 
 Status select(const SelectArgs& args) {
+  if (args.columns > kMostScores || (args.columns > 0 && args.rows > kMostScores / args.columns))
+    return invalid("select: more than 2^32 scores; select from parts of the weight");
   switch (args.scope) {
     case Scope::kMatrix:
       return select_matrix(args);

@@ -58,7 +58,7 @@ struct KernelTable {
   void (*pack_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed);
   XForm (*x_form)(WeightKind, DType);
   // Rounds up to kRowBlock rows of x, one scale each, and interleaves them as their kernel wants it; false
-  // where most elements of a row are so small beside its largest that bf16 would hold them better.
+  // where kInt16 holds most elements of a row, so small beside its largest, less well than bf16 would.
   bool (*round_x[3])(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed,
                      float* scales);
   int64_t (*rounded_row_bytes)(XForm, int64_t in_features);

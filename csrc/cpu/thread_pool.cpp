@@ -101,7 +101,9 @@ class Pool {
   int workers_ = 0;
 };
 
-// The OpenMP runtime that the process has loaded anyway, torch's; csrc links none and looks it up by name.
+// The OpenMP runtime that the process has loaded anyway, torch's; csrc links none and looks it up by name, in
+// the global scope first, as the loader does for torch's own calls: a runtime that was preloaded, or loaded
+// for all before torch was, is the one torch runs on (and the one beside libtorch_cpu.so is then not).
 struct OpenMp {
   void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
   int (*max_threads)();

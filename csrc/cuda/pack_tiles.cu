@@ -23,7 +23,7 @@ template <typename T>
 __device__ __forceinline__ bool keeps(const PackTilesArgs& a, int64_t row, int64_t column) {
   if (row >= a.rows || column >= a.columns) return false;
   const int64_t at = row * a.columns + column;
-  return a.keep ? a.keep[at] != 0 : !is_zero(static_cast<const T*>(a.weight)[at]);
+  return a.keep ? __ldg(a.keep + at) != 0 : !is_zero(__ldg(static_cast<const T*>(a.weight) + at));
 }
 
 template <typename T>
@@ -75,18 +75,30 @@ __global__ void __launch_bounds__(kThreads) values_kernel(const PackTilesArgs a)
   const int begin = end - popcount(mine);
   T* values = static_cast<T*>(a.values) +
               kUnitValues * (static_cast<int64_t>(a.offsets[tile]) + strip_unit(bits, strip));
-#pragma unroll 4
-  for (int slot = 0; slot < kSlots; ++slot) {
-    const int source = 2 * slot + lane / (kWarpLanes / 2);
-    const uint32_t word = __shfl_sync(kFullWarp, mine, source);
-    const int first = __shfl_sync(kFullWarp, begin, source);
-    const uint32_t bit = 2u * (lane % (kWarpLanes / 2));
-    const TilePlace place = tile_place(slot, lane);
-    const T* weight =
-        static_cast<const T*>(a.weight) + (corner.row + place.row) * a.columns + corner.column + place.column;
-    T* value = values + first + rank(word, bit);
-    if (is_kept(word, bit)) *value++ = weight[0];
-    if (is_kept(word, bit + 1)) *value = weight[1];
+  constexpr int kAhead = 4;  // slots whose weights are on their way at once
+  for (int ahead = 0; ahead < kSlots; ahead += kAhead) {
+    T first[kAhead], second[kAhead];
+    T* place[kAhead];
+    uint32_t kept[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int slot = ahead + i, source = 2 * slot + lane / (kWarpLanes / 2);
+      const uint32_t word = __shfl_sync(kFullWarp, mine, source);
+      const uint32_t bit = 2u * (lane % (kWarpLanes / 2));
+      place[i] = values + __shfl_sync(kFullWarp, begin, source) + rank(word, bit);
+      kept[i] = word >> bit & 3u;
+      const TilePlace at = tile_place(slot, lane);
+      const T* weight =
+          static_cast<const T*>(a.weight) + (corner.row + at.row) * a.columns + corner.column + at.column;
+      first[i] = second[i] = from_float<T>(0.0f);
+      if (kept[i] & 1u) first[i] = __ldg(weight);
+      if (kept[i] & 2u) second[i] = __ldg(weight + 1);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (kept[i] & 1u) *place[i]++ = first[i];
+      if (kept[i] & 2u) *place[i] = second[i];
+    }
   }
   const int kept = __shfl_sync(kFullWarp, end, kWarpLanes - 1);
   if (kept + lane < units_of(kept) * kUnitValues) values[kept + lane] = from_float<T>(0.0f);

@@ -181,7 +181,10 @@ def _counts(shape: Sequence[int], keep: int | Tensor | tuple[int, int], scope: s
     """``keep`` as the int64 counts that the kernels take."""
     _require(scope in ("matrix", "row", "group"), f"scope must be 'matrix', 'row' or 'group', got {scope!r}")
     rows, columns = shape
-    counts = torch.as_tensor(keep, dtype=torch.int64, device="cpu").reshape(-1)
+    try:
+        counts = torch.as_tensor(keep, dtype=torch.int64, device="cpu").reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:  # 2**70 is a ValueError or a RuntimeError, as torch likes
+        raise KernelError(f"keep must be whole numbers of 64 bits: {error}") from error
     if scope == "group":
         _require(counts.numel() == 2, "scope='group' takes keep=(n, m)")
         n, m = counts.tolist()

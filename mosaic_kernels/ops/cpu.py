@@ -24,7 +24,9 @@ __all__ = [
     "DENSE_ROWS",
     "KERNELS",
     "Group",
+    "address",
     "dense_linear_raw",
+    "linear_at",
     "sparse_linear_int8_raw",
     "sparse_linear_raw",
     "threads",
@@ -62,7 +64,8 @@ def why_not() -> str | None:
     return _IMPORT_ERROR
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's memory begins; 0 where there is none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -99,7 +102,7 @@ def sparse_linear_raw(
     shape = x.shape[:-1]
     out = x.new_empty((*shape, out_features))
     _C_cpu.sparse_linear(
-        x.data_ptr(), values.data_ptr(), words.data_ptr(), offsets.data_ptr(), _address(bias), out.data_ptr(),
+        x.data_ptr(), values.data_ptr(), words.data_ptr(), offsets.data_ptr(), address(bias), out.data_ptr(),
         shape.numel(), in_features, out_features, values.numel(), _DTYPES[x.dtype], threads(),
     )  # fmt: skip
     return out
@@ -115,11 +118,37 @@ def sparse_linear_int8_raw(
     scales, shape = scales.contiguous(), x.shape[:-1]
     out = x.new_empty((*shape, out_features))
     _C_cpu.sparse_linear_int8(
-        x.data_ptr(), values.data_ptr(), words.data_ptr(), offsets.data_ptr(), _address(bias), out.data_ptr(),
+        x.data_ptr(), values.data_ptr(), words.data_ptr(), offsets.data_ptr(), address(bias), out.data_ptr(),
         shape.numel(), in_features, out_features, values.numel(), _DTYPES[x.dtype], threads(),
         scales.data_ptr(), scales.shape[1], quantize_x,
     )  # fmt: skip
     return out
+
+
+def linear_at(
+    operands: Operands, in_features: int, dtype: torch.dtype, quantize_x: bool = False
+) -> Callable[[int, int, int, int], None]:
+    """The kernel of one weight, which was checked and addressed once and has to stay where it is.
+
+    Args:
+        operands: the weight, contiguous.
+        in_features: of it.
+        dtype: of the activations it will meet.
+        quantize_x: see ``sparse_linear_int8``.
+
+    Returns:
+        What takes the addresses of ``x`` and of the result, the rows of ``x`` and the number of threads.
+
+    Raises:
+        KernelError: activations of that dtype do not fit the weight.
+    """
+    values, scales, words, offsets, bias = operands
+    out_features = words.shape[0]
+    _fitting(torch.empty(0, in_features, dtype=dtype), values, words, bias, in_features, out_features)
+    return _C_cpu.PreparedLinear(
+        values.data_ptr(), words.data_ptr(), offsets.data_ptr(), address(bias), in_features, out_features,
+        values.numel(), _DTYPES[dtype], address(scales), 0 if scales is None else scales.shape[1], quantize_x,
+    ).run  # fmt: skip
 
 
 class Group:
@@ -153,8 +182,8 @@ class Group:
             bias = None if bias is None else bias.detach()
             self._held.append((values, scales, words, offsets, bias))
             self._parts.append((
-                (values.data_ptr(), words.data_ptr(), offsets.data_ptr(), _address(bias)),
-                (out_features, values.numel(), _address(scales), 0 if scales is None else scales.shape[1]),
+                (values.data_ptr(), words.data_ptr(), offsets.data_ptr(), address(bias)),
+                (out_features, values.numel(), address(scales), 0 if scales is None else scales.shape[1]),
             ))  # fmt: skip
 
     def __call__(self, x: Tensor) -> list[Tensor]:
@@ -189,7 +218,7 @@ def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shape = x.shape[:-1]
     out = x.new_empty((*shape, out_features))
     _C_cpu.sparse_linear(
-        x.data_ptr(), weight.data_ptr(), 0, 0, _address(bias), out.data_ptr(),
+        x.data_ptr(), weight.data_ptr(), 0, 0, address(bias), out.data_ptr(),
         shape.numel(), in_features, out_features, 0, _DTYPES[x.dtype], threads(),
     )  # fmt: skip
     return out

@@ -13,12 +13,17 @@ from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import dequantize
 from mosaic_kernels.ops import cpu, cuda, reference, triton
 from mosaic_kernels.ops import select as _select
+from mosaic_kernels.tiles import TILE_WORDS, tile_counts
 
 _SCHEMAS = {
     "sparse_linear": "(Tensor x, Tensor values, Tensor words, Tensor offsets, Tensor? bias, int in_features) -> Tensor",
     "sparse_linear_int8": "(Tensor x, Tensor values, Tensor scales, Tensor words, Tensor offsets, Tensor? bias, "
     "int in_features, bool quantize_x) -> Tensor",
     "dense_linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "tile_linear": "(Tensor x, Tensor tiles, Tensor offsets, Tensor values, Tensor? bias, int out_features, "
+    "int in_features, int largest_tile) -> Tensor",
+    "pack_tiles": "(Tensor weight, Tensor? keep=None) -> (Tensor tiles, Tensor offsets, Tensor values)",
+    "expand_tiles": "(Tensor tiles, Tensor offsets, Tensor values, int rows, int columns) -> Tensor",
     "pack": "(Tensor weight, Tensor? keep=None) -> (Tensor values, Tensor bitmask)",
     "unpack": "(Tensor values, Tensor bitmask, int in_features) -> Tensor",
     "outlier_stats": "(Tensor weight, Tensor column_norms, float[] alphas) -> (Tensor score_sum, Tensor counts)",
@@ -71,6 +76,33 @@ def _(
 @torch.library.register_fake("mosaic::dense_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("mosaic::tile_linear")
+def _(
+    x: Tensor,
+    tiles: Tensor,
+    offsets: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    largest_tile: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("mosaic::pack_tiles")
+def _(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    down, across = tile_counts(*weight.shape)
+    values = weight.new_empty(torch.library.get_ctx().new_dynamic_size())
+    tiles = weight.new_empty((down, across, TILE_WORDS), dtype=torch.int32)
+    return tiles, tiles.new_empty(down * across + 1), values
+
+
+@torch.library.register_fake("mosaic::expand_tiles")
+def _(tiles: Tensor, offsets: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    return values.new_empty(rows, columns)
 
 
 @torch.library.register_fake("mosaic::pack")
@@ -146,5 +178,18 @@ def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad @ weight, None, None, None, None, None, None, None
 
 
+def _save_tiles_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, tiles, offsets, values, bias, *shape, _ = inputs
+    _require_frozen(values, bias)
+    ctx.save_for_backward(tiles, offsets, values)
+    ctx.shape = shape
+
+
+def _tile_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight = torch.ops.mosaic.expand_tiles(*ctx.saved_tensors, *ctx.shape)
+    return grad @ weight, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("mosaic::tile_linear", _tile_backward, setup_context=_save_tiles_for_backward)
 torch.library.register_autograd("mosaic::sparse_linear", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd("mosaic::sparse_linear_int8", _int8_backward, setup_context=_save_int8_for_backward)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.format import GROUP_COLUMNS, bits_to_mask, dequantize, mask_to_bits
+from mosaic_kernels.tiles import TileBitmap
 
 
 def sparse_linear(
@@ -50,6 +51,28 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Whole numbers of -127 to 127 in fp32 (a row with NaN or Inf: NaN), and the size of each row's steps."""
     steps = x.float().abs().amax(-1, keepdim=True) / 127
     return torch.where(steps == 0, 0, x.float() / steps).round().clamp(-127, 127), steps
+
+
+def tile_linear(
+    x: Tensor,
+    tiles: Tensor,
+    offsets: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    largest_tile: int,
+) -> Tensor:
+    return F.linear(x, expand_tiles(tiles, offsets, values, out_features, in_features), bias)
+
+
+def expand_tiles(tiles: Tensor, offsets: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    return TileBitmap(tiles, offsets, values, (rows, columns), 0, 0).to_dense()
+
+
+def pack_tiles(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    packed = TileBitmap.from_dense(weight, keep)
+    return packed.tiles, packed.offsets, packed.values
 
 
 def pack(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,14 @@ import torch
 from torch.autograd import forward_ad
 
 from mosaic_kernels.errors import BackendError, UsageError
+from mosaic_kernels.tiles import TileBitmap
+
+# found once: a look-up from module to module costs as much as the question
+_is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+logger = logging.getLogger(__name__)
 
 BACKEND_NAMES = ("reference", "cpu", "cuda", "triton")
 
@@ -36,13 +45,15 @@ class Backend:
 
 _registry: dict[str, Backend] = {}
 _forced: str | None = None
-_resolved: dict[tuple[str, str], Callable[..., Any]] = {}  # what `kernel` found, until a backend is forced or added
+_reported: set[str] = set()  # backends whose absence was logged
+# What `kernel` found, by operator and type of device, until a backend is forced or added.
+resolved: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def register(backend: Backend) -> None:
     """Add a backend; the order of registration is the order of preference."""
     _registry[backend.name] = backend
-    _resolved.clear()
+    resolved.clear()
 
 
 def backends() -> dict[str, Backend]:
@@ -61,25 +72,38 @@ def kernel(op: str, device: torch.device) -> Callable[..., Any]:
     Raises:
         BackendError: a forced backend cannot run here, or lacks this operator.
     """
-    found = _resolved.get((op, device.type))
+    found = resolved.get((op, device.type))
     if found is None:
-        found = _resolved[op, device.type] = _resolve(op, device)
+        found = resolved[op, device.type] = _resolve(op, device)
     return found
 
 
 def kernel_for(op: str, x: torch.Tensor) -> Callable[..., Any]:
     """:func:`kernel` of the device of ``x``, without making a ``torch.device`` where it is the CPU (0.4 us)."""
-    found = _resolved.get((op, "cpu")) if x.is_cpu else None
+    found = resolved.get((op, "cpu")) if x.is_cpu else None
     return kernel(op, x.device) if found is None else found
 
 
 def _resolve(op: str, device: torch.device) -> Callable[..., Any]:
     if _forced is not None:
         return _forced_kernel(_registry[_forced], op, device)
+    passed_over: list[tuple[str, str]] = []
     for backend in _registry.values():
-        if device.type in backend.devices and op in backend.kernels and backend.why_not() is None:
-            return backend.kernels[op]
+        if device.type in backend.devices and op in backend.kernels:
+            reason = backend.why_not()
+            if reason is None:
+                _report(passed_over, device, backend.name)
+                return backend.kernels[op]
+            passed_over.append((backend.name, reason))
     return _registry["reference"].kernels[op]
+
+
+def _report(passed_over: list[tuple[str, str]], device: torch.device, chosen: str) -> None:
+    """Log, once for each, the backends that should have run: a broken build must not be slow in silence."""
+    for name, reason in passed_over:
+        if name not in _reported:
+            _reported.add(name)
+            logger.warning("backend '%s' cannot run, so %s tensors use '%s': %s", name, device.type, chosen, reason)
 
 
 def _forced_kernel(backend: Backend, op: str, device: torch.device) -> Callable[..., Any]:
@@ -104,12 +128,12 @@ def use_backend(name: str) -> Iterator[None]:
     """Force ``name`` inside a ``with`` block, as ``MOSAIC_BACKEND`` does for a process."""
     global _forced
     before, _forced = _forced, _checked(name)
-    _resolved.clear()
+    resolved.clear()
     try:
         yield
     finally:
         _forced = before
-        _resolved.clear()
+        resolved.clear()
 
 
 if os.environ.get("MOSAIC_BACKEND"):
@@ -155,13 +179,23 @@ def fast_sparse_linear_int8(
     return direct
 
 
+def fast_tile_linear(x: torch.Tensor, weight: TileBitmap, bias: torch.Tensor | None) -> torch.Tensor:
+    """``torch.ops.mosaic.tile_linear``, as directly as :func:`fast_sparse_linear`."""
+    arguments = (x, weight.tiles, weight.offsets, weight.values, bias, *weight.shape, weight.largest_tile)
+    if is_recorded(x):
+        out: torch.Tensor = torch.ops.mosaic.tile_linear(*arguments)
+        return out
+    direct: torch.Tensor = kernel_for("tile_linear", x)(*arguments)
+    return direct
+
+
 def is_recorded(x: torch.Tensor) -> bool:
     """Whether autograd, a compiler, a tracer, a function transform or a tensor subclass must see the call."""
     return (
-        (torch.is_grad_enabled() and x.requires_grad)
-        or type(x) is not torch.Tensor
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        type(x) is not torch.Tensor
+        or (x.requires_grad and torch.is_grad_enabled())
+        or _is_compiling()
         or forward_ad._current_level >= 0
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or _tracing_state() is not None
+        or _is_wrapped(x)
     )

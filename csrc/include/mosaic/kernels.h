@@ -177,7 +177,7 @@ struct PackArgs {
   uint32_t* words;
   int64_t* counts;         // [rows]: kept weights of each row; pack_bits alone writes it
   const int64_t* offsets;  // [rows + 1]; nullptr for pack_bits
-  const uint8_t* keep;     // [rows, columns], 0 or 1, for pack_bits; nullptr: every weight that is not zero
+  const uint8_t* keep;     // [rows, columns], 0 or 1: the others count as zero, for pack_bits; or nullptr
   int64_t rows;
   int64_t columns;
   DType dtype;
@@ -190,7 +190,7 @@ Status unpack(const PackArgs&, Launch);       // values, words, offsets -> weigh
 // weight [rows, columns], bf16 or fp16 -> tile bitmap
 struct PackTilesArgs {
   const void* weight;
-  const uint8_t* keep;      // [rows, columns], 0 or 1; nullptr: every weight that is not zero
+  const uint8_t* keep;      // [rows, columns], 0 or 1: what is stored, zeros too; nullptr: all but zeros
   uint32_t* tiles;          // written by pack_tile_bits, read by pack_tile_values
   const uint32_t* offsets;  // pack_tile_values alone, as are values
   void* values;
