@@ -57,20 +57,6 @@ def sparse_linear_group(
     quantize_x: bool,
     parts: list[tuple[int, ...]],
 ) -> None: ...
-def emulate_linear_decode(
-    x: int,
-    values: int,
-    words: int,
-    offsets: int,
-    bias: int,
-    out: int,
-    rows: int,
-    in_features: int,
-    out_features: int,
-    nnz: int,
-    dtype: int,
-    threads: int,
-) -> None: ...
 def pack_bits(
     weight: int, keep: int, bitmask: int, offsets: int, rows: int, columns: int, dtype: int, threads: int
 ) -> None: ...

@@ -69,6 +69,29 @@ def linear_decode(
     device: int,
     stream: int,
 ) -> None: ...
+def linear_prefill(
+    parts: list[_Part],
+    x: int,
+    rows: int,
+    in_features: int,
+    dtype: int,
+    workspace: int,
+    workspace_bytes: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def expand_tiles(
+    tiles: int,
+    offsets: int,
+    values: int,
+    weight: int,
+    rows: int,
+    columns: int,
+    first_row_tile: int,
+    last_row_tile: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def linear_workspace_bytes(device: int) -> int: ...
 def pack_tile_bits(
     weight: int,

@@ -29,11 +29,10 @@ void call(const char* op, Status (*run)(const Args&), const Args& args) {
   raise_unless_ok(status, op);
 }
 
-template <Status (*kRun)(const LinearArgs&)>
 void sparse_linear(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias,
                    uintptr_t out, int64_t rows, int64_t in_features, int64_t out_features, int64_t nnz,
                    int dtype, int threads) {
-  call("sparse_linear", kRun,
+  call("sparse_linear", cpu::sparse_linear,
        LinearArgs{address<void>(x), address<void>(values), address<uint32_t>(words),
                   address<int64_t>(offsets), address<void>(bias), address<void>(out), rows, in_features,
                   out_features, nnz, DType(dtype), threads});
@@ -145,13 +144,12 @@ PYBIND11_MODULE(_C_cpu, m) {
   using namespace mosaic;
   using namespace mosaic::python;
   m.doc() = "CPU kernels of mosaic_kernels; call them through mosaic_kernels.ops";
-  m.def("sparse_linear", python::sparse_linear<cpu::sparse_linear>);
+  m.def("sparse_linear", python::sparse_linear);
   m.def("sparse_linear_int8", python::sparse_linear_int8);
   py::class_<PreparedLinear>(m, "PreparedLinear")
       .def(py::init(&prepare_linear))
       .def("run", &PreparedLinear::run);
   m.def("sparse_linear_group", python::sparse_linear_group);
-  m.def("emulate_linear_decode", python::sparse_linear<cpu::emulate_linear_decode>);
   m.def("pack_bits", python::pack_bits);
   m.def("pack_values", pack_or_unpack<cpu::pack_values>);
   m.def("unpack", pack_or_unpack<cpu::unpack>);

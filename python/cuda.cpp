@@ -60,6 +60,20 @@ void tile_linear(const std::vector<Part>& parts, uintptr_t x, int64_t rows, int6
   raise_unless_ok(kRun(args, {address<void>(stream), device}), "sparse_linear");
 }
 
+void expand_tiles(uintptr_t tiles, uintptr_t offsets, uintptr_t values, uintptr_t weight, int64_t rows,
+                  int64_t columns, int64_t first_row_tile, int64_t last_row_tile, int device,
+                  uintptr_t stream) {
+  const cuda::ExpandTilesArgs args{address<void>(tiles),
+                                   address<uint32_t>(offsets),
+                                   address<void>(values),
+                                   address<void>(weight),
+                                   rows,
+                                   columns,
+                                   first_row_tile,
+                                   last_row_tile};
+  raise_unless_ok(cuda::expand_tiles(args, {address<void>(stream), device}), "unpack");
+}
+
 template <Status (*kRun)(const cuda::PackArgs&, cuda::Launch)>
 void pack(uintptr_t weight, uintptr_t values, uintptr_t words, uintptr_t counts, uintptr_t offsets,
           uintptr_t keep, int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
@@ -102,6 +116,8 @@ PYBIND11_MODULE(MOSAIC_CUDA_MODULE, m) {
   m.doc() = "CUDA kernels of mosaic_kernels; call them through mosaic_kernels.ops";
   m.def("linear_rows", python::linear_rows);
   m.def("linear_decode", tile_linear<cuda::linear_decode>);
+  m.def("linear_prefill", tile_linear<cuda::linear_prefill>);
+  m.def("expand_tiles", python::expand_tiles);
   m.def("linear_workspace_bytes", cuda::linear_workspace_bytes);
   m.def("pack_bits", pack<cuda::pack_bits>);
   m.def("pack_values", pack<cuda::pack_values>);

@@ -12,6 +12,9 @@ from simt import CODES, DEVICE, Gpu
 from torch import Tensor
 
 import mosaic_kernels as mk
+from mosaic_kernels.errors import KernelError
+from mosaic_kernels.format import RowIndex
+from mosaic_kernels.ops import reference
 from mosaic_kernels.tiles import TileBitmap
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,3 +107,118 @@ def test_linear_decode(gpu: Gpu, dtype: torch.dtype, rows: int) -> None:
         bias = torch.randn(out).to(dtype) if seed % 2 else None
         (found,) = linear_decode(gpu, x, [(weight, bias)])
         assert_product(found, x, weight, bias)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])
+def test_linear_decode_of_any_part_of_a_group(gpu: Gpu, density: float) -> None:
+    for seed, out in enumerate((2, 16, 17, 63, 65, 127, 128, 129, 192, 193)):
+        gpu.seed(seed)
+        columns = 8 * (1 + 5 * seed)
+        x, weight = torch.randn(3, columns).bfloat16(), sparse(out, columns, density)
+        assert_product(linear_decode(gpu, x, [(weight, None)])[0], x, weight, None)
+
+
+@pytest.mark.parametrize("multiprocessors", range(1, 8))
+def test_any_number_of_blocks_shares_the_steps(gpu: Gpu, multiprocessors: int) -> None:
+    """Columns long enough that 14 blocks split them, shared memory for several stages, for one, and of one block."""
+    x, weight, bias = torch.randn(5, 1000).bfloat16(), sparse(150, 1000, 0.5), torch.randn(150).bfloat16()
+    for shared_bytes, resident in ((228 * 1024, 1), (100 * 1024, 4), (48 * 1024, 14)):
+        gpu.limits(multiprocessors, shared_bytes, resident)
+        gpu.seed(multiprocessors)
+        assert_product(linear_decode(gpu, x, [(weight, bias)])[0], x, weight, bias)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_several_weights_in_one_launch(gpu: Gpu, parts: int) -> None:
+    x = torch.randn(2, 328).half()
+    for seed, outs in enumerate([(200, 65, 1, 64), (0, 129, 0, 7), (5, 5, 5, 5)]):
+        gpu.limits(multiprocessors=2 + seed)
+        gpu.seed(seed)
+        given = [
+            (sparse(out, 328, 0.2 * (p + 1), torch.float16), torch.randn(out).half()) for p, out in enumerate(outs)
+        ]
+        for found, (weight, bias) in zip(linear_decode(gpu, x, given[:parts]), given, strict=False):
+            assert_product(found, x, weight, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 12, 70])
+def test_the_order_of_the_blocks_changes_nothing(gpu: Gpu, rows: int) -> None:
+    """One workspace for all launches: its counters are zero again after each."""
+    gpu.limits(multiprocessors=4, shared_bytes=100 * 1024, resident_blocks=8)
+    x, weight, work = torch.randn(rows, 520).bfloat16(), sparse(300, 520, 0.5), workspace(gpu)
+    results = []
+    for seed in range(12):
+        gpu.seed(seed)
+        results += linear_decode(gpu, x, [(weight, None)], work)
+        assert not work.read()[: 4 * 16384].any()
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert_product(results[0], x, weight, None)
+
+
+def test_what_a_decode_launch_refuses(gpu: Gpu) -> None:
+    x, weight = torch.randn(1, 64).bfloat16(), sparse(64, 64, 0.5)
+    with pytest.raises(KernelError, match="pad its features to a multiple of 8"):
+        linear_decode(gpu, x[:, :60].contiguous(), [(weight[:, :60], None)])
+    with pytest.raises(KernelError, match="1 to 4 weights"):
+        linear_decode(gpu, x, [])
+    with pytest.raises(KernelError, match="bf16 and fp16"):
+        gpu.module.linear_decode([(0, 0, 0, 0, 0, 64, 1)], 0, 1, 64, 0, 0, 1 << 40, DEVICE, 0)
+    with pytest.raises(KernelError, match="workspace is too small"):
+        linear_decode(gpu, x, [(weight, None)], Guarded(torch.zeros(16, dtype=torch.uint8)))
+    gpu.limits(shared_bytes=8 * 1024)
+    with pytest.raises(KernelError, match="shared memory is too small"):
+        linear_decode(gpu, x, [(weight, None)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (4, 64), (9, 257)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_pack_and_unpack(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int], masked: bool) -> None:
+    rows, columns = shape
+    sizes = (rows, columns, CODES[dtype], DEVICE, 0)
+    for seed, density in enumerate((0.0, 0.5, 1.0)):
+        gpu.seed(seed)
+        dense = sparse(rows, columns, density, dtype)
+        keep = torch.rand(shape) < 0.7 if masked else None
+        expected_values, expected_bits = reference.pack(dense, keep)
+        index = RowIndex.from_bitmask(expected_bits)
+        weight, mask = Guarded(dense), Guarded(torch.empty(0, dtype=torch.bool) if keep is None else keep)
+        words, counts = Guarded(torch.full_like(index.words, -1)), Guarded(torch.full((rows,), -1))
+        keep_address = 0 if keep is None else mask.address
+        gpu.module.pack_bits(weight.address, 0, words.address, counts.address, 0, keep_address, *sizes)
+        assert torch.equal(words.read(), index.words)
+        assert torch.equal(counts.read(), index.offsets.diff())
+
+        offsets, values = Guarded(index.offsets), Guarded(torch.full_like(expected_values, float("nan")))
+        gpu.module.pack_values(weight.address, values.address, words.address, 0, offsets.address, 0, *sizes)
+        assert torch.equal(values.read(), expected_values)
+
+        again = unwritten(rows, columns, dtype)
+        gpu.module.unpack(again.address, values.address, words.address, 0, offsets.address, 0, *sizes)
+        assert torch.equal(again.read(), dense if keep is None else dense * keep)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (65, 130), (63, 40), (130, 72)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_pack_tiles(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int], masked: bool) -> None:
+    rows, columns = shape
+    for seed, density in enumerate((0.0, 0.03, 0.5, 1.0)):
+        gpu.seed(seed)
+        dense = sparse(rows, columns, density, dtype)
+        keep = torch.rand(shape) < 0.5 if masked else None  # zeros that are kept are stored
+        expected = TileBitmap.from_dense(dense, keep)
+        weight, mask = Guarded(dense), Guarded(torch.empty(0, dtype=torch.bool) if keep is None else keep)
+        tiles, offsets = Guarded(torch.full_like(expected.tiles, -1)), Guarded(expected.offsets)
+        values = Guarded(torch.full_like(expected.values, float("nan")))
+        source = (weight.address, 0 if keep is None else mask.address, tiles.address)
+        sizes = (rows, columns, CODES[dtype], DEVICE, 0)
+        gpu.module.pack_tile_bits(*source, 0, 0, *sizes)
+        assert torch.equal(tiles.read(), expected.tiles)
+        gpu.module.pack_tile_values(*source, offsets.address, values.address, *sizes)
+        assert torch.equal(values.read(), expected.values)
+
+
+def test_devices_are_found(gpu: Gpu) -> None:
+    assert gpu.module.why_not(0) is None
+    assert gpu.module.why_not(1000) == "there is no such CUDA device"

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tile bitmap times 1 to 64 rows of x: stream.cuh's walk with weights that are decoded on their way into
-// the tensor cores. A strip of 16 x 64 weights costs a warp one prefix sum over its 32 words, and each of
-// its 16 slots one 8-byte load (a word and where its values begin), one popcount and two predicated loads.
+// the tensor cores.
 #include "cuda/stream.cuh"
 
 namespace mosaic::cuda {
@@ -11,29 +10,18 @@ struct Bitmap {
   static constexpr int kTileBytes = mosaic::kTileBytes;
   static constexpr bool kHasValues = true;
 
-  // sums += strip . x^T; `area` is 256 bytes of this warp's own.
+  // sums += strip . x^T; `area` is kAreaBytes of this warp's own.
   template <typename T, int kBlocks>
   static __device__ __forceinline__ void multiply(float (&sums)[kBlocks][4], uint32_t tile, uint32_t values,
                                                   uint32_t x, uint32_t area, int strip, int lane) {
-    const uint32_t word = load_shared_u32(tile + 4 * (kTileHeaderWords + strip * kStripWords + lane));
-    const uint32_t begins = load_shared_u32(tile + 4 * (strip / 2));
-    const uint32_t begin = values + 16 * (begins >> (16 * (strip % 2)) & 0xffffu);
-    const int count = popcount(word);
-    store_shared_u64(area + 8 * lane, make_uint2(word, begin + 2 * (inclusive_sum(count, lane) - count)));
-    __syncwarp();
-
-    const uint32_t first_bit = 1u << (2 * (lane % 16)), second_bit = 2 * first_bit, below = first_bit - 1;
-    const uint32_t pairs = area + 8 * (lane / 16);
+    const StripWalk walk(area, lane);
+    walk.begin(tile, values, strip);
     uint32_t b[4];
 #pragma unroll
     for (int step = 0; step < kTileColumns / 16; ++step) {
       uint32_t weights[4];
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const uint2 pair = load_shared_u64(pairs + 16 * (4 * step + r));
-        const uint32_t at = pair.y + 2 * popcount(pair.x & below);
-        weights[r] = load_shared_kept_pair(at, pair.x, first_bit, second_bit);
-      }
+      for (int r = 0; r < 4; ++r) weights[r] = walk.slot(4 * step + r);
       // One block of 8 rows: a load brings x of two steps; more: of two blocks.
       if constexpr (kBlocks == 1) {
         if (step % 2 == 0) load_matrices(b, x + (lane % 8) * kXStride + 32 * step + 16 * (lane / 8));
@@ -48,7 +36,6 @@ struct Bitmap {
         }
       }
     }
-    __syncwarp();  // before the next strip's pairs take this one's place
   }
 };
 

@@ -11,11 +11,10 @@
 // Weights do not depend on the kernel before this one: their first copies start before it has ended.
 #pragma once
 
-#include "cuda/launch.cuh"
+#include "cuda/parts.cuh"
 
 namespace mosaic::cuda {
 
-constexpr int kGroup = 2;      // tiles of a step: eight strips share what is copied of x
 constexpr int kBlockRows = 8;  // rows of x that one mma takes
 constexpr int kMaxBlocks = 8;  // of which a launch takes at most so many: 64 rows
 constexpr int kMaxStages = 10;
@@ -23,13 +22,11 @@ constexpr int kConsumerWarps = kGroup * kStrips;
 constexpr int kConsumers = kConsumerWarps * kWarpLanes;
 constexpr int kStreamThreads = kConsumers + kWarpLanes;
 constexpr int kXStride = kTileColumns * 2 + 16;  // bytes; 8 rows at 16 bytes of skew lie in different banks
-constexpr int kAreaBytes = kStripWords * 8;      // a consumer warp's own shared memory
 constexpr int kControlBytes = 256;               // 2 kMaxStages barriers and a flag
 constexpr int kFixedShared = kControlBytes + kConsumerWarps * kAreaBytes;
 
 // How the list of steps is dealt out.
 struct Deal {
-  int column_steps;  // of a group of rows
   int64_t steps;
   int blocks;
 };
@@ -39,14 +36,8 @@ MOSAIC_HD int block_of(const Deal& d, int64_t step) {
   return static_cast<int>(((step + 1) * d.blocks - 1) / d.steps);
 }
 
-struct StreamPart {
-  TilePart part;
-  int first_group;
-};
-
 struct StreamArgs {
-  StreamPart parts[kMaxParts];
-  int part_count;
+  PartList list;
   const void* x;
   int rows;
   int in_features;
@@ -57,31 +48,6 @@ struct StreamArgs {
   float* partials;       // [2 blocks][kConsumerWarps][4 sums of each 8 rows][lanes]
 };
 
-__device__ __forceinline__ const StreamPart& part_of(const StreamArgs& a, int group) {
-  int p = 0;
-  while (p + 1 < a.part_count && group >= a.parts[p + 1].first_group) ++p;
-  return a.parts[p];
-}
-
-// The tiles of a step: how many there are (the last group may have fewer), and the first one's number.
-struct StepTiles {
-  const TilePart* part;
-  int count;
-  int64_t first;  // tile t of the step is first + t * column_steps
-};
-
-__device__ __forceinline__ StepTiles tiles_of(const StreamArgs& a, int group, int column_step) {
-  const StreamPart& found = part_of(a, group);
-  const int64_t row = static_cast<int64_t>(group - found.first_group) * kGroup;
-  const int64_t left = row_tiles(found.part.out_features) - row;
-  return {&found.part, left < kGroup ? static_cast<int>(left) : kGroup,
-          row * a.deal.column_steps + column_step};
-}
-
-struct Stage {
-  uint32_t x, tiles, values;  // shared addresses
-};
-
 template <typename Format, int kBlocks>
 struct StageShape {
   static constexpr int kX = kBlocks * kBlockRows * kXStride;
@@ -89,27 +55,11 @@ struct StageShape {
   MOSAIC_HD int bytes(int tile_value_bytes) { return kX + kTiles + kGroup * tile_value_bytes; }
 };
 
-// Where each step's values begin and how long they are, fetched 32 steps at a time, a step a lane, and one
-// such batch ahead: a step alone would wait for memory.
-struct ValueRanges {
-  uint32_t first[kGroup], end[kGroup];
-};
-
-__device__ __forceinline__ ValueRanges fetch_ranges(const StreamArgs& a, int64_t step, int64_t last) {
-  ValueRanges r = {};
-  if (step >= last) return r;
-  const auto group = static_cast<int>(step / a.deal.column_steps);
-  const StepTiles tiles = tiles_of(a, group, static_cast<int>(step % a.deal.column_steps));
-#pragma unroll
-  for (int t = 0; t < kGroup; ++t) {
-    if (t < tiles.count) {
-      const uint32_t* offset =
-          tiles.part->offsets + tiles.first + static_cast<int64_t>(t) * a.deal.column_steps;
-      r.first[t] = offset[0];
-      r.end[t] = offset[1];
-    }
-  }
-  return r;
+// The ranges of step `step` of the list, if that is before `last`.
+__device__ __forceinline__ ValueRanges ranges_of_step(const StreamArgs& a, int64_t step, int64_t last) {
+  if (step >= last) return {};
+  return fetch_ranges(a.list, static_cast<int>(step / a.list.column_steps),
+                      static_cast<int>(step % a.list.column_steps));
 }
 
 // Copies `bytes`, a multiple of 16, with one thread where there are bulk copies and with 32 elsewhere.
@@ -137,9 +87,9 @@ struct Producer {
   __device__ Producer(const StreamArgs& args, uint32_t barriers_, uint32_t stages_, int64_t first_,
                       int64_t last_, int lane_)
       : a(args), barriers(barriers_), stages(stages_), first(first_), last(last_), lane(lane_) {
-    group = static_cast<int>(first / a.deal.column_steps);
-    x_column_step = column_step = static_cast<int>(first % a.deal.column_steps);
-    if constexpr (Format::kHasValues) ahead = fetch_ranges(a, first + lane, last);
+    group = static_cast<int>(first / a.list.column_steps);
+    x_column_step = column_step = static_cast<int>(first % a.list.column_steps);
+    if constexpr (Format::kHasValues) ahead = ranges_of_step(a, first + lane, last);
   }
 
   __device__ uint32_t stage(int64_t i) const {
@@ -156,10 +106,10 @@ struct Producer {
     if constexpr (Format::kHasValues) {
       if (batch_lane == 0) {
         now = ahead;
-        ahead = fetch_ranges(a, first + i + kWarpLanes + lane, last);
+        ahead = ranges_of_step(a, first + i + kWarpLanes + lane, last);
       }
     }
-    const StepTiles tiles = tiles_of(a, group, column_step);
+    const StepTiles tiles = tiles_of(a.list, group, column_step);
     const uint32_t to = stage(i) + StageShape<Format, kBlocks>::kX;
     uint32_t units[kGroup] = {}, begin[kGroup] = {};
     uint32_t total = tiles.count * Format::kTileBytes + a.rows * x_bytes(column_step);
@@ -178,7 +128,7 @@ struct Producer {
 #pragma unroll
     for (int t = 0; t < kGroup; ++t) {
       if (t < tiles.count) {
-        const int64_t tile = tiles.first + static_cast<int64_t>(t) * a.deal.column_steps;
+        const int64_t tile = tiles.first + static_cast<int64_t>(t) * a.list.column_steps;
         copy_piece(to + t * Format::kTileBytes,
                    static_cast<const char*>(tiles.part->tiles) + tile * Format::kTileBytes,
                    Format::kTileBytes, full(i), lane, lane == 2 * t);
@@ -189,7 +139,7 @@ struct Producer {
         }
       }
     }
-    if (++column_step == a.deal.column_steps) {
+    if (++column_step == a.list.column_steps) {
       column_step = 0;
       ++group;
     }
@@ -210,7 +160,7 @@ struct Producer {
       }
       barrier_arrive_after_copies(full(i));
     }
-    if (++x_column_step == a.deal.column_steps) x_column_step = 0;
+    if (++x_column_step == a.list.column_steps) x_column_step = 0;
   }
 
   __device__ void run() {
@@ -249,7 +199,7 @@ __device__ __forceinline__ void write_out(const TilePart& part, int64_t strip_ro
 template <typename T, int kBlocks>
 __device__ void finish_segment(const StreamArgs& a, int group, bool whole, bool starts_run, uint32_t* flag,
                                float (&sums)[kBlocks][4], int warp, int lane) {
-  const StreamPart& found = part_of(a, group);
+  const ListedPart& found = part_of(a.list, group);
   const int64_t strip_row =
       (static_cast<int64_t>(group - found.first_group) * kGroup * kStrips + warp) * kStripRows;
   if (!whole) {
@@ -263,9 +213,9 @@ __device__ void finish_segment(const StreamArgs& a, int group, bool whole, bool 
 #pragma unroll
       for (int r = 0; r < 4; ++r) __stcg(own + (4 * b + r) * kWarpLanes, sums[b][r]);
     }
-    const int64_t begin = static_cast<int64_t>(group) * a.deal.column_steps;
+    const int64_t begin = static_cast<int64_t>(group) * a.list.column_steps;
     const int first_block = block_of(a.deal, begin);
-    const int last_block = block_of(a.deal, begin + a.deal.column_steps - 1);
+    const int last_block = block_of(a.deal, begin + a.list.column_steps - 1);
     __threadfence();
     sync_threads_of(1, kConsumers);
     if (threadIdx.x == 0) {
@@ -296,11 +246,11 @@ template <typename Format, typename T, int kBlocks>
 __device__ void consume(const StreamArgs& a, uint32_t* flag, uint32_t barriers, uint32_t area,
                         uint32_t stages, int64_t first, int64_t last, int warp, int lane) {
   float sums[kBlocks][4] = {};
-  auto group = static_cast<int>(first / a.deal.column_steps);
-  auto column_step = static_cast<int>(first % a.deal.column_steps);
+  auto group = static_cast<int>(first / a.list.column_steps);
+  auto column_step = static_cast<int>(first % a.list.column_steps);
   int segment_start = column_step, stage = 0;
   uint32_t parity = 0;
-  int tiles = tiles_of(a, group, column_step).count;
+  int tiles = tiles_of(a.list, group, column_step).count;
   const int tile = warp / kStrips;
   const uint32_t stage_bytes = StageShape<Format, kBlocks>::bytes(a.tile_value_bytes);
   for (int64_t step = first; step < last; ++step) {
@@ -318,8 +268,8 @@ __device__ void consume(const StreamArgs& a, uint32_t* flag, uint32_t barriers, 
       stage = 0;
       parity ^= 1;
     }
-    if (++column_step == a.deal.column_steps || step + 1 == last) {
-      const bool whole = segment_start == 0 && column_step == a.deal.column_steps;
+    if (++column_step == a.list.column_steps || step + 1 == last) {
+      const bool whole = segment_start == 0 && column_step == a.list.column_steps;
       const bool starts_run = step - first < column_step - segment_start;
       finish_segment<T, kBlocks>(a, group, whole, starts_run, flag, sums, warp, lane);
 #pragma unroll
@@ -329,7 +279,7 @@ __device__ void consume(const StreamArgs& a, uint32_t* flag, uint32_t barriers, 
       }
       segment_start = column_step = 0;
       ++group;
-      if (step + 1 < last) tiles = tiles_of(a, group, 0).count;
+      if (step + 1 < last) tiles = tiles_of(a.list, group, 0).count;
     }
   }
 }
@@ -388,48 +338,36 @@ Status launch_stream(StreamArgs& a, Launch where) {
   return launch<stream_linear<Format, T, kBlocks>>(shape, where, a);
 }
 
-constexpr int64_t kMaxGroups = 16384;  // of 128 output features
-
 // Counters, then the partial sums of two segments for each block.
 inline int64_t stream_workspace_bytes(int device) {
   const int64_t blocks = 2 * device_limits(device).multiprocessors;
-  return kMaxGroups * 4 + 2 * blocks * kConsumerWarps * kMaxBlocks * 4 * kWarpLanes * 4;
+  return kArrivalBytes + 2 * blocks * kConsumerWarps * kMaxBlocks * 4 * kWarpLanes * 4;
 }
 
 template <typename Format>
 Status stream(const TileLinearArgs& given, Launch where) {
   if (given.rows == 0) return {};
-  if (given.part_count < 1 || given.part_count > kMaxParts) return invalid("a launch takes 1 to 4 weights");
-  if (given.in_features % kUnitValues != 0 || reinterpret_cast<uintptr_t>(given.x) % 16 != 0) {
-    return invalid("rows of x must begin at multiples of 16 bytes: pad its features to a multiple of 8");
-  }
   const DeviceScope device(where.device);
   if (given.workspace_bytes < stream_workspace_bytes(where.device))
     return invalid("the workspace is too small");
   StreamArgs a = {};
-  a.part_count = given.part_count;
   a.in_features = static_cast<int>(given.in_features);
-  a.deal.column_steps = static_cast<int>(column_tiles(given.in_features));
-  int64_t groups = 0, largest = 0;
-  for (int p = 0; p < given.part_count; ++p) {
-    a.parts[p] = {given.parts[p], static_cast<int>(groups)};
-    groups += (row_tiles(given.parts[p].out_features) + kGroup - 1) / kGroup;
-    largest = std::max(largest, given.parts[p].largest_tile);
-  }
-  if (groups > kMaxGroups) return invalid("too many output features for one launch");
-  if (groups == 0) return {};
-  if (given.in_features == 0) return invalid("a weight without columns has no steps");
-  a.deal.steps = groups * a.deal.column_steps;
-  a.tile_value_bytes = Format::kHasValues ? static_cast<int>(largest) * 16 : 0;
+  ListSize size;
+  const Status checked = list_parts(given, a.list, size);
+  if (!checked.ok()) return checked;
+  if (size.groups > kMaxGroups) return invalid("too many output features for one launch");
+  if (size.groups == 0) return {};
+  a.deal.steps = size.groups * a.list.column_steps;
+  a.tile_value_bytes = Format::kHasValues ? static_cast<int>(size.largest_tile) * 16 : 0;
   a.arrivals = static_cast<unsigned*>(given.workspace);
-  a.partials = reinterpret_cast<float*>(static_cast<char*>(given.workspace) + kMaxGroups * 4);
+  a.partials = reinterpret_cast<float*>(static_cast<char*>(given.workspace) + kArrivalBytes);
   return with_half_type(given.dtype, [&](auto element) -> Status {
     using T = decltype(element);
     for (int64_t done = 0; done < given.rows; done += kMaxBlocks * kBlockRows) {
       a.rows = static_cast<int>(std::min<int64_t>(given.rows - done, kMaxBlocks * kBlockRows));
       a.x = static_cast<const T*>(given.x) + done * given.in_features;
       for (int p = 0; p < given.part_count; ++p) {
-        a.parts[p].part.out = static_cast<T*>(given.parts[p].out) + done * given.parts[p].out_features;
+        a.list.parts[p].part.out = static_cast<T*>(given.parts[p].out) + done * given.parts[p].out_features;
       }
       const int blocks = (a.rows + kBlockRows - 1) / kBlockRows;
       const Status status = blocks == 1   ? launch_stream<Format, T, 1>(a, where)

@@ -131,6 +131,12 @@ __global__ void forbidden(const ProbeArgs a) {
       if (t == 0) store_shared_u64(base, make_uint2(0, 0));
       barrier_arrive(base);
       break;
+    case 14:
+      store_shared_u64(base + 8 * t, make_uint2(0, 0));
+      if (t == 0) barrier_init(base + 1024, 1);
+      __syncthreads();
+      if (t == 0) copy_bulk(base, a.in, 512, base + 1024);
+      break;
     default:
       break;
   }

@@ -68,6 +68,7 @@ struct Fiber {
   uint64_t copies = 0;                                      // issued without a barrier
   std::set<uint64_t> flying;                                // of those, in flight
   std::deque<std::pair<uint64_t, uint32_t>> arrivals = {};  // (copies before it, barrier)
+  std::vector<uint32_t> unfenced;                           // units that it stored to since its last fence
 };
 
 struct Meeting {
@@ -98,7 +99,8 @@ struct Block {
   std::unique_ptr<GuardedMemory> memory;
   unsigned char* shared;
   uint32_t shared_bytes;
-  std::vector<unsigned char> in_flight;        // for each 16 bytes: a copy to them is
+  std::vector<unsigned char> in_flight;  // for each 16 bytes: a copy to them is
+  std::vector<uint16_t> unfenced;        // the same: the thread that stored to them and did not fence, + 1
   std::vector<std::vector<Meeting>> meetings;  // by the warp they begin with
   std::map<int, NamedBarrier> named;
   std::map<uint32_t, TransactionBarrier> barriers;
@@ -256,6 +258,7 @@ void start_block(uint3 index, int threads, int shared_bytes) {
   block->shared = block->memory->end() - room;
   std::memset(block->shared, kPoison, room);
   block->in_flight.resize(room / kCopyUnit);
+  block->unfenced.resize(room / kCopyUnit);
   block->meetings.resize(static_cast<size_t>((threads + kLanes - 1) / kLanes));
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = block->fibers.emplace_back();
@@ -466,10 +469,36 @@ uint32_t shared_address_of(const void* p) {
 
 void store_shared(uint32_t address, const void* from, uint32_t bytes) {
   step();
+  Block& block = own_block();
+  Fiber* self = machine->current;
   unsigned char* to = shared_bytes_at(address, bytes, bytes);
-  if (own_block().in_flight[(address - kSharedBase) / kCopyUnit])
-    fail("a store to shared address %u, to which a copy is in flight", address);
+  const uint32_t unit = (address - kSharedBase) / kCopyUnit;
+  if (block.in_flight[unit]) fail("a store to shared address %u, to which a copy is in flight", address);
+  const auto mark = static_cast<uint16_t>(self->thread + 1);
+  if (block.unfenced[unit] != mark) {
+    block.unfenced[unit] = mark;
+    self->unfenced.push_back(unit);
+  }
   std::memcpy(to, from, bytes);
+}
+
+void fence_async_proxy() {
+  Fiber* self = machine->current;
+  for (const uint32_t unit : self->unfenced) {
+    uint16_t& mark = self->block->unfenced[unit];
+    if (mark == self->thread + 1) mark = 0;
+  }
+  self->unfenced.clear();
+}
+
+void need_fence(uint32_t address, uint32_t bytes) {
+  shared_bytes_at(address, bytes, 1);
+  const uint32_t first = (address - kSharedBase) / kCopyUnit;
+  for (uint32_t unit = first; unit * kCopyUnit < address - kSharedBase + bytes; ++unit) {
+    if (const int mark = own_block().unfenced[unit]) {
+      fail("shared address %u is used by hardware, but thread %d stored without a fence", address, mark - 1);
+    }
+  }
 }
 
 void* const* arrive(const char* what, int first, int count, uint32_t mask, void* lane) {
@@ -491,7 +520,7 @@ void* const* arrive(const char* what, int first, int count, uint32_t mask, void*
     meetings.push_back({what, count, mask, members, std::vector<void*>(count), {}});
     meeting = meetings.end() - 1;
   }
-  if (meeting->what != what || meeting->mask != mask || meeting->count != count) {
+  if (std::strcmp(meeting->what, what) != 0 || meeting->mask != mask || meeting->count != count) {
     fail("%s (mask %08x) while other threads of the warp wait at %s (mask %08x)", what, mask, meeting->what,
          meeting->mask);
   }
@@ -564,6 +593,7 @@ void copy_later(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier)
   volatile char last = static_cast<const char*>(from)[bytes - 1];  // a fault should name this thread
   (void)last;
   if (barrier != 0) {
+    need_fence(to, bytes);
     barrier_at(block, barrier);
     later([&block, to, from, bytes, barrier] { land(block, to, from, bytes, barrier); });
     return;

@@ -8,8 +8,9 @@
 // their destination with NaN until then; a block's shared memory starts as NaN. Whatever the rules of CUDA
 // forbid and this file can see ends the launch with an error that names the thread: accesses outside shared
 // memory or misaligned, memory faults, lanes that meet at different instructions, barriers with more arrivals
-// than they count, two copies to one place, a deadlock (with what each thread waits for). What it cannot
-// show: weaker orders than sequential consistency (a missing fence), bank conflicts, and time.
+// than they count, two copies to one place, one to bytes stored without a fence, a deadlock (with what each
+// thread waits for). What it cannot show: weaker orders than sequential consistency (a missing fence), bank
+// conflicts, and time.
 //
 // This file is what the wrappers of ptx.h and the CUDA names of cuda.h are made of; a new wrapper that works
 // on a warp fills a struct for its lane and calls meet_warp, one that is asynchronous calls `later`.
@@ -61,6 +62,10 @@ T load_shared(uint32_t address) {
 
 void store_shared(uint32_t address, const void* from, uint32_t bytes);
 
+// The copy engine and the tensor cores of sm_90 see a store to shared memory only after its thread's fence.
+void fence_async_proxy();
+void need_fence(uint32_t address, uint32_t bytes);  // fails where one is missing
+
 // Waits until all `count` threads from `first` on (a warp: those of `mask`) have come with `lane`. The last
 // one is given everybody's, by place in the group, and lets the others go with `depart`; they get nullptr.
 void* const* arrive(const char* what, int first, int count, uint32_t mask, void* lane);
@@ -96,7 +101,8 @@ void barrier_arrive(uint32_t barrier, uint32_t announced_bytes);
 void barrier_wait(uint32_t barrier,
                   uint32_t parity);  // returns at once where the phase before has this parity
 
-// Copies to shared memory at a later step; `barrier` is told of the bytes where it is not 0.
+// Copies to shared memory at a later step: in bulk where there is a barrier, which is told of the bytes, else
+// (0) as cp.async does.
 void copy_later(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 // An arrival as soon as all earlier copies of this thread that told no barrier have landed.
 void barrier_arrive_after_copies(uint32_t barrier);

@@ -68,8 +68,6 @@ MOSAIC_HD int rank(uint32_t word, uint32_t bit) { return popcount(word & bits_be
 //     word      low                       high
 //     lane      0  1  2  ...  15          16 17 ... 31
 //     columns   01 23 45 ... 30,31        32,33 ... 62,63
-//
-// The CUDA kernels and their host emulation (cpu/warp_emulation.cpp) both call this.
 constexpr int kWarpLanes = 32;
 constexpr int kStepWords = 2;
 constexpr int kStepColumns = kStepWords * kWordBits;

@@ -124,9 +124,6 @@ const char* isa();                  // the level in use: "scalar", "avx2" or "av
 const char* features();             // what the processor offers, for `python -m mosaic_kernels.info`
 Status set_isa(const char* level);  // a level this processor has; for tests and measurements
 
-// The CUDA decode kernel's walk over the row bitmap, lane by lane in a plain loop; fp32 only, for tests.
-Status emulate_linear_decode(const LinearArgs&);
-
 }  // namespace cpu
 
 // Pointers are to device memory; `stream` is a cudaStream_t of device `device`. Nothing is allocated,
@@ -169,6 +166,24 @@ struct TileLinearArgs {
 // Tile bitmap; meant for up to 64 rows, for each 64 of which the weight is read once.
 Status linear_decode(const TileLinearArgs&, Launch);
 int64_t linear_workspace_bytes(int device);
+
+// The same product for many rows, on compute capability 9.0 alone; kUnavailable elsewhere.
+Status linear_prefill(const TileLinearArgs&, Launch);
+
+// Tile bitmap -> its row tiles [first_row_tile, last_row_tile) in dense form, for a dense product with many
+// rows of x. bf16 and fp16 alike.
+struct ExpandTilesArgs {
+  const void* tiles;
+  const uint32_t* offsets;
+  const void* values;
+  void* weight;  // [rows of these row tiles, columns]: the last of them may have fewer than 64 rows
+  int64_t rows;  // of the whole weight, as are columns
+  int64_t columns;
+  int64_t first_row_tile;
+  int64_t last_row_tile;
+};
+
+Status expand_tiles(const ExpandTilesArgs&, Launch);
 
 // weight [rows, columns] <-> words [rows, bitmask_words(columns)] and values.
 struct PackArgs {
