@@ -7,6 +7,7 @@ Every stage writes ``gpu-STAGE-DEVICE.json``; ``summary`` prints what is there a
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import traceback
 import warnings
@@ -39,6 +40,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def errors(rows: Sequence[Row]) -> list[str]:
+    """What of ours failed or computed something else, a line for each; a foreign baseline may fail."""
+    found = []
+    for row in rows:
+        what = " ".join(str(row[key]) for key in ("variant", "operation", "shape", "pattern", "rows") if key in row)
+        failure = row.get("error") or row.get("errors", {}).get("mosaic")
+        if failure:
+            found.append(f"{what}: {failure}")
+        if not row.get("deterministic", {}).get("mosaic", True):
+            found.append(f"{what}: two runs differ")
+        if not row.get("same_result", True):
+            found.append(f"{what}: not the result of plain torch")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="The PyTorch API of SparseSemiStructuredTensor")
@@ -54,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         bench = Bench(device, options.dry_run, options.seconds)
         try:
-            note(f"wrote {write(stage, STAGES[stage](bench), bench, options.output)}")
+            path = write(stage, STAGES[stage](bench), bench, options.output)
+            found = errors(json.loads(path.read_text())["rows"])
+            note(f"wrote {path}", *found, sep="\n")
+            failed = failed or bool(found)
         except Exception:
             traceback.print_exc()
             failed = True

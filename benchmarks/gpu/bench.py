@@ -114,6 +114,6 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def note(*words: object) -> None:
+def note(*words: object, sep: str = " ") -> None:
     """Progress, apart from what is printed last."""
-    print(*words, file=sys.stderr, flush=True)
+    print(*words, sep=sep, file=sys.stderr, flush=True)

@@ -187,10 +187,12 @@ def measure(bench: Bench) -> Iterator[Row]:
             memory.forget_peak()
             decoder = Decoder(packed, prompt, new_tokens)
             decoder.write()
-            row |= {"weight_bytes": weight_bytes(packed), "peak_bytes": memory.peak(), "packing_error": moved,
-                    "not_captured": decoder.step.why_not_captured, "drift": decoder.drift(), "drift_limit": limit}  # fmt: skip
-            if not (moved <= limit and row["drift"] <= limit):
-                raise ArithmeticError(f"wrong result: packing moved logits by {moved:.3g}, decoding by {row['drift']:.3g}")
+            peak = memory.peak()
+            drift = decoder.drift()
+            row |= {"weight_bytes": weight_bytes(packed), "peak_bytes": peak, "packing_error": moved, "drift": drift,
+                    "drift_limit": limit, "not_captured": decoder.step.why_not_captured}  # fmt: skip
+            if not (moved <= limit and drift <= limit):
+                raise ArithmeticError(f"wrong result: packing moved logits by {moved:.3g}, decoding by {drift:.3g}")
             own, base = (figures(seconds) for seconds in _turns([decoder, dense], runs))
             row |= {**own, "dense_in_turns": base, "ratios": _ratios(row | own, size | base)}
         except Exception as error:  # a variant that cannot run must not take the others' figures along

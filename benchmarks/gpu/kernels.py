@@ -2,7 +2,7 @@
 """One linear layer: ``MosaicLinear`` against cuBLAS on the same weight, and torch's own 2:4 where it applies.
 
 A figure is the time of one product in a captured chain of products, each with the next of several copies of the weight,
-which together hold more than the L2. Gigabytes are those of the packed weight as it is stored.
+which together hold more than the L2. Gigabytes are those of the weight as the layer holds it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SHAPES = {
     "llama2-7b-up": (11008, 4096),
     "llama2-7b-down": (4096, 11008),
     "llama3-8b-up": (14336, 4096),
-    "llama2-7b-query": (4096, 4096),
     "llama2-70b-query": (8192, 8192),
-    "llama3-8b-key": (1024, 4096),
+    "llama2-7b-query": (4096, 4096),
     "llama2-70b-up": (28672, 8192),
+    "llama3-8b-key": (1024, 4096),
 }
 ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 2048, 4096)
 KEPT = {"50%": 0.5, "60%": 0.4, "70%": 0.3}  # removed -> kept
@@ -59,46 +59,51 @@ def linear(weight: Tensor) -> nn.Linear:
 
 
 class Weights:
-    """Copies of one weight in every form that is compared."""
+    """Copies of one weight in every form that is compared.
 
-    def __init__(self, bench: Bench, shape: tuple[int, int], pattern: str) -> None:
+    Attributes:
+        bytes: of a packed copy, as its device reads it.
+        errors: of variants that could not be made.
+        not_captured: of variants that failed to become a graph once, and are not tried again.
+    """
+
+    def __init__(self, bench: Bench, shape: tuple[int, int], pattern: str, *, with_triton: bool = False) -> None:
         rotated = 1 << 16 if bench.tiny else ROTATED_BYTES
         weight = random_weight(shape, pattern, bench.device)
         layer = linear(weight)
         self.dense = [weight, *(weight.clone() for _ in range(copies(weight.nbytes, rotated) - 1))]
         first = mk.MosaicLinear.from_linear(layer)
-        self.packed = first.packed
-        count = copies(self.packed.nbytes, rotated)
+        self.bytes, self.density = sum(parameter.nbytes for parameter in first.parameters()), first.density
+        count = copies(self.bytes, rotated)
         self.layers = [first, *(mk.MosaicLinear.from_linear(layer) for _ in range(count - 1))]
+        # what Triton reads is the canonical form, which a layer around a packed weight keeps
+        self.triton = [mk.MosaicLinear.from_packed(mk.pack(weight)) for _ in range(count if with_triton else 0)]
         self.torch_semi: list[Tensor] = []
         self.errors: dict[str, str] = {}
-        self.not_captured: dict[str, str] = {}  # a variant that failed once is not captured again
+        self.not_captured: dict[str, str] = {}
         if pattern == "2:4" and bench.device.type == "cuda":
             try:
                 self.torch_semi = [torch.sparse.to_sparse_semi_structured(each) for each in self.dense]
             except (RuntimeError, ValueError) as error:
-                self.errors["torch 2:4"] = str(error).partition("\n")[0]
+                self.errors["torch 2:4"] = reason(error)
 
-    def variants(self, *, with_triton: bool) -> dict[str, Variant]:
-        """What takes ``x`` and the number of a call."""
-        dense, layers, semi = self.dense, self.layers, self.torch_semi
-        found: dict[str, Variant] = {
-            "dense": lambda x, i: F.linear(x, dense[i % len(dense)]),
-            "mosaic": lambda x, i: layers[i % len(layers)](x),
+    def variants(self, rows: int) -> dict[str, tuple[Variant, int]]:
+        """What takes ``x`` and the number of a call, and how many copies it goes through."""
+
+        def triton(x: Tensor, i: int) -> Tensor:
+            with ops.use_backend("triton"):
+                return self.triton[i % len(self.triton)](x)
+
+        found: dict[str, tuple[Variant, int]] = {
+            "dense": (lambda x, i: F.linear(x, self.dense[i % len(self.dense)]), len(self.dense)),
+            "mosaic": (lambda x, i: self.layers[i % len(self.layers)](x), len(self.layers)),
         }
-        if semi:
-            found["torch 2:4"] = lambda x, i: F.linear(x, semi[i % len(semi)])
-        if with_triton:
-
-            def triton(x: Tensor, i: int) -> Tensor:
-                with ops.use_backend("triton"):
-                    return layers[i % len(layers)](x)
-
-            found["triton"] = triton
+        if self.torch_semi:
+            semi = self.torch_semi
+            found["torch 2:4"] = (lambda x, i: F.linear(x, semi[i % len(semi)]), len(semi))
+        if self.triton and rows in TRITON_ROWS:
+            found["triton"] = (triton, len(self.triton))
         return found
-
-    def copies_of(self, variant: str) -> int:
-        return {"dense": len(self.dense), "torch 2:4": len(self.torch_semi)}.get(variant, len(self.layers))
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -114,8 +119,8 @@ def _tried(run: Variant, x: Tensor, exact: Tensor) -> tuple[float, bool]:
     return relative_error(first, exact), torch.equal(first, run(x, 0))
 
 
-def _cell(bench: Bench, weights: Weights, rows: int, *, with_triton: bool) -> Row:
-    out, columns = weights.packed.shape
+def _cell(bench: Bench, weights: Weights, rows: int) -> Row:
+    out, columns = weights.dense[0].shape
     x = torch.randn(rows, columns, dtype=torch.bfloat16, device=bench.device)
     exact = x.float() @ weights.dense[0].float().T
     chains: dict[str, Chain] = {}
@@ -123,8 +128,7 @@ def _cell(bench: Bench, weights: Weights, rows: int, *, with_triton: bool) -> Ro
         "relative_error": {}, "deterministic": {}, "errors": dict(weights.errors), "not_captured": {}
     }  # fmt: skip
     product = max(weights.dense[0].nbytes / 4e12, 2 * rows * out * columns / 7e14)  # seconds on an H200, about
-    for name, run in weights.variants(with_triton=with_triton).items():
-        count = weights.copies_of(name)
+    for name, (run, count) in weights.variants(rows).items():
         try:
             error, same = _tried(run, x, exact)
             cell["relative_error"][name], cell["deterministic"][name] = error, same
@@ -142,7 +146,7 @@ def _cell(bench: Bench, weights: Weights, rows: int, *, with_triton: bool) -> Ro
             cell["not_captured"][name] = weights.not_captured[name] = why_not
     seconds = in_turns(chains, 2 if bench.tiny else ROUNDS)
     figures = {name: microseconds(values) for name, values in seconds.items()}
-    sizes = {name: weights.dense[0].nbytes if name == "dense" else weights.packed.nbytes for name in figures}
+    sizes = {name: weights.dense[0].nbytes if name == "dense" else weights.bytes for name in figures}
     return {
         "rows": rows,
         "figures": figures,
@@ -160,17 +164,15 @@ def measure(bench: Bench) -> Iterator[Row]:
     triton_runs = bench.device.type == "cuda" and backends()["triton"].why_not() is None
     for shape, (out, columns) in shapes.items():
         for pattern in PATTERNS:
-            weights = Weights(bench, (out, columns), pattern)
-            packed = weights.packed
+            few = triton_runs and pattern == "50%" and shape == next(iter(shapes))
+            weights = Weights(bench, (out, columns), pattern, with_triton=few)
             note(f"{shape} {pattern}: {len(weights.layers)} copies, {bench.left:.0f} s left")
             for rows in (1, 8, 64, 128) if bench.tiny else ROWS:
                 if bench.left <= 0:
                     return
-                few = shape == next(iter(shapes)) and pattern == "50%" and rows in TRITON_ROWS
                 yield {
-                    "shape": shape, "out": out, "in": columns, "pattern": pattern, "density": packed.density,
-                    "bytes": packed.nbytes, "dense_bytes": weights.dense[0].nbytes,
-                    **_cell(bench, weights, rows, with_triton=few and triton_runs),
+                    "shape": shape, "out": out, "in": columns, "pattern": pattern, "density": weights.density,
+                    "bytes": weights.bytes, "dense_bytes": weights.dense[0].nbytes, **_cell(bench, weights, rows),
                 }  # fmt: skip
             del weights
             bench.free()

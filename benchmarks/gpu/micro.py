@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device's own ceilings: instructions in a cycle and memory (``micro.cu``), and how near cuBLAS comes at one row."""
+"""The device's own ceilings: instructions and memory (``micro.cu``), and how near cuBLAS comes to it at one row."""
 
 from __future__ import annotations
 

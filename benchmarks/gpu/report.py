@@ -12,7 +12,7 @@ from gpu.bench import load
 from gpu.goals import KERNELS, LARGE
 
 STAGES = ("micro", "kernels", "e2e", "ranking", "prune")
-NOTHING = "*Not yet measured.*"
+NOTHING = "**No GPU figure is given because none has been measured yet.**"
 
 
 def files(folder: Path, *, tiny: bool = False) -> dict[str, dict[str, Any] | None]:
@@ -67,7 +67,7 @@ def e2e(file: dict[str, Any]) -> str:
         lines.append([
             row["variant"], f"{row['tokens_per_s']:.1f}", over,
             " / ".join(f"{ms[cut]:.2f}" for cut in ("p50", "p90", "p99")),
-            _bytes(row["weight_bytes"], ratios.get("weight_bytes")), _bytes(row["peak_bytes"], ratios.get("peak_bytes")),
+            *(_bytes(row[what], ratios.get(what)) for what in ("weight_bytes", "peak_bytes")),
         ])  # fmt: skip
     heads = ["model", "tokens/s", "over dense", "ms a token, p50 / p90 / p99", "weights, MB", "peak memory, MB"]
     return f"{_table(heads, lines)}\n\n{caption(file)}"
@@ -135,6 +135,13 @@ TITLES = {
     "prune": "Pruning that model at 50 %",
     "micro": "The device",
 }
+
+
+def state(folder: Path) -> str:
+    """Whether there are figures, and of what."""
+    found = [file for file in files(folder).values() if file is not None]
+    names = sorted({file["machine_info"].get("gpu", file["machine_info"]["cpu"]) for file in found})
+    return f"Figures of {', '.join(names)} are under [On a GPU](#on-a-gpu)." if names else NOTHING
 
 
 def markdown(folder: Path, *, tiny: bool = False) -> str:

@@ -3,14 +3,24 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from gpu.bench import reason
+
 # A replay shorter than this would be timed together with its launch.
 REPLAY_SECONDS = 200e-6
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures, so that what is kept for a stream is made once."""
+    return torch.cuda.Stream(device)
 
 
 class Chain:
@@ -33,19 +43,23 @@ class Chain:
         self._calls, self.device, self.calls = calls, device, len(calls)
         self.why_not_captured = why_not_capture if device.type == "cuda" else "no CUDA device"
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._run()
         if self.why_not_captured is None:
             self._capture()
+        else:
+            self._run()
 
     def _capture(self) -> None:
+        stream, graph = _capture_stream(self.device), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self._run()
+        torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 self._run()
-        except RuntimeError as error:  # a synchronisation inside; what was captured is gone
+        except RuntimeError as error:  # a synchronisation inside, for one; what was captured is gone
             torch.cuda.synchronize()
-            self.why_not_captured = str(error).partition("\n")[0]
+            self.why_not_captured = reason(error)
             return
         self._graph = graph
         self.run()
@@ -65,7 +79,7 @@ class Chain:
 
 def passes(seconds: float) -> int:
     """How often to go through calls that take ``seconds`` in all, so that a replay is long enough to be timed."""
-    return max(1, min(64, round(REPLAY_SECONDS / max(seconds, 1e-9) + 0.5)))
+    return max(1, min(64, math.ceil(REPLAY_SECONDS / max(seconds, 1e-9))))
 
 
 class Marks:
