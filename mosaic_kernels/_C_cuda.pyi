@@ -80,6 +80,17 @@ def linear_prefill(
     device: int,
     stream: int,
 ) -> None: ...
+def linear_2to4(
+    parts: list[_Part],
+    x: int,
+    rows: int,
+    in_features: int,
+    dtype: int,
+    workspace: int,
+    workspace_bytes: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def expand_tiles(
     tiles: int,
     offsets: int,
@@ -92,6 +103,8 @@ def expand_tiles(
     device: int,
     stream: int,
 ) -> None: ...
+
+def expand_2to4(tiles: int, weight: int, rows: int, columns: int, device: int, stream: int) -> None: ...
 def linear_workspace_bytes(device: int) -> int: ...
 def pack_tile_bits(
     weight: int,

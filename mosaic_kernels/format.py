@@ -88,10 +88,15 @@ def words_from_bits(bits: Tensor) -> Tensor:
     return words
 
 
+def nibble_counts(bits: Tensor) -> Tensor:
+    """Set bits of every four neighbouring ones: of a byte's lower four in its lower half, and of its upper four."""
+    pairs = bits - ((bits >> 1) & 0x55)  # population count inside each byte: of 2, then 4 bits
+    return (pairs & 0x33) + ((pairs >> 2) & 0x33)
+
+
 def _byte_counts(bits: Tensor) -> Tensor:
     """Set bits of every byte."""
-    pairs = bits - ((bits >> 1) & 0x55)  # population count inside each byte: of 2, 4, then 8 bits
-    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    fours = nibble_counts(bits)
     return (fours + (fours >> 4)) & 0x0F
 
 

@@ -74,6 +74,12 @@ void expand_tiles(uintptr_t tiles, uintptr_t offsets, uintptr_t values, uintptr_
   raise_unless_ok(cuda::expand_tiles(args, {address<void>(stream), device}), "unpack");
 }
 
+void expand_2to4(uintptr_t tiles, uintptr_t weight, int64_t rows, int64_t columns, int device,
+                 uintptr_t stream) {
+  const cuda::ExpandArgs args{address<void>(tiles), address<void>(weight), rows, columns};
+  raise_unless_ok(cuda::expand_2to4(args, {address<void>(stream), device}), "unpack");
+}
+
 template <Status (*kRun)(const cuda::PackArgs&, cuda::Launch)>
 void pack(uintptr_t weight, uintptr_t values, uintptr_t words, uintptr_t counts, uintptr_t offsets,
           uintptr_t keep, int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
@@ -118,6 +124,9 @@ PYBIND11_MODULE(MOSAIC_CUDA_MODULE, m) {
   m.def("linear_decode", tile_linear<cuda::linear_decode>);
   m.def("linear_prefill", tile_linear<cuda::linear_prefill>);
   m.def("expand_tiles", python::expand_tiles);
+
+  m.def("linear_2to4", tile_linear<cuda::linear_2to4>);
+  m.def("expand_2to4", python::expand_2to4);
   m.def("linear_workspace_bytes", cuda::linear_workspace_bytes);
   m.def("pack_bits", pack<cuda::pack_bits>);
   m.def("pack_values", pack<cuda::pack_values>);

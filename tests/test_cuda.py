@@ -10,6 +10,7 @@ from torch import Tensor
 import mosaic_kernels as mk
 from mosaic_kernels import ops
 from mosaic_kernels.ops import cuda, reference
+from mosaic_kernels.semistructured import TwoOfFour
 
 pytestmark = pytest.mark.cuda
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,3 +64,66 @@ def test_pack_and_unpack(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert torch.equal(packed.values, values)
     assert torch.equal(packed.bitmask, bits)
     assert torch.equal(mk.unpack(packed), weight)
+
+
+def two_of_four(out: int, columns: int, dtype: torch.dtype) -> Tensor:
+    quads = torch.randn(out, columns // 4, 4)
+    return quads.where(quads.abs().argsort(-1).argsort(-1) >= 2, 0).view(out, columns).to(dtype).cuda()
+
+
+# (rows, in, out of each weight): every number of 8-row blocks, two launches, shared and whole rows of steps
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "columns", "outs"),
+    [
+        (1, 4096, [4096, 1024, 1024]),
+        (5, 328, [200]),
+        (16, 11008, [4096]),
+        (32, 2048, [65, 33]),
+        (64, 4096, [14336]),
+        (70, 72, [130]),
+    ],
+)
+def test_two_of_four_linear(rows: int, columns: int, outs: list[int], dtype: torch.dtype) -> None:
+    from mosaic_kernels import _C_cuda
+
+    x = torch.randn(rows, columns).to(dtype).cuda()
+    weights = [two_of_four(out, columns, dtype) for out in outs]
+    biases = [torch.randn(out).to(dtype).cuda() for out in outs]
+    tiles = [TwoOfFour.from_dense(weight) for weight in weights]
+    work = torch.zeros(_C_cuda.linear_workspace_bytes(0), dtype=torch.uint8, device="cuda:0")
+    results = []
+    for _ in range(2):
+        found = [x.new_full((rows, out), float("nan")) for out in outs]
+        parts = [
+            (t.tiles.data_ptr(), 0, 0, bias.data_ptr(), result.data_ptr(), t.shape[0], 0)
+            for t, bias, result in zip(tiles, biases, found, strict=True)
+        ]
+        torch.cuda.synchronize()  # weights are read before the kernels ahead have ended
+        _C_cuda.linear_2to4(
+            parts, x.data_ptr(), rows, columns, cuda._DTYPES[dtype], work.data_ptr(), work.numel(),
+            0, torch.cuda.current_stream(0).cuda_stream,
+        )  # fmt: skip
+        results.append(found)
+    for weight, bias, result, again in zip(weights, biases, *results, strict=True):
+        assert torch.equal(result, again)
+        exact = x.double() @ weight.double().T + bias.double()
+        scale = float((x.double().abs() @ weight.double().abs().T).norm() + bias.double().norm() * rows**0.5)
+        limit = 2 * (torch.finfo(dtype).eps + columns**0.5 * torch.finfo(torch.float32).eps) * scale
+        assert float((result.double() - exact).norm()) <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (65, 130), (100, 67), (4096, 4096)])
+def test_two_of_four_packs_and_expands_on_the_device(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    from mosaic_kernels import _C_cuda
+
+    rows, columns = shape
+    weight = two_of_four(rows, -(-columns // 4) * 4, dtype)[:, :columns].contiguous()
+    tiles = TwoOfFour.from_dense(weight)
+    assert torch.equal(tiles.tiles.cpu(), TwoOfFour.from_dense(weight.cpu()).tiles)
+    assert torch.equal(tiles.to_dense(), weight)
+    out = torch.full_like(weight, float("nan"))
+    stream = torch.cuda.current_stream(0).cuda_stream
+    _C_cuda.expand_2to4(tiles.tiles.data_ptr(), out.data_ptr(), rows, columns, 0, stream)
+    assert torch.equal(out, weight)

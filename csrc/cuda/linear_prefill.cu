@@ -1,18 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tile bitmap times many rows of x, on compute capability 9.0: weights are decoded into registers that wgmma
 // takes as operand A, while the products of the weights before them run. Bound by the tensor cores where a
-// block tile has 256 rows of x, else by the decode (see README of the design: a strip takes a warp about 240
-// instructions, its products with 128 rows of x take the tensor core 128 cycles a strip).
+// block tile has 256 rows of x; with 128 rows the decode takes about as long (see step_cycles).
 //
-//   block tile   128 rows of weights (two tiles, one for each of two warpgroups; a warp has a strip of 16) by
-//                kRows rows of x; a persistent block walks several of them
-//   step         64 columns: the copy engine brings kRows x 64 of x (a box, swizzled as wgmma wants it) and
-//   two
-//                tiles of the bitmap into a ring of stages, on one transaction barrier a stage
-//   slice        where the block tiles are too few for the device, each is cut along the columns; slices
-//   leave
-//                fp32 partial sums, which a second kernel adds in their order: no atomics, always the same
-//                bits
+//   block tile   128 rows of weights (two tiles, one for each of two warpgroups; a warp has a strip of 16)
+//                by kRows rows of x; a persistent block walks several of them
+//   step         64 columns: the copy engine brings kRows x 64 of x (a box, swizzled as wgmma wants it)
+//                and two tiles of the bitmap into a ring of stages, each with a transaction barrier
+//   slice        where block tiles are too few for the device, each is cut along the columns; slices leave
+//                fp32 sums, which a second kernel adds in order: no atomics, always the same bits
 //
 // A warpgroup's registers of A are two halves of a tile, `front` (columns 0..31) and `back` (32..63). One is
 // decoded while the products of the other run, and no register is written before its products are waited for:
@@ -71,8 +67,17 @@ struct PrefillArgs {
   int slices;
   int stages;
   int tile_value_bytes;  // room for one tile's values
-  float* partials;       // [slices][rows][groups * 128]; nullptr: one slice, which writes the output
+  int tile_rows;         // of x, of a block tile
+  // [slices][groups][x_tiles][kConsumerWarps][tile_rows / 2 sums][lanes]; nullptr: one slice, which writes
+  // the output
+  float* partials;
 };
+
+__device__ __forceinline__ int64_t partials_at(const PrefillArgs& a, int slice, int group, int x_tile,
+                                               int warp) {
+  const int64_t tile = (static_cast<int64_t>(slice) * a.groups + group) * a.x_tiles + x_tile;
+  return (tile * kConsumerWarps + warp) * (a.tile_rows / 2) * kWarpLanes;
+}
 
 // What a block multiplies between two outputs.
 struct Item {
@@ -254,6 +259,7 @@ __device__ void write_out(const TilePart& part, int64_t first_row, int x_row, in
           }
         }
       } else {
+#pragma unroll 1
         for (int i = thread; i < kTurnedRows * kTileRows; i += kThreadsOfTile) {
           const int n = i / kTileRows, row = i % kTileRows;
           if (n0 + n < rows && row < left) {
@@ -266,18 +272,13 @@ __device__ void write_out(const TilePart& part, int64_t first_row, int x_row, in
   }
 }
 
-// The sums of a slice, 32 bytes of a row of x at a time.
+// The sums of a warp's slice as it holds them.
 template <int kProducts>
-__device__ void write_partials(float* partials, int64_t stride, int x_row, int rows,
-                               const float (&sums)[kProducts][64], int strip, int lane) {
+__device__ void write_partials(float* partials, const float (&sums)[kProducts][64], int lane) {
 #pragma unroll
   for (int p = 0; p < kProducts; ++p) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      const int n = x_row + p * kProductRows + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-      if (n < rows)
-        __stcg(partials + n * stride + strip * kStripRows + 8 * (i / 2 % 2) + lane / 4, sums[p][i]);
-    }
+    for (int i = 0; i < 64; ++i) __stcg(partials + (64 * p + i) * kWarpLanes + lane, sums[p][i]);
   }
 }
 
@@ -310,6 +311,8 @@ __device__ void consume(const PrefillArgs& a, unsigned char* shared, int warp, i
       continue;
     }
     float sums[kProducts][64] = {};
+#pragma unroll
+    for (int p = 0; p < kProducts; ++p) settle(sums[p]);
     uint32_t front[kHalfSlots], back[kHalfSlots];
     int before = -1;
     begin_tile();
@@ -327,6 +330,8 @@ __device__ void consume(const PrefillArgs& a, unsigned char* shared, int warp, i
       products_wait<1>();
     }
     products_wait<0>();
+#pragma unroll
+    for (int p = 0; p < kProducts; ++p) settle(sums[p]);
     release(before);
 
     const ListedPart& found = part_of(a.list, item.group);
@@ -336,9 +341,8 @@ __device__ void consume(const PrefillArgs& a, unsigned char* shared, int warp, i
       write_out<T>(found.part, first_row, item.x_row, a.rows, sums, shared + kTurnedAt + tile * kTurnedBytes,
                    tile, strip, lane);
     } else {
-      const int64_t stride = static_cast<int64_t>(a.groups) * kGroup * kTileRows;
-      float* to = a.partials + item.slice * a.rows * stride + (item.group * kGroup + tile) * kTileRows;
-      write_partials(to, stride, item.x_row, a.rows, sums, strip, lane);
+      const int64_t at = partials_at(a, item.slice, item.group, item.x_row / kRows, warp);
+      write_partials(a.partials + at, sums, lane);
     }
   }
 }
@@ -369,7 +373,8 @@ __global__ void __launch_bounds__(kThreads, 1) prefill(const __grid_constant__ P
   }
 }
 
-// Adds the slices' partial sums: a thread has one output feature in kSumRows rows of x.
+// Adds the slices' partial sums: a thread has one output feature in 8 rows of x, which one row of four lanes'
+// registers holds.
 constexpr int kSumRows = 8;
 constexpr int kGroupRows = kGroup * kTileRows;
 
@@ -380,21 +385,26 @@ __global__ void __launch_bounds__(kGroupRows) sum_slices(const __grid_constant__
   const ListedPart& found = part_of(a.list, group);
   const int64_t row = static_cast<int64_t>(group - found.first_group) * kGroupRows + thread;
   if (row >= found.part.out_features) return;
-  const int64_t stride = static_cast<int64_t>(a.groups) * kGroupRows;
-  const float bias = found.part.bias ? to_float(static_cast<const T*>(found.part.bias)[row]) : 0.0f;
-  const int first = static_cast<int>(blockIdx.y) * kSumRows, last = min(first + kSumRows, a.rows);
+  const int first = static_cast<int>(blockIdx.y) * kSumRows, x_tile = first / a.tile_rows;
+  const int strip_row = thread % kStripRows;
+  const int sum = first % a.tile_rows / 2 + 2 * (strip_row / 8);
   float sums[kSumRows] = {};
   for (int slice = 0; slice < a.slices; ++slice) {
-    const float* from =
-        a.partials + (static_cast<int64_t>(slice) * a.rows + first) * stride + group * kGroupRows + thread;
+    const float* from = a.partials + partials_at(a, slice, group, x_tile, thread / kStripRows) +
+                        sum * kWarpLanes + 4 * (strip_row % 8);
 #pragma unroll
-    for (int i = 0; i < kSumRows; ++i) {
-      if (first + i < last) sums[i] += __ldcg(from + i * stride);
+    for (int odd = 0; odd < 2; ++odd) {
+      const uint4 four = __ldcg(reinterpret_cast<const uint4*>(from + odd * kWarpLanes));
+      sums[odd] += __uint_as_float(four.x);
+      sums[odd + 2] += __uint_as_float(four.y);
+      sums[odd + 4] += __uint_as_float(four.z);
+      sums[odd + 6] += __uint_as_float(four.w);
     }
   }
+  const float bias = found.part.bias ? to_float(static_cast<const T*>(found.part.bias)[row]) : 0.0f;
 #pragma unroll
   for (int i = 0; i < kSumRows; ++i) {
-    if (first + i < last) {
+    if (first + i < a.rows) {
       static_cast<T*>(found.part.out)[(first + i) * found.part.out_features + row] =
           from_float<T>(sums[i] + bias);
     }
@@ -407,22 +417,23 @@ struct Plan {
   int64_t cost;
 };
 
-// Cycles of a multiprocessor, by accounting (nothing here is measured): 1024 products a cycle and tensor core
-// pair make a step 4 cycles for each row of x; partial sums go to the L2 cache and back at 32 bytes a cycle,
-// and the second kernel costs kSumLaunch.
-constexpr int64_t kSumLaunch = 3000;
+// Cycles of a multiprocessor, by accounting (nothing here is measured). A step has 128 x 64 products for each
+// row of x, of which the tensor cores do 2048 a cycle, and the loop of consume() has 288 instructions, which
+// each scheduler issues for two warps. Partial sums go to the L2 cache and back at 32 bytes a cycle.
+constexpr int64_t step_cycles(int tile_rows) { return std::max(4 * tile_rows, 2 * 288); }
+constexpr int64_t kSumLaunch = 3000;  // the second kernel
 constexpr int kMinSliceSteps = 4;
 
 Plan plan_tiles(int tile_rows, int64_t groups, int64_t rows, int64_t steps, int64_t blocks,
                 int64_t partials) {
-  const int64_t tiles = groups * ((rows + tile_rows - 1) / tile_rows), sums = rows * groups * kGroupRows;
+  const int64_t tiles = groups * ((rows + tile_rows - 1) / tile_rows), sums = tiles * tile_rows * kGroupRows;
   // With slices, a block has one item: all its items have as many steps.
   const int64_t most =
       std::max<int64_t>(1, std::min({blocks / tiles, steps / kMinSliceSteps, partials / sums}));
-  Plan best = {tile_rows, 1, (tiles + blocks - 1) / blocks * steps * 4 * tile_rows};
+  Plan best = {tile_rows, 1, (tiles + blocks - 1) / blocks * steps * step_cycles(tile_rows)};
   for (int64_t slices = 2; slices <= most; ++slices) {
-    const int64_t cost =
-        (steps + slices - 1) / slices * 4 * tile_rows + kSumLaunch + 2 * 4 * slices * sums / (32 * blocks);
+    const int64_t cost = (steps + slices - 1) / slices * step_cycles(tile_rows) + kSumLaunch +
+                         2 * 4 * slices * sums / (32 * blocks);
     if (cost < best.cost) best = {tile_rows, static_cast<int>(slices), cost};
   }
   return best;
@@ -436,6 +447,7 @@ Status launch_prefill(PrefillArgs& a, DType dtype, const TileLinearArgs& given, 
   a.stages = std::min(kMaxStages, (limits.shared_bytes - 1024 - fixed) / stage);
   if (a.stages < 2) return invalid("this device's shared memory is too small for two steps");
   a.x_tiles = (a.rows + kRows - 1) / kRows;
+  a.tile_rows = kRows;
   const int64_t items = static_cast<int64_t>(a.groups) * a.x_tiles * a.slices;
   if (items > INT32_MAX / kRows) return invalid("too many rows and output features for one launch");
   const Status mapped = map_matrix(a.x, dtype, given.x, given.rows, given.in_features, kRows);

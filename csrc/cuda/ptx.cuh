@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace mosaic::cuda {
 
@@ -41,6 +42,14 @@ __device__ __forceinline__ uint32_t load_shared_u32(uint32_t address) {
 __device__ __forceinline__ uint2 load_shared_u64(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint4 load_shared_u128(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
   return v;
 }
 
@@ -169,6 +178,33 @@ __device__ __forceinline__ void mma_16x8x16<__half>(float (&sum)[4], const uint3
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same for A 16 x 32 of which every four neighbouring columns hold two values, and B 32 x 8; format.h
+// says where values and indices lie. Lanes 0 and 1 of every four give the indices, or 2 and 3 where kSelector
+// is
+// 1. Ordered: the second index of a pair is the greater one, which keeps the instruction fast on later
+// devices (PTX ISA, mma.sp::ordered_metadata, since CUDA 12.5).
+template <typename T, int kSelector>
+__device__ __forceinline__ void mma_sparse_16x8x32(float (&sum)[4], uint4 a, const uint32_t (&b)[4],
+                                                   uint32_t indices) {
+  static_assert(kSelector == 0 || kSelector == 1);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(indices),
+          "n"(kSelector));
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(indices),
+          "n"(kSelector));
+  }
 }
 
 // Waits for the `threads` threads of the block that use barrier `id` (1 to 15).

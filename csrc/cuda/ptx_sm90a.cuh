@@ -54,6 +54,13 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& map, int 
       : "memory");
 }
 
+// The compiler takes a product for an ordinary instruction: what it reads or writes may not move past this
+// point, which belongs before the first product on these sums and after the wait for the last one.
+__device__ __forceinline__ void settle(float (&sum)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
 // All warps of a warpgroup: the registers that each of its threads has from here on, a multiple of 8. The
 // block's registers stay as many as at its launch: growing waits until others have shrunk.
 template <int kCount>

@@ -19,6 +19,8 @@ inline uint2 load_shared_u64(uint32_t address) {
   return {static_cast<unsigned>(v), static_cast<unsigned>(v >> 32)};
 }
 
+inline uint4 load_shared_u128(uint32_t address) { return simt::load_shared<uint4>(address); }
+
 inline void store_shared_u64(uint32_t address, uint2 v) { simt::store_shared(address, &v, 8); }
 
 inline void store_shared_zero_16(uint32_t address) {
@@ -100,6 +102,48 @@ void mma_16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
         const int row = l / 4 + 8 * (r / 2), column = 2 * (l % 4) + r % 2;
         float total = lanes[l]->sum[r];
         for (int k = 0; k < 16; ++k) total += left[row][k] * right[k][column];
+        lanes[l]->sum[r] = total;
+      }
+    }
+  });
+}
+
+// From the PTX ISA's "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types" alone.
+template <typename T, int kSelector>
+void mma_sparse_16x8x32(float (&sum)[4], uint4 a, const uint32_t (&b)[4], uint32_t indices) {
+  struct Lane {
+    float* sum;
+    uint32_t a[4];
+    const uint32_t* b;
+    uint32_t indices;
+  } lane{sum, {a.x, a.y, a.z, a.w}, b, indices};
+  simt::meet_warp(kSelector ? "mma.sp.m16n8k32 1" : "mma.sp.m16n8k32 0", ~0u, lane, [](Lane* const* lanes) {
+    struct Kept {
+      int column;
+      float value;
+    } left[16][16];
+    float right[32][8];
+    for (int l = 0; l < simt::kLanes; ++l) {
+      const int group = l / 4, thread = l % 4;
+      for (int r = 0; r < 4; ++r) {
+        const int row = group + 8 * (r % 2), first_column = 4 * thread + 16 * (r / 2);
+        const uint32_t metadata = lanes[4 * group + 2 * kSelector + first_column / 16]->indices;
+        const uint32_t pair = metadata >> (16 * (row / 8) + first_column % 16) & 0xf;
+        const uint32_t columns[2] = {pair & 3, pair >> 2};
+        if (columns[0] >= columns[1])
+          simt::fail("mma.sp: indices %u, %u do not ascend", columns[0], columns[1]);
+        for (int half = 0; half < 2; ++half) {
+          left[row][first_column / 2 + half] = {first_column + static_cast<int>(columns[half]),
+                                                half_of<T>(lanes[l]->a[r], half)};
+          right[8 * r + 2 * thread + half][group] = half_of<T>(lanes[l]->b[r], half);
+        }
+      }
+    }
+    for (int l = 0; l < simt::kLanes; ++l) {
+      for (int r = 0; r < 4; ++r) {
+        float total = lanes[l]->sum[r];
+        for (const Kept& kept : left[l / 4 + 8 * (r / 2)])
+          total += kept.value * right[kept.column][2 * (l % 4) + r % 2];
         lanes[l]->sum[r] = total;
       }
     }

@@ -49,6 +49,8 @@ inline void copy_box(uint32_t to, const TensorMap& map, int row, int column, uin
   }
 }
 
+inline void settle(float (&)[64]) {}
+
 template <int kCount>
 void shrink_registers() {}
 template <int kCount>

@@ -16,6 +16,14 @@
 // A strip's 1024 bits are in the order in which a warp holds operand A of mma.m16n8k16 (see TileBit below),
 // which is also the order of wgmma m64k16's A in registers, a strip a warp: the kernels for few and for many
 // rows share it.
+//
+//   2:4 tiles           uint32 [row tiles, column tiles, kTwoOfFourTileWords]: a tile's bf16 or fp16 values
+//                       and their 2-bit indices; nothing else, since every tile takes the same bytes
+//
+// Every quad of a 2:4 weight (four neighbouring columns of a row, the first a multiple of 4) keeps at most
+// two weights. One that keeps fewer has the value -0.0 in its lowest free columns; a stored -0.0 is written
+// as 0.0, so that padding can be told from what is stored. Strip by strip come the values, then the indices,
+// in the order in which a warp holds the operands of mma.sp.m16n8k32 (see quad_place below).
 #pragma once
 
 #include <cstdint>
@@ -144,6 +152,46 @@ MOSAIC_HD int strip_unit(const uint32_t* tile, int strip) {
 
 MOSAIC_HD const uint32_t* strip_words(const uint32_t* tile, int strip) {
   return tile + kTileHeaderWords + strip * kStripWords;
+}
+
+// The 2:4 tile. Operand A of mma.sp.m16n8k32 (PTX ISA, "Matrix Fragments for sparse mma.m16n8k32 with .f16
+// and .bf16 types"): register r of lane l holds the two kept values, low half first, of the quad
+//
+//     row = l / 4 + 8 (r % 2)      first column = 32 step + 16 (r / 2) + 4 (l % 4)
+//
+// A strip's word 128 step + 4 l + r is that register. Behind them come 32 words of indices. The quad's 4 bits
+// are its first kept column (2 bits) and its second, the greater one; of the word that lane l gives
+//
+//     bits 0..15   row l / 4, 16 columns, quad by quad      bits 16..31   row l / 4 + 8, the same columns
+//
+// where lanes 0 and 1 of every four give the left and the right 16 columns of step 0, which the instruction
+// is told by sparsity selector 0, and lanes 2 and 3 those of step 1 (selector 1): each lane loads one word.
+constexpr int kQuad = 4;
+constexpr int kTwoOfFourStepColumns = 32;
+constexpr int kTwoOfFourStepWords = kWarpLanes * 4;
+constexpr int kTwoOfFourValueWords = kTileColumns / kTwoOfFourStepColumns * kTwoOfFourStepWords;
+constexpr int kTwoOfFourStripWords = kTwoOfFourValueWords + kWarpLanes;
+constexpr int kTwoOfFourTileWords = kStrips * kTwoOfFourStripWords;
+// 4608: for each weight 1 byte of values (two bytes for every second one) and 1/8 byte of indices (4 bits a
+// quad).
+constexpr int kTwoOfFourTileBytes = kTwoOfFourTileWords * 4;
+
+// Where the four index bits of the quad begin that `column` is in.
+MOSAIC_HD TileBit quad_indices(int strip_row, int column) {
+  const int step = column / kTwoOfFourStepColumns, across = column % kTwoOfFourStepColumns;
+  return {kTwoOfFourValueWords + 4 * (strip_row % 8) + 2 * step + across / 16,
+          16 * (strip_row / 8) + across % 16 / kQuad * 4};
+}
+
+// The first weight of the quad that lane `lane` holds in register `r` of step `step`.
+MOSAIC_HD TilePlace quad_place(int step, int r, int lane) {
+  return {lane / 4 + 8 * (r % 2), kTwoOfFourStepColumns * step + 16 * (r / 2) + kQuad * (lane % 4)};
+}
+
+// A quad's four columns, the first in the lowest 16 bits: two kept values at their indices, zero elsewhere.
+MOSAIC_HD uint64_t expand_quad(uint32_t values, uint32_t indices) {
+  return static_cast<uint64_t>(values & 0xffffu) << (16 * (indices & 3u)) |
+         static_cast<uint64_t>(values >> 16) << (16 * (indices >> 2 & 3u));
 }
 
 // Bits 0..15 of `v` at the even places 0, 2, .. 30.

@@ -185,6 +185,20 @@ struct ExpandTilesArgs {
 
 Status expand_tiles(const ExpandTilesArgs&, Launch);
 
+// The same for 2:4 tiles.
+Status linear_2to4(const TileLinearArgs&, Launch);
+
+// 2:4 tiles -> weight [rows, columns], bf16 or fp16 alike: for many rows of x a dense product is the faster
+// way. Padding becomes -0.0.
+struct ExpandArgs {
+  const void* tiles;
+  void* weight;  // 8-byte aligned
+  int64_t rows;
+  int64_t columns;
+};
+
+Status expand_2to4(const ExpandArgs&, Launch);
+
 // weight [rows, columns] <-> words [rows, bitmask_words(columns)] and values.
 struct PackArgs {
   void* weight;
