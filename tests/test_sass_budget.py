@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -131,6 +132,15 @@ def test_a_strip_that_is_not_there_is_an_error() -> None:
         budget.strip_of(budget.function(SASS, "_Zother"))
     with pytest.raises(ValueError, match="no HMMA"):
         budget.strip_of("        /*0000*/                   POPC R1, R2 ;")
+
+
+def test_every_line_of_the_budget_names_a_file_that_is_there() -> None:
+    root = Path(__file__).parents[1]
+    plan = tomllib.loads((root / ".ci" / "sass_budget.toml").read_text())
+    there = {path.name for folder in budget.SOURCES for path in (root / folder).glob("*.cu")}
+    assert {pattern.partition(":")[0] for pattern in plan["kernels"]} == there
+    assert {line["file"] for line in plan["strips"]} <= there
+    assert set(plan["only"]) <= there
 
 
 def test_ci_runs_it() -> None:
