@@ -64,7 +64,8 @@ def admm(schedule: Schedule) -> Callable[[Tensor, InputStatistics, Target, str],
 
 def _iterate(dense: Tensor, hessian: Tensor, target: Target, schedule: Schedule, name: str) -> tuple[Tensor, Tensor]:
     gradient = dense @ hessian
-    proposal, keep = dense.clone(), torch.ones_like(dense, dtype=torch.bool)
+    proposal = dense.clone(memory_format=torch.contiguous_format)  # of any layout; the steps update it in place
+    keep = torch.ones_like(proposal, dtype=torch.bool)
     each = schedule.steps // len(schedule.penalties)
     for part, penalty in enumerate(schedule.penalties):
         inverse = _inverse(hessian, penalty, name)
@@ -88,7 +89,7 @@ def refit_on_mask(start: Tensor, dense: Tensor, hessian: Tensor, keep: Tensor, s
 
     The diagonal of ``hessian`` is constant, so no preconditioner is needed.
     """
-    solution = start.clone()
+    solution = start.clone(memory_format=torch.contiguous_format)
     residual = ((dense - solution) @ hessian).mul_(keep)
     direction, energy = residual.clone(), residual.square().sum(1, keepdim=True)
     for _ in range(steps):
