@@ -105,6 +105,13 @@ def test_product(hopper: Gpu, dtype: torch.dtype, rows: int) -> None:
         assert_product(found, x, weight, bias)
 
 
+def test_block_tiles_in_more_than_one_band(hopper: Gpu) -> None:
+    hopper.limits(multiprocessors=18, shared_bytes=LARGEST_SHARED)  # one wave of 9 x 2 block tiles
+    x, weight = torch.randn(1100, 72).bfloat16(), sparse(200, 72, 0.5)
+    (found,) = prefill(hopper, x, [(weight, None)])
+    assert_product(found, x, weight, None)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 3, 5])
 def test_several_weights_in_one_launch(hopper: Gpu, multiprocessors: int) -> None:
     hopper.limits(multiprocessors=multiprocessors, shared_bytes=LARGEST_SHARED)

@@ -61,9 +61,9 @@ struct Plan {
 };
 
 // Cycles of a multiprocessor, by accounting (nothing here is measured). A step has 128 x 64 products for each
-// row of x, of which the tensor cores do 2048 a cycle, and the loop of consume() has 288 instructions, which
+// row of x, of which the tensor cores do 2048 a cycle, and the loop of consume() has 250 instructions, which
 // each scheduler issues for two warps. Partial sums go to the L2 cache and back at 32 bytes a cycle.
-constexpr int64_t step_cycles(int tile_rows) { return std::max(4 * tile_rows, 2 * 288); }
+constexpr int64_t step_cycles(int tile_rows) { return std::max(4 * tile_rows, 2 * 250); }
 constexpr int64_t kSumLaunch = 3000;  // the second kernel
 constexpr int kMinSliceSteps = 4;
 

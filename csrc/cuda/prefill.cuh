@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tile bitmap times many rows of x, on compute capability 9.0: weights are decoded into registers that wgmma
 // takes as operand A, while the products of the weights before them run. Bound by the tensor cores where a
-// block tile has 256 rows of x; with 128 rows the decode takes about as long (see step_cycles).
+// block tile has 256 rows of x; with 128 rows the decode takes about as long (step_cycles in
+// linear_prefill.cu).
 //
 //   block tile   128 rows of weights (two tiles, one for each of two warpgroups; a warp has a strip of 16)
 //                by kRows rows of x; a persistent block walks several of them
@@ -343,7 +344,9 @@ __global__ void __launch_bounds__(kThreads, 1) prefill(const __grid_constant__ P
   unsigned char* shared = dynamic_shared();
   const uint32_t skew = -shared_address(shared) % kAlignment;
   shared += skew;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes,
+  // Taken from lane 0, so that the compiler knows what is the same in a warp and keeps it in uniform
+  // registers.
+  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpLanes, 0),
             lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   if (threadIdx.x == 0) {
     const Ring<kRows> ring(a, shared_address(shared));
