@@ -15,13 +15,22 @@ from mosaic_kernels.config import PruneConfig
 from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.prune.composite import Plan, make_plan
 
-# TinyLlama's shapes, 1.1B parameters; and a model with as many blocks whose weights cost nothing to read.
+# TinyLlama's shapes, 1.1B parameters; Llama-2-7B's; and a model with as many blocks as the first whose weights cost
+# nothing to read.
 LLAMA_1B = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_hidden_layers": 22,
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
     "vocab_size": 32000,
 }
 NARROW = {**LLAMA_1B, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 128}
@@ -43,15 +52,15 @@ GGUF_NAMES = {
 
 
 @torch.no_grad()
-def random_llama(dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
-    """A Llama with normal weights (0.02, as models start), frozen and in evaluation mode."""
+def random_llama(dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", **settings: Any) -> Any:
+    """A Llama with normal weights (0.02, as models start), made on ``device``, frozen and in evaluation mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**{"max_position_embeddings": 2048, "eos_token_id": None, **settings}, dtype=dtype)
     with torch.device("meta"):  # its own initialisation would take longer than everything below
         model = LlamaForCausalLM(config)
-    model = model.to(dtype).to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.normal_(0, config.initializer_range)
@@ -66,7 +75,9 @@ def sharing_copy(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def pruned(model: nn.Module, sparsity: float, structured_share: float = 0.0) -> tuple[ModelAdapter, Plan]:
+def pruned(
+    model: nn.Module, sparsity: float, structured_share: float = 0.0, pattern: str = "unstructured"
+) -> tuple[ModelAdapter, Plan]:
     """A copy of ``model`` with exactly ``round(sparsity * prunable)`` weights less, spread uniformly.
 
     The first heads and channels stay (weights are random, so any would do), and of what they hold the
@@ -75,19 +86,22 @@ def pruned(model: nn.Module, sparsity: float, structured_share: float = 0.0) -> 
     Args:
         structured_share: of all prunable weights, how many leave as whole KV groups and FFN channels, as
             nearly as these allow; zeros make up the rest.
+        pattern: of the zeros, free or N:M.
     """
     adapter = ModelAdapter.of(sharing_copy(model))
     config = PruneConfig(
-        sparsity=sparsity, category="composite", structured_share=structured_share, policy="uniform", solver="magnitude"
-    )
+        sparsity=sparsity, category="composite", structured_share=structured_share, pattern=pattern,
+        policy="uniform", solver="magnitude",
+    )  # fmt: skip
     plan = make_plan(adapter, None, config)
     for block, name, layer in adapter.projections():
         out_features, in_features = plan.shapes[block.full_name(name)]
         weight = layer.weight[:out_features, :in_features]
-        kept = ops.select(weight.float().abs(), weight.numel() - plan.zeros[block.full_name(name)])
-        left = nn.Linear(in_features, out_features, bias=False, device="meta")
-        left.weight = nn.Parameter(weight * kept, requires_grad=False)
-        block.replace(name, left.eval())
+        scores, left = weight.float().abs(), weight.numel() - plan.zeros[block.full_name(name)]
+        kept = ops.select(scores, left) if config.group is None else ops.select(scores, config.group, "group")
+        layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(weight * kept, requires_grad=False)
+        block.replace(name, layer.eval())
     for block in adapter.blocks:
         block.refresh_heads()
     return adapter, plan

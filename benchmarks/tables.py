@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu import report
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 
@@ -209,9 +211,17 @@ def speed() -> str:
     return "\n".join([*lines, "", f"*{what}; `benchmarks/quality --speed`*"])
 
 
+def gpu() -> str:
+    return report.markdown(HERE / "results")
+
+
+def gpu_state() -> str:
+    return report.state(HERE / "results")
+
+
 TABLES = {
     "example": example, "linear": linear, "int8": int8, "generate": generate, "quality": quality, "speed": speed,
-    "score": score,
+    "score": score, "gpu": gpu, "gpu-state": gpu_state,
 }  # fmt: skip
 
 

@@ -38,6 +38,8 @@ class Work:
         self.index = RowIndex.from_bitmask(self.bits)
         self.int8 = quantize(PackedWeight(self.values, self.bits, (700, 600)), 64)
         self.block, self.keep = torch.randn(250, 96), torch.rand(250, 96) < 0.5
+        self.large = self.scores > 1
+        self.state = (self.scores, self.scores, self.scores * 2, self.scores * 3, torch.rand(700, 1))
         self.factor = torch.eye(96) + 0.01 * torch.rand(96, 96).triu()
 
     def run(self, threads: int) -> list[bytes]:
@@ -65,8 +67,20 @@ class Work:
         found.append(run["score_select"](self.weight, self.norms, torch.tensor([140_001]), "matrix"))
         found.append(run["score_select"](self.weight, self.norms, torch.full((700,), 77), "row"))
         found.append(run["score_select"](self.weight, self.norms, torch.tensor([2, 4]), "group"))
+        for keep, scope in ((torch.tensor([140_001]), "matrix"), (torch.full((700,), 77), "row")):
+            found += run["score_pack"](self.weight, self.norms, keep, scope)
+        found += run["score_pack"](self.weight, self.norms, torch.tensor([2, 4]), "group")
+        dual, solution, residual, direction, energy = (copied(tensor) for tensor in self.state)
+        found += [run["admm_step"](dual, self.large, self.scores, 0.5), dual]
+        run["cg_step"](solution, residual, direction, energy, self.scores, self.large)
+        found += [solution, residual, direction, energy]
         found += run["obs_block"](self.block, self.factor, self.keep, 0, 0)
         return [t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in found]
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy that is made without torch's threads."""
+    return torch.from_numpy(tensor.numpy().copy())
 
 
 def from_four_callers(work: Work, threads: int, expected: list[bytes]) -> None:

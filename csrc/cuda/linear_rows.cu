@@ -34,8 +34,12 @@ __device__ __forceinline__ void load_x(const T* __restrict__ x, int64_t column, 
   }
 }
 
+// Blocks that shall share a multiprocessor: as many as leave registers for N rows without a spill. Left to
+// itself ptxas spills some of these on sm_80 and sm_86.
+constexpr int blocks_for(int rows) { return rows == 8 ? 4 : rows == 4 ? 8 : 10; }
+
 template <typename T, int N, bool kPaired>
-__global__ void __launch_bounds__(kWarps* kWarpLanes) decode(const LinearArgs a) {
+__global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_for(N)) decode(const LinearArgs a) {
   const int lane = threadIdx.x % kWarpLanes;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpLanes;
   if (row >= a.out_features) return;

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile every .cu for every architecture and hold each kernel to ``sass_budget.toml``.
+
+``python .ci/sass_budget.py``, or with names of files (``linear_decode.cu``) for these alone. Needs nvcc but no GPU.
+Fails on a warning, on a spill, on more registers than let the intended blocks share a multiprocessor, on a kernel
+without a line in the budget, and on more instructions in a strip's decoding than the design allows. The last needs the
+``nvdisasm`` that comes with Triton and is left out, aloud, without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SOURCES = ("csrc/cuda", "benchmarks/gpu")
+REGISTERS, WARP, MOST_REGISTERS = 65536, 32, 255  # of a multiprocessor; lanes; of a thread (sm_80 to sm_90)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says about one kernel on one architecture.
+
+    Attributes:
+        name: without namespaces and parameters: ``stream_linear<Bitmap, __half, 1>``.
+        symbol: mangled.
+        spills: bytes of spill stores and loads.
+        shared: bytes of static shared memory.
+    """
+
+    source: str
+    arch: str
+    name: str
+    symbol: str
+    registers: int
+    spills: int
+    shared: int
+
+
+def short_name(demangled: str) -> str:
+    """``void a::b::f<a::(anonymous namespace)::T, 1>(a::Args)`` as ``f<T, 1>``."""
+    name = demangled.replace("(anonymous namespace)", "anonymous").removeprefix("void ")
+    depth = 0
+    for i, character in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:  # here the parameters begin
+            name = name[:i]
+            break
+    return re.sub(r"\b\w+::", "", name)
+
+
+def demangled(symbols: Iterable[str]) -> dict[str, str]:
+    """Readable names; c++filt is where a compiler for nvcc is."""
+    symbols = list(symbols)
+    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    return dict(zip(symbols, done.stdout.splitlines(), strict=True))
+
+
+def read_ptxas(source: str, arch: str, report: str) -> list[Kernel]:
+    """Every kernel of one ``-Xptxas -v`` report."""
+    parts = re.split(r"Compiling entry function '(\S+)'", report)[1:]
+    names = demangled(parts[::2])
+    found = []
+    for symbol, text in zip(parts[::2], parts[1::2], strict=True):
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", text)]
+        registers = re.search(r"Used (\d+) registers", text)
+        shared = re.search(r"(\d+) bytes smem", text)
+        if registers is None or not spills:
+            raise ValueError(f"{source}, sm_{arch}: ptxas does not say what {symbol} uses:\n{text}")
+        found.append(
+            Kernel(source, arch, short_name(names[symbol]), symbol, int(registers[1]), sum(spills),
+                   int(shared[1]) if shared else 0)
+        )  # fmt: skip
+    return found
+
+
+def allowed_registers(threads: int, blocks: int) -> int:
+    """Registers of a thread with which ``blocks`` blocks fit; they are given out by eights, to whole warps."""
+    warps = -(-threads // WARP) * blocks
+    return min(MOST_REGISTERS, REGISTERS // (warps * WARP) // 8 * 8)
+
+
+def compile_one(nvcc: str, source: Path, arch: str, cubin: Path) -> list[Kernel]:
+    """Compile one source for one architecture; its kernels."""
+    command = [nvcc, "-std=c++17", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc", "-Xptxas=-v", "-cubin"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    name = source.relative_to(ROOT).as_posix()
+    report = done.stdout + done.stderr
+    if done.returncode or re.search(r"\bwarning\b", report):  # one of which says that setmaxnreg was ignored
+        raise RuntimeError(f"{name} does not compile for sm_{arch}, or not without a warning:\n{report}")
+    return read_ptxas(name, arch, report)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Instructions of a consumer warp for one strip of 16 x 64 weights.
+
+    Attributes:
+        step: from the wait for a stage to the arrival that gives it back.
+        decode: of these, from the first POPC (the first HMMA where there is none) to the last HMMA.
+        popc: population counts.
+    """
+
+    step: int
+    decode: int
+    popc: int
+
+
+def instructions(sass: str) -> list[str]:
+    """Mnemonics in order, of ``nvdisasm``'s text for one function."""
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
+    return [name for name in found if name != "NOP"]
+
+
+def function(sass: str, symbol: str) -> str:
+    """The part of ``nvdisasm -c``'s output that is about ``symbol``."""
+    for part in re.split(r"\.section\s+\.text\.", sass)[1:]:
+        if part.split(",")[0].strip('"') == symbol:
+            return part
+    raise ValueError(f"no code of {symbol}")
+
+
+def strip_of(sass: str) -> Strip:
+    """Count the only loop that multiplies: between PHASECHK (the wait) and SYNCS.ARRIVE (the arrival), sm_90."""
+    code = instructions(sass)
+    hmma = [i for i, name in enumerate(code) if name.startswith("HMMA")]
+    if not hmma:
+        raise ValueError("no HMMA: this kernel does not multiply on the tensor cores")
+    waits = [i for i, name in enumerate(code[: hmma[0]]) if "PHASECHK" in name]
+    arrivals = [i for i, name in enumerate(code) if name.startswith("SYNCS.ARRIVE") and i > hmma[-1]]
+    if not waits or not arrivals:
+        raise ValueError("no wait before the first HMMA, or no arrival after the last one")
+    step = code[waits[-1] : arrivals[0] + 1]
+    popc = [i for i, name in enumerate(step) if name == "POPC"]
+    first = min([i for i, name in enumerate(step) if name.startswith("HMMA")] + popc)
+    last = max(i for i, name in enumerate(step) if name.startswith("HMMA"))
+    return Strip(len(step), last - first + 1, len(popc))
+
+
+def over_budget(kernels: Iterable[Kernel], budget: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What breaks the budget, in words."""
+    wrong: list[str] = []
+    homeless: dict[str, None] = {}
+    used = set()
+    for k in kernels:
+        where = f"{k.source}, sm_{k.arch}: {k.name}"
+        pattern = pattern_of(k, budget)
+        if k.spills:
+            wrong.append(f"{where} spills {k.spills} bytes")
+        if pattern is None:
+            homeless.setdefault(f"{k.source}: {k.name} has no line in .ci/sass_budget.toml")
+            continue
+        used.add(pattern)
+        line = budget[pattern]
+        limit = allowed_registers(line["threads"], line["blocks"])
+        if k.registers > limit:
+            wrong.append(
+                f"{where} uses {k.registers} registers; {line['blocks']} blocks of {line['threads']} threads on a "
+                f"multiprocessor leave {limit}"
+            )
+        if k.shared > line.get("shared", 0):
+            wrong.append(f"{where} has {k.shared} bytes of static shared memory; {line.get('shared', 0)} are planned")
+    return [*wrong, *homeless] + [
+        f"no kernel is called {pattern!r} any more" for pattern in budget if pattern not in used
+    ]
+
+
+def pattern_of(kernel: Kernel, budget: Mapping[str, Any]) -> str | None:
+    """The first line of the budget that means this kernel: patterns are ``FILE: NAME``."""
+    name = f"{Path(kernel.source).name}: {kernel.name}"
+    return next((pattern for pattern in budget if fnmatchcase(name, pattern)), None)
+
+
+def table(kernels: Iterable[Kernel], budget: Mapping[str, Mapping[str, int]]) -> str:
+    """Most registers of each line of the budget, by architecture."""
+    most: dict[str, dict[str, int]] = {}
+    shared: dict[str, int] = {}
+    for k in kernels:
+        pattern = pattern_of(k, budget) or f"{Path(k.source).name}: {k.name}"
+        by_arch = most.setdefault(pattern, {})
+        by_arch[k.arch] = max(by_arch.get(k.arch, 0), k.registers)
+        shared[pattern] = max(shared.get(pattern, 0), k.shared)
+    archs = sorted({arch for by_arch in most.values() for arch in by_arch})
+    width = max(map(len, most), default=0)
+    lines = [f"{'registers of':{width}}  allowed  {'  '.join(f'sm_{arch:<3}' for arch in archs)}  static shared"]
+    for pattern, by_arch in most.items():
+        line = budget.get(pattern)
+        limit = allowed_registers(line["threads"], line["blocks"]) if line else "?"
+        cells = "  ".join(f"{by_arch.get(arch, ''):>6}" for arch in archs)
+        lines.append(f"{pattern:{width}}  {limit:>7}  {cells}  {shared[pattern]:>13}")
+    return "\n".join(lines)
+
+
+def nvdisasm() -> Path | None:
+    """Triton ships the disassembler that a bare compiler lacks."""
+    found = shutil.which("nvdisasm")
+    if found:
+        return Path(found)
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        return None
+    path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return path if path.exists() else None
+
+
+def check_strips(kernels: list[Kernel], cubins: Mapping[tuple[str, str], Path], budget: list[Any]) -> list[str]:
+    """Count the strips that the budget names; what breaks it, in words."""
+    tool = nvdisasm()
+    if tool is None:
+        print("instructions of a strip: not counted (no nvdisasm; Triton brings one)")
+        return []
+    wrong, texts = [], {}
+    for line in budget:
+        names = [k for k in kernels if Path(k.source).name == line["file"] and fnmatchcase(k.name, line["kernel"])]
+        meant = [k for k in names if k.arch == line["arch"]]
+        if not meant:
+            wrong.append(f"no kernel is called {line['kernel']!r} on sm_{line['arch']}")
+        for k in meant:
+            key = (k.source, k.arch)
+            if key not in texts:
+                done = subprocess.run([tool, "-c", cubins[key]], capture_output=True, text=True, check=True)
+                texts[key] = done.stdout
+            found = strip_of(function(texts[key], k.symbol))
+            print(f"{k.name}, sm_{k.arch}: {found.step} instructions a strip, {found.decode} of them decode and "
+                  f"multiply, {found.popc} POPC")  # fmt: skip
+            for what in ("step", "decode", "popc"):
+                if what in line and getattr(found, what) > line[what]:
+                    wrong.append(f"{k.name}, sm_{k.arch}: {getattr(found, what)} {what}, {line[what]} planned")
+    return wrong
+
+
+def main(names: Sequence[str]) -> int:
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        print("nvcc not found: skipped")
+        return 0
+    started = time.perf_counter()
+    plan = tomllib.loads((HERE / "sass_budget.toml").read_text())
+    sources = sorted(path for folder in SOURCES for path in (ROOT / folder).glob("*.cu"))
+    if names:
+        sources = [path for path in sources if path.name in names]
+        plan["kernels"] = {key: line for key, line in plan["kernels"].items() if key.split(":")[0] in names}
+        plan["strips"] = [line for line in plan["strips"] if line["file"] in names]
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [(path, arch) for path in sources for arch in plan["only"].get(path.name, plan["archs"])]
+        cubins = {(path.relative_to(ROOT).as_posix(), arch): Path(folder, f"{path.stem}-{arch}") for path, arch in jobs}
+        try:
+            done = pool.map(lambda job: compile_one(nvcc, *job[0], job[1]), zip(jobs, cubins.values(), strict=True))
+            kernels = [kernel for found in done for kernel in found]
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(table(kernels, plan["kernels"]))
+        print(f"{len(jobs)} compilations, {len(kernels)} kernels, {time.perf_counter() - started:.0f} s")
+        wrong = over_budget(kernels, plan["kernels"]) + check_strips(kernels, cubins, plan["strips"])
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
