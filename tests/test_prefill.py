@@ -105,6 +105,13 @@ def test_product(hopper: Gpu, dtype: torch.dtype, rows: int) -> None:
         assert_product(found, x, weight, bias)
 
 
+def test_block_tiles_in_more_than_one_band(hopper: Gpu) -> None:
+    hopper.limits(multiprocessors=18, shared_bytes=LARGEST_SHARED)  # one wave of 9 x 2 block tiles
+    x, weight = torch.randn(1100, 72).bfloat16(), sparse(200, 72, 0.5)
+    (found,) = prefill(hopper, x, [(weight, None)])
+    assert_product(found, x, weight, None)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 3, 5])
 def test_several_weights_in_one_launch(hopper: Gpu, multiprocessors: int) -> None:
     hopper.limits(multiprocessors=multiprocessors, shared_bytes=LARGEST_SHARED)
@@ -129,10 +136,15 @@ def test_every_order_gives_the_same_bits(hopper: Gpu) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("rows", [65, 130])
-def test_long_rows_are_sliced_where_block_tiles_are_few(hopper: Gpu, rows: int) -> None:
-    hopper.limits(multiprocessors=16, shared_bytes=LARGEST_SHARED)
-    x, weight, bias = torch.randn(rows, 1992).bfloat16(), sparse(130, 1992, 0.5), torch.randn(130).bfloat16()
+# block tiles of 128 rows of x, one and two of them, and of 256, which three multiprocessors share out evenly
+@pytest.mark.parametrize(
+    ("rows", "out", "columns", "multiprocessors"), [(65, 130, 1992, 16), (130, 130, 1992, 16), (130, 65, 6400, 3)]
+)
+def test_long_rows_are_sliced_where_block_tiles_are_few(
+    hopper: Gpu, rows: int, out: int, columns: int, multiprocessors: int
+) -> None:
+    hopper.limits(multiprocessors=multiprocessors, shared_bytes=LARGEST_SHARED)
+    x, weight, bias = torch.randn(rows, columns).bfloat16(), sparse(out, columns, 0.5), torch.randn(out).bfloat16()
     work = workspace(hopper)
     (found,) = prefill(hopper, x, [(weight, bias)], work)
     assert_product(found, x, weight, bias)

@@ -26,7 +26,7 @@ struct StripWalk {
   // Lane i gives word i of the strip, whose values begin at `values`.
   __device__ __forceinline__ void begin(uint32_t word, uint32_t values) const {
     const int count = popcount(word);
-    const int before = inclusive_sum(count, lane) - count;
+    const int before = inclusive_sum(count) - count;
     __syncwarp();  // before the last strip's pairs are replaced
     store_shared_u64(area + 8 * lane, make_uint2(word, values + 2 * before));
     __syncwarp();

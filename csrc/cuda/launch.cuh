@@ -140,12 +140,10 @@ __device__ __forceinline__ bool is_zero(float v) { return (__float_as_uint(v) & 
 __device__ __forceinline__ bool is_zero(__nv_bfloat16 v) { return (__bfloat16_as_ushort(v) & 0x7fffu) == 0; }
 __device__ __forceinline__ bool is_zero(__half v) { return (__half_as_ushort(v) & 0x7fffu) == 0; }
 
-__device__ __forceinline__ int inclusive_sum(int v, int lane) {
+// The sum of the lanes up to this one.
+__device__ __forceinline__ int inclusive_sum(int v) {
 #pragma unroll
-  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
-    const int below = __shfl_up_sync(kFullWarp, v, distance);
-    if (lane >= distance) v += below;
-  }
+  for (int distance = 1; distance < kWarpLanes; distance *= 2) v = plus_lane_below(v, distance);
   return v;
 }
 

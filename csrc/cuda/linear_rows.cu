@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, blocks_for(N)) decode(cons
     const uint32_t mine = next;
     const int64_t ahead = base + kWarpLanes + lane;
     next = ahead < words ? bits[ahead] : 0;
-    const int last_value = inclusive_sum(popcount(mine), lane);
+    const int last_value = inclusive_sum(popcount(mine));
     const int first_value = last_value - popcount(mine);
     const int64_t left = words - base;
     const int steps = left < kWarpLanes ? static_cast<int>(left + 1) / kStepWords : kWarpLanes / kStepWords;

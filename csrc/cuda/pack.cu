@@ -50,7 +50,7 @@ __global__ void values_kernel(const PackArgs a) {
   T* values = static_cast<T*>(a.values) + a.offsets[row];
   for (int64_t base = 0; base < words; base += kWarpLanes) {
     const uint32_t mine = base + lane < words ? a.words[row * words + base + lane] : 0;
-    const int end = inclusive_sum(popcount(mine), lane);
+    const int end = inclusive_sum(popcount(mine));
     const int begin = end - popcount(mine);
     for (int first = 0; first < kWarpLanes && base + first < words; first += kAhead) {
       T moved[kAhead];

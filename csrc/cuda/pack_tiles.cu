@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) values_kernel(const PackTilesArgs a)
   const Corner corner = corner_of(a, tile, strip);
   const uint32_t* bits = a.tiles + tile * kTileWords;
   const uint32_t mine = strip_words(bits, strip)[lane];
-  const int end = inclusive_sum(popcount(mine), lane);
+  const int end = inclusive_sum(popcount(mine));
   const int begin = end - popcount(mine);
   T* values = static_cast<T*>(a.values) +
               kUnitValues * (static_cast<int64_t>(a.offsets[tile]) + strip_unit(bits, strip));

@@ -78,6 +78,16 @@ __device__ __forceinline__ uint32_t load_shared_kept_pair(uint32_t address, uint
   return v;
 }
 
+// v plus that of the lane `distance` below, where there is one: the shuffle says so, no comparison is needed.
+__device__ __forceinline__ int plus_lane_below(int v, int distance) {
+  asm volatile(
+      "{\n .reg .pred exists;\n .reg .b32 below;\n"
+      " shfl.sync.up.b32 below|exists, %0, %1, 0, 0xffffffff;\n @exists add.s32 %0, %0, below;\n}"
+      : "+r"(v)
+      : "r"(distance));
+  return v;
+}
+
 // A phase of a barrier ends when `count` arrivals, and all bytes they announced, have come.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");

@@ -290,7 +290,9 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_linear(const __grid_
   const uint32_t barriers = shared_address(memory);
   auto* flag = reinterpret_cast<uint32_t*>(memory + 16 * kMaxStages);
   const uint32_t areas = barriers + kControlBytes, stages = barriers + kFixedShared;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes,
+  // Taken from lane 0, so that the compiler knows what is the same in a warp and keeps it in uniform
+  // registers.
+  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpLanes, 0),
             lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {

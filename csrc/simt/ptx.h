@@ -39,6 +39,11 @@ inline uint32_t load_shared_kept_pair(uint32_t address, uint32_t flags, uint32_t
   return low | high << 16;
 }
 
+inline int plus_lane_below(int v, int distance) {
+  const int below = __shfl_up_sync(~0u, v, static_cast<unsigned>(distance));
+  return simt::thread_number() % simt::kLanes >= distance ? v + below : v;
+}
+
 inline void barrier_init(uint32_t barrier, int count) { simt::barrier_init(barrier, count); }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(uint32_t barrier) { simt::barrier_arrive(barrier, 0); }
