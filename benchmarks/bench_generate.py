@@ -172,7 +172,7 @@ def test_outside_kernels(benchmark: Any, models: dict[str, Any], prompt: torch.T
     pack_model(narrow)
 
     def idle(model: Any) -> Run:
-        with without_kernels():
+        with without_kernels(model):
             return write(model, prompt % NARROW["vocab_size"], NEW_TOKENS)
 
     writers = {

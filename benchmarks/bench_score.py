@@ -90,7 +90,7 @@ def test_score_select_pack(benchmark: Any, threads: int, shape: str, scope: str)
         return stock(weight, norms, width, width // 2, clock)
 
     def by_ours(_: int) -> mk.PackedWeight:
-        return mk.pack(weight, ops.score_select(weight, norms, keep, "group" if scope == "2:4" else scope))
+        return ops.score_pack(weight, norms, keep, "group" if scope == "2:4" else scope)
 
     packed, (values, bits) = by_ours(0), by_torch(0)
     assert torch.equal(packed.values, values)  # ties too

@@ -48,15 +48,10 @@ class PreparedLinear:
     ) -> None: ...
     def run(self, x: int, out: int, rows: int, threads: int) -> None: ...
 
-def sparse_linear_group(
-    x: int,
-    rows: int,
-    in_features: int,
-    dtype: int,
-    threads: int,
-    quantize_x: bool,
-    parts: list[tuple[int, ...]],
-) -> None: ...
+class PreparedGroup:
+    def __init__(self, parts: list[tuple[int, ...]], in_features: int, quantize_x: bool) -> None: ...
+    def run(self, x: int, outs: list[int], rows: int, dtype: int, threads: int) -> None: ...
+
 def pack_bits(
     weight: int, keep: int, bitmask: int, offsets: int, rows: int, columns: int, dtype: int, threads: int
 ) -> None: ...
@@ -101,9 +96,37 @@ def select(scores: int, keep: int, mask: int, rows: int, columns: int, scope: in
 def score_select(
     weight: int, norms: int, keep: int, mask: int, rows: int, columns: int, dtype: int, scope: int, threads: int
 ) -> None: ...
+def score_bits(
+    weight: int,
+    norms: int,
+    keep: int,
+    bitmask: int,
+    offsets: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    scope: int,
+    threads: int,
+) -> None: ...
 def obs_block(
     weight: int, factor: int, keep: int, errors: int, rows: int, block: int, n: int, m: int, threads: int
 ) -> None: ...
+def admm_step(
+    proposal: int, keep: int, gradient: int, target: int, penalty: float, rows: int, columns: int, threads: int
+) -> None: ...
+def cg_step(
+    solution: int,
+    residual: int,
+    direction: int,
+    energy: int,
+    image: int,
+    keep: int,
+    rows: int,
+    columns: int,
+    threads: int,
+) -> None: ...
+def bytes_at(x: int, count: int) -> bytes: ...
+def holds(x: int, bytes: bytes) -> bool: ...
 def isa() -> str: ...
 def features() -> str: ...
 def set_isa(level: str) -> None: ...

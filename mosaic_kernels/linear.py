@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from mosaic_kernels import ops
-from mosaic_kernels.arrangement import arrange
+from mosaic_kernels.arrangement import Arrangement, arrange, tensors_of
 from mosaic_kernels.config import Weights
 from mosaic_kernels.errors import FormatError
 from mosaic_kernels.format import PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
@@ -19,7 +19,6 @@ from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops.cpu import Operands
 from mosaic_kernels.ops.prepared import PreparedCall, prepare
 from mosaic_kernels.ops.select import fast_sparse_linear, fast_sparse_linear_int8, fast_tile_linear
-from mosaic_kernels.tiles import TileBitmap
 
 if TYPE_CHECKING:
     from mosaic_kernels.siblings import Siblings
@@ -86,7 +85,8 @@ class MosaicLinear(nn.Linear):
         self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
         # with the bitmask it was built from, in a tuple: a bare Parameter would register as a second one
         self._index: tuple[nn.Parameter, RowIndex] | None = None
-        self._arranged: tuple[nn.Parameter, TileBitmap] | None = None  # as _index, with the parameter `weight`
+        # as _index, with the parameter `weight`; and the nnz
+        self._arranged: tuple[nn.Parameter, Arrangement, int] | None = None
         self._prepared: PreparedCall | None = None  # of the parameters and a dtype of the input
         self._dense: Tensor | None = None  # beside the packed weight, see keep_dense_for_prefill
         self.siblings: Siblings | None = None
@@ -132,7 +132,7 @@ class MosaicLinear(nn.Linear):
     @property
     def nnz(self) -> int:
         """Number of kept weights."""
-        return self.weight.numel() if self.arranged is None else self.arranged.nnz
+        return self.weight.numel() if self.arranged is None or self._arranged is None else self._arranged[2]
 
     @property
     def density(self) -> float:
@@ -140,7 +140,7 @@ class MosaicLinear(nn.Linear):
         return self.nnz / max(1, self.in_features * self.out_features)
 
     @property
-    def arranged(self) -> TileBitmap | None:
+    def arranged(self) -> Arrangement | None:
         """The form that is held instead of the canonical one, if any."""
         found = self._arranged
         return found[1] if found is not None and found[0] is self._parameters["weight"] else None
@@ -187,8 +187,9 @@ class MosaicLinear(nn.Linear):
         """Hold the weight as the kernels of its device read it fastest."""
         found = None if self.arranged is not None or self.bitmask.is_meta else arrange(self.packed)
         if found is not None:
-            self.weight, self.bitmask = _frozen(found.values), _frozen(found.tiles)
-            self._index, self._arranged = None, (self.weight, found)
+            nnz = self.nnz
+            self.weight, self.bitmask = map(_frozen, tensors_of(found))
+            self._index, self._arranged = None, (self.weight, found, nnz)
 
     def _hold_canonical(self) -> None:
         """Undo :meth:`arrange`."""

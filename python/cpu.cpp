@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
+#include <string_view>
 #include <vector>
 
 #include "mosaic/kernels.h"
@@ -70,22 +72,40 @@ PreparedLinear prepare_linear(uintptr_t values, uintptr_t words, uintptr_t offse
            address<float>(scales), scale_groups, quantize_x}};
 }
 
-// Each part: (values, words, offsets, bias, out, out_features, nnz, scales, scale_groups).
-void sparse_linear_group(uintptr_t x, int64_t rows, int64_t in_features, int dtype, int threads,
-                         bool quantize_x, const std::vector<std::array<int64_t, 9>>& parts) {
+// Several weights on the same x, likewise. What its parts are prepared with says nothing of dtypes: a call
+// does.
+struct PreparedGroup {
   std::vector<LinearArgs> args;
-  args.reserve(parts.size());
+
+  void run(uintptr_t x, const std::vector<uintptr_t>& outs, int64_t rows, int dtype, int threads) const {
+    if (outs.size() != args.size()) raise_invalid("sparse_linear: as many results as weights are needed");
+    std::vector<LinearArgs> now = args;
+    for (size_t i = 0; i < now.size(); ++i) {
+      now[i].x = address<void>(x);
+      now[i].out = address<void>(outs[i]);
+      now[i].rows = rows;
+      now[i].dtype = DType(dtype);
+      now[i].threads = threads;
+    }
+    Status status;
+    {
+      py::gil_scoped_release unlocked;
+      status = cpu::sparse_linear_group(now.data(), static_cast<int64_t>(now.size()));
+    }
+    raise_unless_ok(status, "sparse_linear");
+  }
+};
+
+// Each part: (values, words, offsets, bias, out_features, nnz, scales, scale_groups).
+PreparedGroup prepare_group(const std::vector<std::array<int64_t, 8>>& parts, int64_t in_features,
+                            bool quantize_x) {
+  PreparedGroup group;
   for (const auto& p : parts) {
-    args.push_back({address<void>(x), address<void>(p[0]), address<uint32_t>(p[1]), address<int64_t>(p[2]),
-                    address<void>(p[3]), address<void>(p[4]), rows, in_features, p[5], p[6], DType(dtype),
-                    threads, address<float>(p[7]), p[8], quantize_x});
+    group.args.push_back({nullptr, address<void>(p[0]), address<uint32_t>(p[1]), address<int64_t>(p[2]),
+                          address<void>(p[3]), nullptr, 0, in_features, p[4], p[5], DType::kFloat32, 1,
+                          address<float>(p[6]), p[7], quantize_x});
   }
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = cpu::sparse_linear_group(args.data(), static_cast<int64_t>(args.size()));
-  }
-  raise_unless_ok(status, "sparse_linear");
+  return group;
 }
 
 void pack_bits(uintptr_t weight, uintptr_t keep, uintptr_t bitmask, uintptr_t offsets, int64_t rows,
@@ -130,11 +150,40 @@ void score_select(uintptr_t weight, uintptr_t norms, uintptr_t keep, uintptr_t m
                   address<uint8_t>(mask), rows, columns, Scope(scope), threads});
 }
 
+void score_bits(uintptr_t weight, uintptr_t norms, uintptr_t keep, uintptr_t bitmask, uintptr_t offsets,
+                int64_t rows, int64_t columns, int dtype, int scope, int threads) {
+  call("score_pack", cpu::select,
+       SelectArgs{nullptr, address<void>(weight), address<float>(norms), DType(dtype), address<int64_t>(keep),
+                  nullptr, rows, columns, Scope(scope), threads, address<uint8_t>(bitmask),
+                  address<int64_t>(offsets)});
+}
+
 void obs_block(uintptr_t weight, uintptr_t factor, uintptr_t keep, uintptr_t errors, int64_t rows,
                int64_t block, int64_t n, int64_t m, int threads) {
   call("select", cpu::obs_block,
        ObsArgs{address<float>(weight), address<float>(factor), address<uint8_t>(keep), address<float>(errors),
                rows, block, n, m, threads});
+}
+
+void admm_step(uintptr_t proposal, uintptr_t keep, uintptr_t gradient, uintptr_t target, float penalty,
+               int64_t rows, int64_t columns, int threads) {
+  call("admm_step", cpu::admm_step,
+       AdmmArgs{address<float>(proposal), address<uint8_t>(keep), address<float>(gradient),
+                address<float>(target), penalty, rows, columns, threads});
+}
+
+void cg_step(uintptr_t solution, uintptr_t residual, uintptr_t direction, uintptr_t energy, uintptr_t image,
+             uintptr_t keep, int64_t rows, int64_t columns, int threads) {
+  call("cg_step", cpu::cg_step,
+       CgArgs{address<float>(solution), address<float>(residual), address<float>(direction),
+              address<float>(energy), address<float>(image), address<uint8_t>(keep), rows, columns, threads});
+}
+
+py::bytes bytes_at(uintptr_t x, size_t count) { return py::bytes(address<char>(x), count); }
+
+bool holds(uintptr_t x, std::string_view bytes) {
+  py::gil_scoped_release unlocked;
+  return bytes.empty() || std::memcmp(address<char>(x), bytes.data(), bytes.size()) == 0;
 }
 
 }  // namespace
@@ -149,7 +198,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   py::class_<PreparedLinear>(m, "PreparedLinear")
       .def(py::init(&prepare_linear))
       .def("run", &PreparedLinear::run);
-  m.def("sparse_linear_group", python::sparse_linear_group);
+  py::class_<PreparedGroup>(m, "PreparedGroup").def(py::init(&prepare_group)).def("run", &PreparedGroup::run);
   m.def("pack_bits", python::pack_bits);
   m.def("pack_values", pack_or_unpack<cpu::pack_values>);
   m.def("unpack", pack_or_unpack<cpu::unpack>);
@@ -157,7 +206,12 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("column_square_sums", python::column_square_sums);
   m.def("select", python::select);
   m.def("score_select", python::score_select);
+  m.def("score_bits", python::score_bits);
   m.def("obs_block", python::obs_block);
+  m.def("admm_step", python::admm_step);
+  m.def("cg_step", python::cg_step);
+  m.def("bytes_at", python::bytes_at);
+  m.def("holds", python::holds);
   m.def("isa", cpu::isa);
   m.def("features", cpu::features);
   m.def("set_isa", [](const char* level) { raise_unless_ok(cpu::set_isa(level), "set_isa"); });

@@ -18,6 +18,8 @@ from mosaic_kernels import arrangement
 from mosaic_kernels.checkpoint.writer import pack_model
 from mosaic_kernels.errors import FormatError
 from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.semistructured import TwoOfFour
+from mosaic_kernels.tiles import TileBitmap
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,7 @@ def test_it_is_the_same_layer(shape: tuple[int, int]) -> None:
     linear = dense(*shape)
     layer = mk.MosaicLinear.from_linear(linear)
     assert layer.arranged is not None
+    assert isinstance(layer.arranged, TileBitmap)
     assert layer.weight.data_ptr() == layer.arranged.values.data_ptr()  # held once
     x = torch.randn(3, 2, shape[1]).bfloat16()
     assert torch.equal(layer(x), linear(x))
@@ -55,6 +58,29 @@ def test_it_is_the_same_layer(shape: tuple[int, int]) -> None:
     assert f"density={layer.density:.3f}" in repr(layer)
     assert_state(layer, linear)
     assert torch.equal(layer.to_dense().weight, linear.weight)
+
+
+def test_2_of_4_weights_have_a_form_of_their_own() -> None:
+    linear = dense()
+    linear.weight.copy_(torch.randn(70, 72))
+    linear.weight.view(70, 18, 4)[..., 1:3] = 0
+    layer = mk.MosaicLinear.from_linear(linear)
+    assert isinstance(layer.arranged, TwoOfFour)
+    assert layer.weight.dtype is torch.bfloat16  # what a model is asked for its dtype
+    x = torch.randn(5, 72).bfloat16()
+    assert torch.equal(layer(x), linear(x))
+    assert layer.nnz == 70 * 36
+    assert_state(layer, linear)
+    assert_state(copy.deepcopy(layer), linear)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.ones(5, 70).bfloat16() @ linear.weight)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x.detach()), linear(x.detach()))
+    layer.float()
+    assert layer.arranged is None
+    assert_state(layer, linear.float())
 
 
 def test_other_layers_stay_canonical() -> None:

@@ -11,6 +11,7 @@ import mosaic_kernels as mk
 from mosaic_kernels import ops
 from mosaic_kernels.ops import cuda, reference
 from mosaic_kernels.semistructured import TwoOfFour
+from mosaic_kernels.tiles import TileBitmap
 
 pytestmark = pytest.mark.cuda
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,3 +128,92 @@ def test_two_of_four_packs_and_expands_on_the_device(dtype: torch.dtype, shape: 
     stream = torch.cuda.current_stream(0).cuda_stream
     _C_cuda.expand_2to4(tiles.tiles.data_ptr(), out.data_ptr(), rows, columns, 0, stream)
     assert torch.equal(out, weight)
+
+
+def launch_prefill(x: Tensor, parts: list[tuple[TileBitmap, Tensor]], found: list[Tensor], work: Tensor) -> None:
+    from mosaic_kernels import _C_cuda
+
+    rows = [
+        (t.tiles.data_ptr(), t.offsets.data_ptr(), t.values.data_ptr(), bias.data_ptr(), out.data_ptr(), *size)
+        for (t, bias), out in zip(parts, found, strict=True)
+        for size in [(t.shape[0], t.largest_tile)]
+    ]
+    _C_cuda.linear_prefill(
+        rows, x.data_ptr(), len(x), x.shape[1], cuda._DTYPES[x.dtype], work.data_ptr(), work.numel(),
+        0, torch.cuda.current_stream(0).cuda_stream,
+    )  # fmt: skip
+
+
+# Block tiles of either size, the last ones cut; few block tiles in long rows, which are sliced; several weights;
+# outputs whose rows begin at multiples of 16 bytes and not; more block tiles than multiprocessors.
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 8, (1,)),
+        (65, 200, (130,)),
+        (130, 4096, (300, 65, 64)),
+        (257, 72, (4097,)),
+        (256, 4096, (4096, 1024, 1024)),
+        (1000, 11008, (1000,)),
+        (4096, 4096, (4096,)),
+    ],
+    ids=str,
+)
+def test_prefill(shape: tuple[int, int, tuple[int, ...]], dtype: torch.dtype, density: float) -> None:
+    from mosaic_kernels import _C_cuda
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("linear_prefill runs on compute capability 9.0 alone")
+    rows, columns, outs = shape
+    x = torch.randn(rows, columns).to(dtype).cuda()
+    weights = [sparse(out, columns, density, dtype) for out in outs]
+    parts = [(TileBitmap.from_dense(weight), torch.randn(len(weight)).to(dtype).cuda()) for weight in weights]
+    work = torch.zeros(_C_cuda.linear_workspace_bytes(0), dtype=torch.uint8, device="cuda:0")
+    torch.cuda.synchronize()  # weights are read before the kernels ahead have ended
+    results = [[x.new_full((rows, out), float("nan")) for out in outs] for _ in range(2)]
+    for found in results:
+        launch_prefill(x, parts, found, work)
+    for weight, (_, bias), result, again in zip(weights, parts, *results, strict=True):
+        assert torch.equal(result, again)
+        exact = x.double() @ weight.double().T + bias.double()
+        size = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+        sums = 4 * columns**0.5 * torch.finfo(torch.float32).eps
+        assert bool(((result.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + sums * size).all())
+
+
+def test_prefill_in_a_graph() -> None:
+    from mosaic_kernels import _C_cuda
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("linear_prefill runs on compute capability 9.0 alone")
+    x, weight = torch.randn(200, 4096).bfloat16().cuda(), sparse(256, 4096, 0.5, torch.bfloat16)
+    parts = [(TileBitmap.from_dense(weight), torch.zeros(256, dtype=torch.bfloat16, device="cuda:0"))]
+    work = torch.zeros(_C_cuda.linear_workspace_bytes(0), dtype=torch.uint8, device="cuda:0")
+    once, replayed = x.new_empty(200, 256), x.new_empty(200, 256)
+    torch.cuda.synchronize()
+    launch_prefill(x, parts, [once], work)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch_prefill(x, parts, [replayed], work)
+    for _ in range(2):
+        replayed.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(replayed, once)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (65, 130), (200, 1032), (4096, 4096)], ids=str)
+def test_tiles_expand_on_the_device(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    from mosaic_kernels import _C_cuda
+
+    for density in (0.0, 0.5, 1.0):
+        weight = sparse(*shape, density, dtype)
+        tiles, last = TileBitmap.from_dense(weight), -(-shape[0] // 64)
+        addresses = tiles.tiles.data_ptr(), tiles.offsets.data_ptr(), tiles.values.data_ptr()
+        for first, end in {(0, last), (last // 2, last)}:
+            out = torch.full_like(weight[64 * first :], float("nan"))
+            stream = torch.cuda.current_stream(0).cuda_stream
+            _C_cuda.expand_tiles(*addresses, out.data_ptr(), *shape, first, end, 0, stream)
+            assert torch.equal(out, weight[64 * first :])

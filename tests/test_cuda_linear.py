@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import mosaic_kernels as mk
-from mosaic_kernels.ops import cuda, reference
+from mosaic_kernels.ops import reference, tensor_cores
+from mosaic_kernels.semistructured import TwoOfFour
 from mosaic_kernels.tiles import TileBitmap
 
 pytestmark = pytest.mark.cuda
@@ -41,7 +42,7 @@ def assert_close(found: Tensor, x: Tensor, linear: nn.Linear) -> None:
 def test_values(shape: tuple[int, int], density: float, dtype: torch.dtype) -> None:
     linear = dense(*shape, density, dtype)
     layer = mk.MosaicLinear.from_linear(linear)
-    assert layer.arranged is not None
+    assert isinstance(layer.arranged, TileBitmap)
     for rows in ROWS:
         x = torch.randn(rows, shape[1], device="cuda").to(dtype)
         assert_close(layer(x), x, linear)
@@ -67,9 +68,20 @@ def test_tiles_are_those_of_the_reference(shape: tuple[int, int]) -> None:
         assert torch.equal(torch.ops.mosaic.expand_tiles(*found, *shape), weight if mask is None else weight * mask)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_2_of_4(shape: tuple[int, int]) -> None:
+    linear = dense(*shape, 1.0)
+    linear.weight[:, 0::4] = linear.weight[:, 3::4] = 0
+    layer = mk.MosaicLinear.from_linear(linear)
+    assert isinstance(layer.arranged, TwoOfFour) is (shape[1] % 4 == 0)
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1], device="cuda").bfloat16()
+        assert_close(layer(x), x, linear)
+
+
 def test_several_weights_in_one_launch() -> None:
     linears = [dense(out, 1024) for out in (1024, 200, 72)]
-    group = cuda.TileGroup([(TileBitmap.from_dense(each.weight.detach()), each.bias) for each in linears])
+    group = tensor_cores.Group([(TileBitmap.from_dense(each.weight.detach()), each.bias) for each in linears])
     for rows in ROWS[:-2]:
         x = torch.randn(rows, 1024, device="cuda").bfloat16()
         for found, linear in zip(group(x), linears, strict=True):
@@ -172,5 +184,5 @@ def test_memory_is_that_of_the_packed_weight() -> None:
     del linear
     torch.cuda.synchronize()
     held = layer.weight.nbytes + layer.bitmask.nbytes
-    assert layer.arranged is not None
+    assert isinstance(layer.arranged, TileBitmap)
     assert held <= layer.arranged.nbytes <= 1.02 * (4096 * 4096 / 8 + 2 * layer.nnz)

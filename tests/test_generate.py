@@ -98,6 +98,7 @@ def test_only_our_products_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None
     real = cpu._C_cpu
     wanted = write(model, prompt(), 3)
     called: list[str] = []
+    model._apply(lambda tensor: tensor)
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
@@ -106,9 +107,10 @@ def test_only_our_products_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(cpu, "_C_cpu", Counting())
     write(model, prompt(), 1)
-    assert called.count("sparse_linear_group") == 2 * 2 * 3  # two groups of siblings, two passes, three blocks
+    assert called.count("PreparedGroup") == 2 * 3  # two groups of siblings, three blocks
+    assert called.count("PreparedLinear") == 2 * 3  # their other layers, prepared for prompts and tokens alike
     called.clear()
-    with without_kernels():
+    with without_kernels(model):
         write(model, prompt(), 3)
     assert not [name for name in called if name.startswith("sparse_linear")]
     assert write(model, prompt(), 3).tokens == wanted.tokens

@@ -85,14 +85,76 @@ def test_another_input_or_a_changed_one_is_computed_anew() -> None:
         assert torch.equal(group[1](fresh), alone(group[1], fresh))
 
 
-def test_gradients_and_inference_mode_run_each_alone(dispatches: list[int]) -> None:
+def test_one_dispatch_in_inference_mode(dispatches: list[int]) -> None:
+    group = layers(3)
+    siblings.join(group)
+    with torch.inference_mode():
+        for shape in ((1, 40), (2, 5, 40), (0, 40)):
+            x = torch.randn(shape)
+            assert x.is_inference()
+            for layer in group:
+                assert torch.equal(layer(x), alone(layer, x))
+        strided = torch.randn(40, 3).T
+        for layer in group:
+            assert torch.equal(layer(strided), alone(layer, strided))
+    assert dispatches == [3] * 4
+    assert group[0].siblings is not None
+    assert group[0].siblings._kept is None  # no copy of an input lives longer than it is of use
+
+
+def test_changes_in_inference_mode_are_noticed() -> None:
+    """Nothing counts them there."""
+    group, x = layers(2), torch.randn(1, 40)
+    siblings.join(group)
+    with torch.inference_mode():
+        for change in (
+            lambda x: x.mul_(2),
+            lambda x: x.numpy().__imul__(2),
+            lambda x: x[:, 7:8].neg_(),
+            lambda x: x.resize_(2, 20).resize_(1, 40).copy_(torch.ones(1, 40)),
+        ):
+            y = x.clone()
+            group[0](y)
+            change(y)
+            assert torch.equal(group[1](y), alone(group[1], y))
+        y = x.clone()
+        group[0](y)
+        group[1].weight.mul_(2)
+        assert torch.equal(group[1](y), alone(group[1], y))
+        y = torch.zeros(1, 40)
+        group[0](y)
+        assert torch.equal(group[1](y.view(2, 20).view(1, 1, 40)), alone(group[1], y.view(1, 1, 40)))
+
+
+def test_results_do_not_leave_inference_mode() -> None:
+    group, x = layers(2), torch.randn(1, 40)
+    siblings.join(group)
+    with torch.inference_mode():
+        group[0](x)
+    with torch.no_grad():
+        assert not group[1](x).is_inference()
+    with torch.inference_mode():
+        y = x.clone()
+        group[0](y)
+    with torch.no_grad():
+        assert not group[1](y).is_inference()
+
+
+def test_weights_made_in_inference_mode_run_each_alone(dispatches: list[int]) -> None:
+    with torch.inference_mode():
+        group, x = layers(2), torch.randn(1, 40)
+        siblings.join(group)
+        for layer in group:
+            assert torch.equal(layer(x), alone(layer, x))
+    assert dispatches == []
+
+
+def test_gradients_run_each_alone(dispatches: list[int]) -> None:
     group, x = layers(2), torch.randn(1, 40, requires_grad=True)
     siblings.join(group)
     (group[0](x).sum() + group[1](x).sum()).backward()
     assert x.grad is not None
-    with torch.inference_mode():
-        y = torch.randn(1, 40)
-        assert torch.equal(group[0](y), alone(group[0], y))
+    y = x.detach()
     with ops.use_backend("reference"), torch.no_grad():
         group[0](y)
     assert dispatches == []

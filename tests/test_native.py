@@ -155,7 +155,7 @@ def check_guarded_round_trip(weight: Tensor) -> None:
     _C_cpu.unpack(unpacked.address, values.address, *rest)
     assert torch.equal(unpacked.read(), weight)
     words = Guarded(RowIndex.from_bitmask(bits.read()).words)
-    for rows in (1, 3, 8, 25):
+    for rows in (1, 3, 8, 25, 35):  # 35: panels, and a block of 3
         x, bias = Guarded(torch.randn(rows, columns).to(weight.dtype)), Guarded(weight.new_zeros(out))
         result = Guarded(weight.new_zeros(rows, out))
         _C_cpu.sparse_linear(

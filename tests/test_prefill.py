@@ -9,7 +9,7 @@ import pytest
 import torch
 from guarded import Guarded
 from simt import CODES, DEVICE, Gpu
-from test_cuda_kernels import HALF_DTYPES, Part, assert_product, sparse, unwritten, workspace
+from test_cuda_kernels import HALF_DTYPES, Part, sparse, unwritten, workspace
 from torch import Tensor
 
 from mosaic_kernels.errors import BackendError, KernelError
@@ -70,6 +70,16 @@ def prefill(gpu: Gpu, x: Tensor, parts: Sequence[Part], work: Guarded | None = N
         arguments, given.address, len(x), x.shape[1], CODES[x.dtype], work.address, work.like.numel(), DEVICE, 0
     )
     return [out.read() for out in outs]
+
+
+def assert_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Every element within fp32 sums of products that are exact in fp32, rounded once."""
+    added = torch.zeros(len(weight)) if bias is None else bias
+    exact = x.double() @ weight.double().T + added.double()
+    size = x.double().abs() @ weight.double().abs().T + added.double().abs()
+    eps, sums = torch.finfo(found.dtype).eps, 4 * x.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
+    assert found.shape == exact.shape
+    assert bool(((found.double() - exact).abs() <= eps / 2 * exact.abs() + sums * size).all())
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from guarded import Guarded
 from torch import Tensor
 
 import mosaic_kernels as mk
@@ -139,6 +140,56 @@ def test_packing_with_a_mask_is_packing_what_it_leaves(level: str, dtype: torch.
     assert torch.equal(mk.unpack(mk.pack(weight, strided)), torch.where(strided, weight, 0))
 
 
+def same_as_in_steps(weight: Tensor, norms: Tensor, keep: Any, scope: str) -> bool:
+    found = ops.score_pack(weight, norms, keep, scope)
+    expected = mk.pack(weight, ops.score_select(weight, norms, keep, scope))
+    found.validate()
+    return torch.equal(found.values, expected.values) and torch.equal(found.bitmask, expected.bitmask)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 7), (7, 0), (700, 600)], ids=str)
+def test_bits_at_once_are_those_of_the_mask(
+    level: str, dtype: torch.dtype, shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mosaic_kernels.ops.cpu._FORCED_THREADS", threads)
+    weight = (torch.randn(shape) * (torch.rand(shape) < 0.8)).to(dtype)
+    weight = Guarded(weight).view()  # zeros that are kept are packed away, and nothing past the end is read
+    norms, count = Guarded(torch.rand(shape[1]).round(decimals=1)).view(), weight.numel()  # norms of zero, too
+    for keep in {0, min(1, count), count // 3, max(0, count - 1), count}:
+        assert same_as_in_steps(weight, norms, keep, "matrix")
+    assert same_as_in_steps(weight, norms, torch.randint(0, shape[1] + 1, (shape[0],)), "row")
+    assert same_as_in_steps(weight, norms, (0, shape[1]) if shape[1] else (1, 2), "group")
+    if count < 10_000:  # whose sorts take long
+        with ops.use_backend("reference"):
+            assert same_as_in_steps(weight, norms, count // 2, "matrix")
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 1), (3, 5), (20, 50), (60, 100)])
+def test_bits_of_groups_at_once(level: str, n: int, m: int) -> None:
+    weight, norms = torch.randn(33, 41 * m).bfloat16(), torch.rand(41 * m)
+    assert same_as_in_steps(weight, norms, (n, m), "group")
+    assert same_as_in_steps(weight[:, : 2 * m].T, norms[:33], 7, "matrix")
+
+
+def test_ties_of_bits_at_once(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mosaic_kernels.ops.cpu._FORCED_THREADS", 3)
+    weight = torch.randint(-2, 3, (300, 1001)).bfloat16()
+    for keep in (1, 100_000, 250_000, 300_299):
+        assert same_as_in_steps(weight, torch.ones(1001), keep, "matrix")
+
+
+def test_bits_at_once_refuse_what_masks_do(level: str) -> None:
+    weight = torch.ones(2, 6)
+    weight[1, 5] = float("nan")
+    for scope, keep in (("matrix", 3), ("row", 2), ("group", (1, 2)), ("matrix", 0)):
+        with pytest.raises(NonFiniteError, match="score_pack: scores hold NaN or Inf"), ops.use_backend("cpu"):
+            ops.score_pack(weight, torch.ones(6), keep, scope)
+    with pytest.raises(KernelError, match=r"\[0, 12\]"):
+        ops.score_pack(weight, torch.ones(6), 13)
+
+
 def test_a_mask_that_does_not_fit_is_refused() -> None:
     for keep in (torch.ones(2, 3).bool(), torch.ones(3, 2)):
         with pytest.raises(KernelError, match=r"keep must be bool \[3, 2\]"):
@@ -148,4 +199,5 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
 def test_the_operators_keep_torchs_contract() -> None:
     weight = torch.randn(4, 8)
     torch.library.opcheck(torch.ops.mosaic.score_select, (weight, torch.rand(8), torch.tensor([5]), "matrix"))
+    torch.library.opcheck(torch.ops.mosaic.score_pack, (weight, torch.rand(8), torch.tensor([5]), "matrix"))
     torch.library.opcheck(torch.ops.mosaic.pack, (weight, weight > 0))

@@ -103,6 +103,8 @@ FORBIDDEN = [
     (12, "at mbarrier at 1024, parity 0 (in phase 0: 1 of 2 arrivals and 0 bytes missing): threads 0-63"),
     (13, "the mbarrier at 1024 was overwritten"),
     (14, "stored without a fence"),
+    (15, "a shift by too much"),
+    (16, "misaligned pointer"),
 ]
 ONLY_BULK = (5, 14)
 

@@ -65,6 +65,14 @@ class Work:
         found.append(run["score_select"](self.weight, self.norms, torch.tensor([140_001]), "matrix"))
         found.append(run["score_select"](self.weight, self.norms, torch.full((700,), 77), "row"))
         found.append(run["score_select"](self.weight, self.norms, torch.tensor([2, 4]), "group"))
+        for keep, scope in ((torch.tensor([140_001]), "matrix"), (torch.full((700,), 77), "row")):
+            found += run["score_pack"](self.weight, self.norms, keep, scope)
+        found += run["score_pack"](self.weight, self.norms, torch.tensor([2, 4]), "group")
+        dual, (solution, residual, direction) = self.scores.clone(), (self.scores * i for i in (1, 2, 3))
+        found += [run["admm_step"](dual, self.scores > 1, self.scores, 0.5), dual]
+        energy = residual.square().sum(1, keepdim=True)
+        run["cg_step"](solution, residual, direction, energy, self.scores, self.scores < 1)
+        found += [solution, residual, direction, energy]
         found += run["obs_block"](self.block, self.factor, self.keep, 0, 0)
         return [t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in found]
 

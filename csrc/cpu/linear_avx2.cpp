@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "cpu/linear_blocks.h"
+#include "cpu/thread_pool.h"
 
 namespace mosaic::MOSAIC_ISA {
 namespace {
@@ -133,9 +134,133 @@ void multiply(const LinearTask& task, int64_t row, int64_t first) {
   }
 }
 
+// From kPanelRows rows of x on, weights are expanded once for all of them instead of once for every 8:
+//
+//     12 weight rows x 256 columns ── expand ──> panel (12 KB) x block of 8 rows of x (8 KB), both in L1
+//
+// Sums wait in memory between two panels, as vectors, so that every one of them adds up what it does at one
+// row, in the same order: the same bits.
+constexpr int64_t kPanelRows = 32;
+constexpr int64_t kPanelWeights = 12;
+constexpr int64_t kPanelWords = 8;
+constexpr int64_t kPanelColumns = kPanelWords * kWordBits;
+
+// The next `words` words of a weight row to `to`; returns where its values go on.
+template <typename V, bool kWithin>
+const V* expand_words(const LinearArgs& a, int64_t row, int64_t first, int64_t words, const V* value,
+                      float* to) {
+  const uint32_t* bits = a.words + row * bitmask_words(a.in_features) + first;
+  for (int64_t w = 0; w < words; ++w) {
+    V copy[kWithin ? kWordBits + kLanes : 1];
+    const V* from = value;
+    if (kWithin) {
+      std::memcpy(copy, from, popcount(bits[w]) * sizeof(V));
+      from = copy;
+    }
+    for (int q = 0; q < kWordBits / kLanes; ++q, to += kLanes) {
+      const uint32_t byte = (bits[w] >> (q * kLanes)) & 0xff;
+      __m256 weight = expand(byte, from);
+      if (sizeof(V) == 1 && a.scale_groups > 1) {
+        const float scale = a.scales[row * a.scale_groups + (first + w) * kWordBits / kScaleColumns];
+        weight = _mm256_mul_ps(weight, _mm256_set1_ps(scale));
+      }
+      _mm256_store_ps(to, weight);
+      from += popcount(byte);
+    }
+    value += popcount(bits[w]);
+  }
+  return value;
+}
+
+// Adds R weight rows of the panel times N rows of x to their sums, [row of x][row of the panel][8].
+template <int R, int N>
+void add_products(const float* panel, const float* x, int64_t x_stride, int64_t words, float* sums) {
+  static_assert(R * N + R + 1 <= 16, "the sums, the weights and one x must fit 16 registers");
+  __m256 sum[R][N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[r][n] = _mm256_load_ps(sums + (n * kPanelWeights + r) * kLanes);
+  for (int64_t w = 0; w < words; ++w, x += x_stride) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kWordBits; q += kLanes, panel += kLanes) {
+      __m256 weight[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) weight[r] = _mm256_load_ps(panel + r * kPanelColumns);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const __m256 own = _mm256_loadu_ps(x + n * kWordBits + q);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[r][n] = _mm256_fmadd_ps(weight[r], own, sum[r][n]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) _mm256_store_ps(sums + (n * kPanelWeights + r) * kLanes, sum[r][n]);
+}
+
+// Weight rows [row, row + count), at most kPanelWeights, times all rows of x. Rows that the panel lacks are
+// multiplied as zeros and not stored.
+template <typename T, typename V>
+void multiply_panel(const LinearTask& task, int64_t row, int64_t count, int64_t guarded, float* panel,
+                    float* sums) {
+  const LinearArgs& a = task.args;
+  const int64_t words = bitmask_words(a.in_features), used = (count + 2) / 3 * 3;
+  const V* value[kPanelWeights];
+  for (int64_t r = 0; r < count; ++r) value[r] = static_cast<const V*>(a.values) + a.offsets[row + r];
+  std::memset(panel, 0, kPanelWeights * kPanelColumns * sizeof(float));
+  std::memset(sums, 0, a.rows * kPanelWeights * kLanes * sizeof(float));
+  for (int64_t first = 0; first < words; first += kPanelWords) {
+    const int64_t here = words - first < kPanelWords ? words - first : kPanelWords;
+    for (int64_t r = 0; r < count; ++r) {
+      float* to = panel + r * kPanelColumns;
+      value[r] = row + r < guarded ? expand_words<V, false>(a, row + r, first, here, value[r], to)
+                                   : expand_words<V, true>(a, row + r, first, here, value[r], to);
+    }
+    for (int64_t block = 0; block < a.rows; block += kRowBlock) {
+      const int64_t rows = a.rows - block < kRowBlock ? a.rows - block : kRowBlock, stride = rows * kWordBits;
+      const float* x = static_cast<const float*>(task.x) + block * words * kWordBits + first * stride;
+      for (int64_t r = 0; r < used; r += 3) {
+        const float* weights = panel + r * kPanelColumns;
+        float* to = sums + (block * kPanelWeights + r) * kLanes;
+        const auto add = [&](int64_t n, auto count_of_x) {
+          add_products<3, decltype(count_of_x)::value>(weights, x + n * kWordBits, stride, here,
+                                                       to + n * kPanelWeights * kLanes);
+        };
+        int64_t n = 0;
+        for (; n + 4 <= rows; n += 4) add(n, Count<4>());
+        for (; n < rows; ++n) add(n, Count<1>());
+      }
+    }
+  }
+  for (int64_t n = 0; n < a.rows; ++n) {
+    float whole[kPanelWeights];
+    for (int64_t r = 0; r < count; ++r) {
+      whole[r] = horizontal_sum(_mm256_load_ps(sums + (n * kPanelWeights + r) * kLanes));
+    }
+    store_sums<T>(task, row, n, whole, static_cast<int>(count));
+  }
+}
+
+// False where memory is short.
+template <typename T, typename V>
+bool multiply_panels(const LinearTask& task, int64_t begin, int64_t end, int64_t guarded) {
+  constexpr int64_t kPanel = kPanelWeights * kPanelColumns;
+  auto* panel = static_cast<float*>(scratch(1, (kPanel + task.args.rows * kPanelWeights * kLanes) * 4));
+  if (!panel) return false;
+  for (int64_t row = begin; row < end; row += kPanelWeights) {
+    const int64_t count = end - row < kPanelWeights ? end - row : kPanelWeights;
+    multiply_panel<T, V>(task, row, count, guarded, panel, panel + kPanel);
+  }
+  return true;
+}
+
 template <typename T, typename V>
 void multiply_all(const LinearTask& task, int64_t begin, int64_t end) {
   const int64_t guarded = first_guarded_row(task, begin, end);
+  if (task.args.rows >= kPanelRows && multiply_panels<T, V>(task, begin, end, guarded)) return;
   for_each_block(task.args.rows, [&](int64_t first, auto count) {
     constexpr int N = decltype(count)::value;
     constexpr int kRows = N <= 2 ? 4 : N <= 4 ? 2 : 1;

@@ -21,31 +21,35 @@ template <typename T>
 struct Packed {
   template <int R, bool kWithin>
   struct Rows {
-    // The values and bits R rows on are asked for at the pace of this block, into L2: 20 GB/s on one core,
-    // where a fixed 3 KB ahead into L1 reached 13 to 17; without the bits a tenth less (4096x11008 and
-    // 11008x4096, Zen 4, Nov 2026).
+    // Ahead are the R rows after these: 4096x11008 and 11008x4096 gained nothing from two blocks ahead and
+    // lost a third when asking into L1. Small rows (2048x2048) lost 4 % with 16 KB ahead. (Zen 4, Nov 2026)
     Rows(const LinearArgs& a, int64_t row)
-        : words(bitmask_words(a.in_features)), bits(a.words + row * words) {
-      for (int r = 0; r < R; ++r) {
-        const int64_t next_block = row + R + r < a.out_features ? row + R + r : a.out_features;
-        value[r] = static_cast<const T*>(a.values) + a.offsets[row + r];
-        ahead[r] = a.offsets[next_block] - a.offsets[row + r];
+        : words(bitmask_words(a.in_features)),
+          bits(a.words + row * words),
+          ahead(values_of(a, row + R, row + 2 * R, sizeof(T), words)) {
+      for (int r = 0; r < R; ++r) value[r] = static_cast<const T*>(a.values) + a.offsets[row + r];
+    }
+    void step(int64_t w) {
+      word = as_is(bits + w);
+      if (kWithin) return;
+      ahead.step();
+      if (w % kWordsPerLine == 0) {
+        for (int r = 0; r < R; ++r) fetch(word + (R + r) * words);
       }
     }
-    typename Traits<T>::Word next(int r, int64_t w) {
-      const uint32_t word = bits[r * words + w];
+    typename Traits<T>::Word next(int r, int64_t) {
+      const uint32_t kept = word[r * words];
       const T* from = value[r];
-      value[r] += popcount(word);
-      if (kWithin) return Traits<T>::expand_within(word, from);
-      _mm_prefetch(reinterpret_cast<const char*>(from + ahead[r]), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(bits + (R + r) * words + w), _MM_HINT_T1);
-      return Traits<T>::expand(word, from);
+      value[r] += popcount(kept);
+      if (kWithin) return Traits<T>::expand_within(kept, from);
+      return Traits<T>::expand(kept, from);
     }
 
     int64_t words;
     const uint32_t* bits;
+    const uint32_t* word;
     const T* value[R];
-    int64_t ahead[R];
+    Streams ahead;
   };
 };
 
@@ -56,6 +60,7 @@ struct Dense {
   struct Rows {
     Rows(const LinearArgs& a, int64_t row)
         : columns(a.in_features), weight(static_cast<const T*>(a.values) + row * columns) {}
+    void step(int64_t) const {}
     typename Traits<T>::Word next(int r, int64_t w) const {
       const T* from = weight + r * columns + w * kWordBits;
       const int64_t left = columns - w * kWordBits;
@@ -73,6 +78,7 @@ struct Dense {
 
 template <typename T>
 void linear(const LinearTask& task, int64_t begin, int64_t end) {
+  fetch_first_rows(task.args, begin, end, sizeof(T));
   multiply_all<T, Packed<T>>(task, begin, first_guarded_row(task, begin, end), end);
 }
 

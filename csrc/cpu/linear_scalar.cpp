@@ -1,52 +1,58 @@
 // SPDX-License-Identifier: Apache-2.0
-// Portable C++: one weight row after the other, the set bits of each word in order.
-#include "cpu/rows.h"
+// Portable C++: one weight row after the other, the set bits of each word in order, each times up to 8 rows
+// of x: as many sums that do not wait for each other.
+#include "cpu/linear_blocks.h"
 
 namespace mosaic::MOSAIC_ISA {
 namespace {
 
 MOSAIC_HD float to_float(int8_t v) { return v; }
 
-// V: what a value is stored as.
-template <typename T, typename V>
-void multiply(const LinearTask& task, int64_t begin, int64_t end) {
+// One weight row times N rows of x, from row `first` on; V is what a value is stored as.
+template <typename T, typename V, int N>
+void multiply(const LinearTask& task, int64_t r, int64_t first) {
   using cpu::to_float;
   const LinearArgs& a = task.args;
   const int64_t words = bitmask_words(a.in_features);
   const T* bias = static_cast<const T*>(a.bias);
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t n = 0; n < a.rows; ++n) {
-      const int64_t block = n / kRowBlock * kRowBlock;
-      const int64_t stride = (a.rows - block < kRowBlock ? a.rows - block : kRowBlock) * kWordBits;
-      const float* x =
-          static_cast<const float*>(task.x) + block * words * kWordBits + (n - block) * kWordBits;
-      const V* value = static_cast<const V*>(a.values) + a.offsets[r];
-      float sum = 0;
-      for (int64_t w = 0; w < words; ++w, x += stride) {
-        float part = 0;
-        for (uint32_t bits = a.words[r * words + w]; bits; bits &= bits - 1) {
-          part += to_float(*value++) * x[__builtin_ctz(bits)];
-        }
-        sum +=
-            a.scale_groups > 1 ? part * a.scales[r * a.scale_groups + w * kWordBits / kScaleColumns] : part;
-      }
-      if (a.scale_groups == 1) sum *= a.scales[r];
-      if (task.x_scales) sum *= task.x_scales[n];
-      store(bias ? sum + to_float(bias[r]) : sum, static_cast<T*>(a.out) + n * a.out_features + r);
+  const float* x = static_cast<const float*>(task.x) + first * words * kWordBits;
+  const V* value = static_cast<const V*>(a.values) + a.offsets[r];
+  float sum[N] = {};
+  for (int64_t w = 0; w < words; ++w, x += N * kWordBits) {
+    float part[N] = {};
+    for (uint32_t bits = a.words[r * words + w]; bits; bits &= bits - 1) {
+      const float weight = to_float(*value++);
+      const float* column = x + __builtin_ctz(bits);
+      for (int n = 0; n < N; ++n) part[n] += weight * column[n * kWordBits];
     }
+    const float scale = a.scale_groups > 1 ? a.scales[r * a.scale_groups + w * kWordBits / kScaleColumns] : 1;
+    for (int n = 0; n < N; ++n) sum[n] += part[n] * scale;
   }
+  for (int n = 0; n < N; ++n) {
+    float whole = a.scale_groups == 1 ? sum[n] * a.scales[r] : sum[n];
+    if (task.x_scales) whole *= task.x_scales[first + n];
+    store(bias ? whole + to_float(bias[r]) : whole,
+          static_cast<T*>(a.out) + (first + n) * a.out_features + r);
+  }
+}
+
+template <typename T, typename V>
+void multiply_all(const LinearTask& task, int64_t begin, int64_t end) {
+  for_each_block(task.args.rows, [&](int64_t first, auto count) {
+    for (int64_t r = begin; r < end; ++r) multiply<T, V, decltype(count)::value>(task, r, first);
+  });
 }
 
 }  // namespace
 
 template <typename T>
 void linear(const LinearTask& task, int64_t begin, int64_t end) {
-  multiply<T, T>(task, begin, end);
+  multiply_all<T, T>(task, begin, end);
 }
 
 template <typename T>
 void linear_int8(const LinearTask& task, int64_t begin, int64_t end) {
-  multiply<T, int8_t>(task, begin, end);
+  multiply_all<T, int8_t>(task, begin, end);
 }
 
 #define MOSAIC_INSTANTIATE(T)                                   \

@@ -52,4 +52,9 @@ bool mark_groups(const float* scores, int64_t groups, int64_t n, int64_t m, uint
 
 bool obs_rows(const ObsArgs& args, int64_t begin, int64_t end, float* tile);
 
+void admm_row(float* proposal, const uint8_t* keep, const float* gradient, float penalty, int64_t columns,
+              float* target);
+float cg_row(const float* image, const uint8_t* keep, float energy, int64_t columns, float* solution,
+             float* residual, float* direction);
+
 }  // namespace mosaic::MOSAIC_ISA

@@ -71,6 +71,35 @@ class Scores {
   void (*score_row_)(const void*, const float*, int64_t, float*);
 };
 
+// Where bits are wanted, the marks of a row are bytes only as long as they are in L1: of those that are of
+// zeros the bits stay clear, as in pack_bits.
+class Bits {
+ public:
+  Bits(const SelectArgs& a, const KernelTable& table) : args_(a), table_(table) {
+    if (wanted()) std::fill(a.offsets, a.offsets + a.rows + 1, 0);
+  }
+
+  bool wanted() const { return args_.offsets != nullptr; }  // of an empty mask the address is null, too
+
+  // Room of the calling thread for the marks of a row; nullptr where memory is short.
+  uint8_t* row() const { return static_cast<uint8_t*>(scratch(2, args_.columns)); }
+
+  void pack(int64_t r, const uint8_t* marks) const {
+    const int item = item_size(args_.dtype);
+    args_.offsets[r + 1] =
+        table_.pack_bits(item, static_cast<const char*>(args_.weight) + r * args_.columns * item, marks,
+                         args_.bitmask + r * bitmask_bytes(args_.columns), args_.columns);
+  }
+
+  void add_up() const {
+    if (wanted()) std::partial_sum(args_.offsets, args_.offsets + args_.rows + 1, args_.offsets);
+  }
+
+ private:
+  const SelectArgs& args_;
+  const KernelTable& table_;
+};
+
 // Keys are in the order of the floats: bits of negative ones are flipped.
 uint32_t key_of(float score) {
   uint32_t bits;
@@ -114,30 +143,39 @@ Cut cut_of(const KernelTable& table, const float* scores, int64_t count, int64_t
                 [&](float from) { return table.count_from(scores, count, from); });
 }
 
-Status select_rows(const SelectArgs& a, int64_t rows, int64_t columns, bool one_count) {
-  if (columns == 0) return {};
+int64_t rows_per_chunk(const SelectArgs& a) {
+  return std::max<int64_t>(1, kChunkScores / std::max<int64_t>(1, a.columns));
+}
+
+// Every `width` neighbours of a row, a divisor of its columns; one_count: all keep[0], or else keep[row].
+Status select_runs(const SelectArgs& a, const Bits& bits, int64_t width, bool one_count) {
+  if (width == 0) return {};
   const KernelTable& table = kernels();
   const Scores source(a, table);
-  const int64_t step = std::max<int64_t>(1, kChunkScores / columns);
+  const int64_t step = rows_per_chunk(a);
   std::atomic<bool> finite{true}, memory{true};
-  parallel_for(a.threads, (rows + step - 1) / step, [&](int64_t c) {
-    auto* buffer = source.stored() ? nullptr : static_cast<float*>(scratch(0, columns * 4));
-    if (!buffer && !source.stored()) {
+  parallel_for(a.threads, (a.rows + step - 1) / step, [&](int64_t c) {
+    auto* buffer = source.stored() ? nullptr : static_cast<float*>(scratch(0, width * 4));
+    uint8_t* row = bits.wanted() ? bits.row() : nullptr;
+    if ((!buffer && !source.stored()) || (!row && bits.wanted())) {
       memory = false;
       return;
     }
-    for (int64_t r = c * step; r < std::min(rows, (c + 1) * step); ++r) {
+    for (int64_t r = c * step; r < std::min(a.rows, (c + 1) * step); ++r) {
       const int64_t keep = a.keep[one_count ? 0 : r];
-      const float* scores = source.read(r * columns, columns, buffer);
-      float least, greatest;
-      if (!table.bounds(scores, columns, &least, &greatest)) {
-        finite = false;
-      } else if (keep == 0) {
-        std::memset(a.mask + r * columns, 0, columns);
-      } else {
-        table.mark_top(scores, columns, cut_of(table, scores, columns, keep, least, greatest),
-                       a.mask + r * columns);
+      for (int64_t first = 0; first < a.columns; first += width) {
+        uint8_t* marks = (row ? row : a.mask + r * a.columns) + first;
+        const float* scores = source.read(r * a.columns + first, width, buffer);
+        float least, greatest;
+        if (!table.bounds(scores, width, &least, &greatest)) {
+          finite = false;
+        } else if (keep == 0) {
+          std::memset(marks, 0, width);
+        } else {
+          table.mark_top(scores, width, cut_of(table, scores, width, keep, least, greatest), marks);
+        }
       }
+      if (row) bits.pack(r, row);
     }
   });
   if (!memory) return kNoMemory;
@@ -172,16 +210,18 @@ void suggest(const SelectArgs& a, const KernelTable& table, const Scores& source
   if (rank - kMargin > 0) *high = at(rank - kMargin).from;
 }
 
-Status select_matrix(const SelectArgs& a) {
+Status select_matrix(const SelectArgs& a, const Bits& bits) {
   const KernelTable& table = kernels();
   const Scores source(a, table);
   const int64_t count = a.rows * a.columns, keep = std::max<int64_t>(a.keep[0], 1);
   if (count == 0) return {};
-  const int64_t slices = std::min(kMaxSlices, (count + kChunkScores - 1) / kChunkScores);
-  const auto first = [&](int64_t s) { return count / slices * s + std::min(s, count % slices); };
+  // Slices of bits are of whole rows, so that no two threads write to one byte.
+  const int64_t unit = bits.wanted() ? a.columns : 1, units = count / unit;
+  const int64_t slices = std::min({kMaxSlices, (count + kChunkScores - 1) / kChunkScores, units});
+  const auto first = [&](int64_t s) { return (units / slices * s + std::min(s, units % slices)) * unit; };
   float low = -kInfinity, high = kInfinity;
   if (count > kSampled) suggest(a, table, source, &low, &high);
-  const int64_t longest = count / slices + 1;
+  const int64_t longest = (units / slices + 1) * unit;
   const int64_t room = ((count > kSampled ? longest / kRoomShare : longest) + 15) / 16 * 16;
   const int64_t spacing = room + kSplitSlack;
   auto* between = static_cast<float*>(scratch(0, slices * spacing * 4));
@@ -205,7 +245,11 @@ Status select_matrix(const SelectArgs& a) {
   }
   if (!finite) return kNonFinite;
   if (a.keep[0] == 0) {
-    std::memset(a.mask, 0, count);
+    if (bits.wanted()) {
+      std::memset(a.bitmask, 0, a.rows * bitmask_bytes(a.columns));
+    } else {
+      std::memset(a.mask, 0, count);
+    }
     return {};
   }
 
@@ -236,31 +280,63 @@ Status select_matrix(const SelectArgs& a) {
     ties[s] = std::min(left, count_slice(s, cut.tie) - count_slice(s, cut.from));
     left -= ties[s];
   }
+  std::atomic<bool> memory{true};
   parallel_for(a.threads, slices, [&](int64_t s) {
     Cut own = {cut.from, cut.tie, ties[s]};
-    source.in_pieces(first(s), first(s + 1), [&](int64_t begin, const float* scores, int64_t n) {
-      own.ties = table.mark_top(scores, n, own, a.mask + begin);
-      return true;
-    });
+    const auto mark = [&](int64_t begin, int64_t end, uint8_t* marks) {
+      source.in_pieces(begin, end, [&](int64_t at, const float* scores, int64_t n) {
+        own.ties = table.mark_top(scores, n, own, marks + (at - begin));
+        return true;
+      });
+    };
+    if (!bits.wanted()) return mark(first(s), first(s + 1), a.mask + first(s));
+    uint8_t* row = bits.row();
+    if (!row) memory = false;
+    for (int64_t begin = first(s); row && begin < first(s + 1); begin += a.columns) {
+      mark(begin, begin + a.columns, row);
+      bits.pack(begin / a.columns, row);
+    }
   });
-  return {};
+  return memory ? Status{} : kNoMemory;
 }
 
-Status select_groups(const SelectArgs& a) {
-  const int64_t n = a.keep[0], m = a.keep[1], groups = a.rows * a.columns / m;
-  if (m > kRankGroup) return select_rows(a, groups, m, true);
+Status select_groups(const SelectArgs& a, const Bits& bits) {
+  const int64_t n = a.keep[0], m = a.keep[1];
+  if (m > kRankGroup) return select_runs(a, bits, m, true);
   const KernelTable& table = kernels();
   const Scores source(a, table);
-  const int64_t step = std::max<int64_t>(1, kChunkScores / m);
-  std::atomic<bool> finite{true};
-  parallel_for(a.threads, (groups + step - 1) / step, [&](int64_t c) {
-    const int64_t begin = c * step * m, end = std::min(groups, (c + 1) * step) * m;
-    const auto marked = [&](int64_t at, const float* scores, int64_t count) {
-      return table.mark_groups(scores, count / m, n, m, a.mask + at);
+  const int64_t step = rows_per_chunk(a);
+  std::atomic<bool> finite{true}, memory{true};
+  parallel_for(a.threads, (a.rows + step - 1) / step, [&](int64_t c) {
+    const auto mark = [&](int64_t begin, int64_t end, uint8_t* marks) {
+      const auto marked = [&](int64_t at, const float* scores, int64_t count) {
+        return table.mark_groups(scores, count / m, n, m, marks + (at - begin));
+      };
+      if (!source.in_pieces(begin, end, marked, m)) finite = false;
     };
-    if (!source.in_pieces(begin, end, marked, m)) finite = false;
+    const int64_t first = c * step, last = std::min(a.rows, first + step);
+    if (!bits.wanted()) return mark(first * a.columns, last * a.columns, a.mask + first * a.columns);
+    uint8_t* row = bits.row();
+    if (!row) memory = false;
+    for (int64_t r = first; row && r < last; ++r) {
+      mark(r * a.columns, (r + 1) * a.columns, row);
+      bits.pack(r, row);
+    }
   });
+  if (!memory) return kNoMemory;
   return finite ? Status{} : kNonFinite;
+}
+
+Status select_scope(const SelectArgs& a, const Bits& bits) {
+  switch (a.scope) {
+    case Scope::kMatrix:
+      return select_matrix(a, bits);
+    case Scope::kRow:
+      return select_runs(a, bits, a.columns, false);
+    case Scope::kGroup:
+      return select_groups(a, bits);
+  }
+  return invalid("select: unknown scope");
 }
 
 }  // namespace
@@ -268,15 +344,10 @@ Status select_groups(const SelectArgs& a) {
 Status select(const SelectArgs& args) {
   if (args.columns > kMostScores || (args.columns > 0 && args.rows > kMostScores / args.columns))
     return invalid("select: more than 2^32 scores; select from parts of the weight");
-  switch (args.scope) {
-    case Scope::kMatrix:
-      return select_matrix(args);
-    case Scope::kRow:
-      return select_rows(args, args.rows, args.columns, false);
-    case Scope::kGroup:
-      return select_groups(args);
-  }
-  return invalid("select: unknown scope");
+  const Bits bits(args, kernels());
+  const Status status = select_scope(args, bits);
+  bits.add_up();
+  return status;
 }
 
 }  // namespace mosaic::cpu

@@ -39,6 +39,8 @@ const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
                             split,
                             mark_top,
                             mark_groups,
-                            obs_rows};
+                            obs_rows,
+                            admm_row,
+                            cg_row};
 
 }  // namespace mosaic::MOSAIC_ISA

@@ -89,6 +89,12 @@ struct KernelTable {
 
   // Sweeps rows [begin, end); false when an n:m score is not finite. `tile` holds obs_tile_floats(block).
   bool (*obs_rows)(const ObsArgs&, int64_t begin, int64_t end, float* tile);
+
+  void (*admm_row)(float* proposal, const uint8_t* keep, const float* gradient, float penalty,
+                   int64_t columns, float* target);
+  // Returns the row's new energy.
+  float (*cg_row)(const float* image, const uint8_t* keep, float energy, int64_t columns, float* solution,
+                  float* residual, float* direction);
 };
 
 constexpr int64_t kObsLanes = 16;  // rows of a tile, at most

@@ -137,6 +137,12 @@ __global__ void forbidden(const ProbeArgs a) {
       __syncthreads();
       if (t == 0) copy_bulk(base, a.in, 512, base + 1024);
       break;
+    case 15:
+      a.out[t] = 1u << t;
+      break;
+    case 16:
+      *reinterpret_cast<uint64_t*>(a.out + 1) = t;
+      break;
     default:
       break;
   }

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -214,38 +215,40 @@ void resume(Fiber* fiber) {
   if (machine->failed) throw Failure();
 }
 
-void on_memory_fault(int, siginfo_t* info, void*) {
+void on_signal(int signal, siginfo_t* info, void*) {
   if (machine == nullptr || machine->current == nullptr) {
-    signal(SIGSEGV, SIG_DFL);
+    ::signal(signal, SIG_DFL);
     return;
   }
-  fail("memory fault at %p", info->si_addr);
+  if (signal == SIGSEGV || signal == SIGBUS) fail("memory fault at %p", info->si_addr);
+  fail("undefined behaviour: an overflow, a shift by too much, a null or misaligned pointer");
 }
 
-// Memory faults of the kernel become failures for as long as this lives.
-class FaultHandler {
+// Faults and traps of the kernel become failures for as long as this lives.
+class SignalHandler {
  public:
-  FaultHandler() : stack_(4 * kStackBytes) {
+  SignalHandler() : stack_(4 * kStackBytes) {
     stack_t own = {};
     own.ss_sp = stack_.start();
     own.ss_size = 4 * kStackBytes;
-    sigaltstack(&own, &before_stack_);
+    sigaltstack(&own, &stack_before_);
     struct sigaction action = {};
-    action.sa_sigaction = on_memory_fault;
+    action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    sigaction(SIGSEGV, &action, &before_segv_);
-    sigaction(SIGBUS, &action, &before_bus_);
+    for (size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &action, &before_[i]);
   }
-  ~FaultHandler() {
-    sigaction(SIGSEGV, &before_segv_, nullptr);
-    sigaction(SIGBUS, &before_bus_, nullptr);
-    sigaltstack(&before_stack_, nullptr);
+  ~SignalHandler() {
+    for (size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &before_[i], nullptr);
+    sigaltstack(&stack_before_, nullptr);
   }
+  SignalHandler(const SignalHandler&) = delete;
+  SignalHandler& operator=(const SignalHandler&) = delete;
 
  private:
+  static constexpr std::array kSignals = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
   GuardedMemory stack_;
-  stack_t before_stack_;
-  struct sigaction before_segv_, before_bus_;
+  stack_t stack_before_;
+  std::array<struct sigaction, kSignals.size()> before_;
 };
 
 void start_block(uint3 index, int threads, int shared_bytes) {
@@ -406,7 +409,7 @@ bool run_grid(Extent grid, int threads, int shared_bytes, const std::function<vo
   gridDim = {grid.x, grid.y, grid.z};
   blockDim = {static_cast<unsigned>(threads), 1, 1};
   machine = &own;
-  const FaultHandler handler;
+  const SignalHandler handler;
   bool ok = true;
   try {
     schedule(grid, threads, shared_bytes);

@@ -7,7 +7,7 @@
 // result that differs between seeds. Asynchronous copies land at a drawn step after their issue, and poison
 // their destination with NaN until then; a block's shared memory starts as NaN. Whatever the rules of CUDA
 // forbid and this file can see ends the launch with an error that names the thread: accesses outside shared
-// memory or misaligned, memory faults, lanes that meet at different instructions, barriers with more arrivals
+// memory or misaligned, memory faults, undefined behaviour, lanes that meet at different instructions, barriers with more arrivals
 // than they count, two copies to one place, one to bytes stored without a fence, a deadlock (with what each
 // thread waits for). What it cannot show: weaker orders than sequential consistency (a missing fence), bank
 // conflicts, and time.

@@ -17,10 +17,13 @@ from mosaic_kernels.ops import library as library  # registers the operators wit
 from mosaic_kernels.ops.select import use_backend
 
 __all__ = [
+    "admm_step",
+    "cg_step",
     "column_square_sums",
     "obs_block",
     "outlier_stats",
     "pack",
+    "score_pack",
     "score_select",
     "select",
     "sparse_linear",
@@ -258,6 +261,35 @@ def score_select(
     return mask
 
 
+def score_pack(
+    weight: Tensor, column_norms: Tensor, keep: int | Tensor | tuple[int, int], scope: str = "matrix"
+) -> PackedWeight:
+    """``pack(weight, score_select(weight, column_norms, keep, scope))``, without storing the mask.
+
+    Args:
+        weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
+        column_norms: ``[in_features]``.
+        keep, scope: see :func:`select`.
+
+    Returns:
+        The canonical bitmask form; of the weights that were kept, those that are zero are packed away, too.
+
+    Raises:
+        KernelError, NonFiniteError: see :func:`score_select`.
+
+    Example:
+        >>> import torch
+        >>> from mosaic_kernels import ops
+        >>> packed = ops.score_pack(torch.tensor([[-2.0, 3.0]]), torch.tensor([2.0, 1.0]), 1)
+        >>> packed.values.tolist(), packed.bitmask.tolist()
+        ([-2.0], [[1]])
+    """
+    _require_scored(weight, column_norms)
+    counts = _counts(weight.shape, keep, scope)
+    values, bitmask = torch.ops.mosaic.score_pack(weight, column_norms.float(), counts, scope)
+    return PackedWeight(values, bitmask, (weight.shape[0], weight.shape[1]))
+
+
 def obs_block(
     weight: Tensor, factor: Tensor, keep: Tensor | None = None, *, n: int = 0, m: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,3 +322,59 @@ def obs_block(
     _require(keep.shape == weight.shape and keep.dtype == torch.bool, f"keep must be bool {list(weight.shape)}")
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.mosaic.obs_block(weight, factor, keep, n, m)
     return result
+
+
+def admm_step(proposal: Tensor, keep: Tensor, gradient: Tensor, penalty: float) -> Tensor:
+    """What ADMM does between two products: ``proposal`` is split into what is kept and the dual.
+
+    Args:
+        proposal: ``[rows, columns]`` fp32, contiguous; becomes the dual, which is 0 where ``keep`` and itself
+            elsewhere.
+        keep: ``bool``, the same shape.
+        gradient: fp32, the same shape.
+        penalty: rho.
+
+    Returns:
+        ``gradient + penalty * (kept - dual)``, the right-hand side of the next product.
+
+    Raises:
+        KernelError: shapes or dtypes do not fit.
+    """
+    _require_matrices({"proposal": proposal}, {"gradient": gradient}, keep)
+    target: Tensor = torch.ops.mosaic.admm_step(proposal, keep, gradient, penalty)
+    return target
+
+
+def cg_step(solution: Tensor, residual: Tensor, direction: Tensor, energy: Tensor, image: Tensor, keep: Tensor) -> None:
+    """What conjugate gradients on a mask do between two products, for all rows at once with a step size each.
+
+    Args:
+        solution, residual, direction: ``[rows, columns]`` fp32, contiguous; updated in place.
+        energy: ``[rows, 1]`` fp32, the residual's sums of squares; updated in place.
+        image: ``direction @ hessian``; what it holds off the mask counts as 0.
+        keep: ``bool``, the mask.
+
+    Raises:
+        KernelError: shapes or dtypes do not fit.
+    """
+    changed = {"solution": solution, "residual": residual, "direction": direction}
+    _require_matrices(changed, {"image": image}, keep)
+    _require(
+        energy.dtype == torch.float32 and list(energy.shape) == [len(solution), 1] and energy.is_contiguous(),
+        f"energy must be fp32 [{len(solution)}, 1], got {energy.dtype} {list(energy.shape)}",
+    )
+    torch.ops.mosaic.cg_step(solution, residual, direction, energy, image, keep)
+
+
+def _require_matrices(changed: dict[str, Tensor], read: dict[str, Tensor], keep: Tensor) -> None:
+    shape = next(iter(changed.values())).shape
+    for name, tensor in {**changed, **read}.items():
+        _require(
+            tensor.dim() == 2 and tensor.shape == shape and tensor.dtype == torch.float32,
+            f"{name} must be fp32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}",
+        )
+        _require(name in read or tensor.is_contiguous(), f"{name} is updated in place and must be contiguous")
+    _require(
+        keep.shape == shape and keep.dtype == torch.bool,
+        f"keep must be bool {list(shape)}, got {keep.dtype} {list(keep.shape)}",
+    )

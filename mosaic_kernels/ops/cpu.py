@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +26,9 @@ __all__ = [
     "KERNELS",
     "Group",
     "address",
+    "bytes_of",
     "dense_linear_raw",
+    "holds",
     "linear_at",
     "sparse_linear_int8_raw",
     "sparse_linear_raw",
@@ -151,6 +154,18 @@ def linear_at(
     ).run  # fmt: skip
 
 
+def bytes_of(x: Tensor) -> bytes:
+    """A copy of what a tensor of the CPU holds."""
+    x = x.contiguous()
+    return _C_cpu.bytes_at(x.data_ptr(), x.numel() * x.element_size())
+
+
+def holds(x: Tensor, copy: bytes) -> bool:
+    """Whether :func:`bytes_of` a tensor of that size would be this: -0 is not 0, and NaN is itself."""
+    x = x.contiguous()  # a copy must live as long as it is read
+    return _C_cpu.holds(x.data_ptr(), copy)
+
+
 class Group:
     """Several weights on one ``x`` in one dispatch: the results of ``sparse_linear`` or ``sparse_linear_int8``.
 
@@ -173,37 +188,32 @@ class Group:
         self.in_features, self.quantize_x = in_features, quantize_x
         like = torch.empty(0, in_features, dtype=self.dtype)
         # What the addresses below point to, as tensors of their own: a parameter's storage may be replaced.
-        self._held: list[tuple[Tensor | None, ...]] = []
-        self._parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self._held: list[tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]] = []
+        self._sizes: list[int] = []
+        addresses: list[tuple[int, ...]] = []
         for values, scales, words, offsets, bias in parts:
             out_features = words.shape[0]
             _, values, bias = _fitting(like, values.detach(), words, bias, in_features, out_features)
             scales = None if scales is None else scales.detach().contiguous()
             bias = None if bias is None else bias.detach()
             self._held.append((values, scales, words, offsets, bias))
-            self._parts.append((
-                (values.data_ptr(), words.data_ptr(), offsets.data_ptr(), address(bias)),
-                (out_features, values.numel(), address(scales), 0 if scales is None else scales.shape[1]),
+            self._sizes.append(out_features)
+            addresses.append((
+                values.data_ptr(), words.data_ptr(), offsets.data_ptr(), address(bias), out_features, values.numel(),
+                address(scales), 0 if scales is None else scales.shape[1],
             ))  # fmt: skip
+        self._run = _C_cpu.PreparedGroup(addresses, in_features, quantize_x).run
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """``x`` is ``[..., in_features]``; the results are in the order of the parts."""
-        if (
-            (self.dtype or x.dtype) is not x.dtype
-            or x.dtype not in _DTYPES
-            or x.shape[-1] != self.in_features
-            or not x.is_cpu
-        ):
-            for (values, _, words, _, bias), (_, tail) in zip(self._held, self._parts, strict=True):
-                assert values is not None  # for the type checker
-                _fitting(x, values, words, bias, self.in_features, tail[0])
+        dtype = x.dtype
+        *lead, features = x.shape
+        if (self.dtype or dtype) is not dtype or dtype not in _DTYPES or features != self.in_features or not x.is_cpu:
+            for (values, _, words, _, bias), size in zip(self._held, self._sizes, strict=True):
+                _fitting(x, values, words, bias, self.in_features, size)
         x = x.contiguous()
-        shape = x.shape[:-1]
-        results = [x.new_empty((*shape, tail[0])) for _, tail in self._parts]
-        parts = [(*head, out.data_ptr(), *tail) for (head, tail), out in zip(self._parts, results, strict=True)]
-        _C_cpu.sparse_linear_group(
-            x.data_ptr(), shape.numel(), self.in_features, _DTYPES[x.dtype], threads(), self.quantize_x, parts
-        )  # fmt: skip
+        results = [x.new_empty(*lead, size) for size in self._sizes]
+        self._run(x.data_ptr(), [out.data_ptr() for out in results], math.prod(lead), _DTYPES[dtype], threads())
         return results
 
 
@@ -226,35 +236,38 @@ def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _pack(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     weight, keep = weight.contiguous(), None if keep is None else keep.contiguous()
+    bitmask, offsets = _bits_and_offsets(weight)
+    sizes = (*weight.shape, _DTYPES[weight.dtype], threads())
+    _C_cpu.pack_bits(weight.data_ptr(), address(keep), bitmask.data_ptr(), offsets.data_ptr(), *sizes)
+    return _values_of(weight, bitmask, offsets), bitmask
+
+
+def _score_pack(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> tuple[Tensor, Tensor]:
+    weight, norms, keep = weight.contiguous(), column_norms.float().contiguous(), keep.contiguous()
+    bitmask, offsets = _bits_and_offsets(weight)
+    sizes = (*weight.shape, _DTYPES[weight.dtype], _SCOPES[scope], threads())
+    inputs = (weight.data_ptr(), norms.data_ptr(), keep.data_ptr())
+    _C_cpu.score_bits(*inputs, bitmask.data_ptr(), offsets.data_ptr(), *sizes)
+    return _values_of(weight, bitmask, offsets), bitmask
+
+
+def _bits_and_offsets(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the bits of a weight, and for where each row's values begin."""
     rows, columns = weight.shape
-    dtype = _DTYPES[weight.dtype]
     bitmask = weight.new_empty((rows, bitmask_bytes(columns)), dtype=torch.uint8)
-    offsets = weight.new_empty(rows + 1, dtype=torch.int64)
-    _C_cpu.pack_bits(
-        weight.data_ptr(),
-        0 if keep is None else keep.data_ptr(),
-        bitmask.data_ptr(),
-        offsets.data_ptr(),
-        rows,
-        columns,
-        dtype,
-        threads(),
-    )
+    return bitmask, weight.new_empty(rows + 1, dtype=torch.int64)
+
+
+def _values_of(weight: Tensor, bitmask: Tensor, offsets: Tensor) -> Tensor:
+    """The values of a weight whose bits are set."""
+    rows, columns = weight.shape
     nnz = int(offsets[-1])
     values = weight.new_empty(nnz)
     _C_cpu.pack_values(
-        weight.data_ptr(),
-        values.data_ptr(),
-        bitmask.data_ptr(),
-        bitmask.stride(0),
-        offsets.data_ptr(),
-        rows,
-        columns,
-        nnz,
-        dtype,
-        threads(),
-    )
-    return values, bitmask
+        weight.data_ptr(), values.data_ptr(), bitmask.data_ptr(), bitmask.stride(0), offsets.data_ptr(),
+        rows, columns, nnz, _DTYPES[weight.dtype], threads(),
+    )  # fmt: skip
+    return values
 
 
 def _unpack(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
@@ -341,6 +354,24 @@ def _obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> 
     return weight, errors, keep
 
 
+def _admm_step(proposal: Tensor, keep: Tensor, gradient: Tensor, penalty: float) -> Tensor:
+    keep, gradient, target = keep.contiguous(), gradient.contiguous(), torch.empty_like(proposal)
+    addresses = (proposal.data_ptr(), keep.data_ptr(), gradient.data_ptr(), target.data_ptr())
+    _C_cpu.admm_step(*addresses, penalty, proposal.shape[0], proposal.shape[1], threads())
+    return target
+
+
+def _cg_step(
+    solution: Tensor, residual: Tensor, direction: Tensor, energy: Tensor, image: Tensor, keep: Tensor
+) -> None:
+    image, keep = image.contiguous(), keep.contiguous()
+    rows, columns = solution.shape
+    _C_cpu.cg_step(
+        solution.data_ptr(), residual.data_ptr(), direction.data_ptr(), energy.data_ptr(), image.data_ptr(),
+        keep.data_ptr(), rows, columns, threads(),
+    )  # fmt: skip
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "sparse_linear": sparse_linear_raw,
     "sparse_linear_int8": sparse_linear_int8_raw,
@@ -351,5 +382,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "column_square_sums": _column_square_sums,
     "select": _select,
     "score_select": _score_select,
+    "score_pack": _score_pack,
     "obs_block": _obs_block,
+    "admm_step": _admm_step,
+    "cg_step": _cg_step,
 }

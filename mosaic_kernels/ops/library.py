@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import dequantize
-from mosaic_kernels.ops import cpu, cuda, reference, triton
+from mosaic_kernels.ops import cpu, cuda, reference, tensor_cores, triton
 from mosaic_kernels.ops import select as _select
+from mosaic_kernels.semistructured import TWO_OF_FOUR_WORDS
 from mosaic_kernels.tiles import TILE_WORDS, tile_counts
 
 _SCHEMAS = {
@@ -24,16 +25,23 @@ _SCHEMAS = {
     "int in_features, int largest_tile) -> Tensor",
     "pack_tiles": "(Tensor weight, Tensor? keep=None) -> (Tensor tiles, Tensor offsets, Tensor values)",
     "expand_tiles": "(Tensor tiles, Tensor offsets, Tensor values, int rows, int columns) -> Tensor",
+    "two_of_four_linear": "(Tensor x, Tensor tiles, Tensor? bias, int out_features, int in_features) -> Tensor",
+    "pack_two_of_four": "(Tensor weight, Tensor? keep=None) -> Tensor",
+    "expand_two_of_four": "(Tensor tiles, int rows, int columns, ScalarType dtype) -> Tensor",
     "pack": "(Tensor weight, Tensor? keep=None) -> (Tensor values, Tensor bitmask)",
     "unpack": "(Tensor values, Tensor bitmask, int in_features) -> Tensor",
     "outlier_stats": "(Tensor weight, Tensor column_norms, float[] alphas) -> (Tensor score_sum, Tensor counts)",
     "column_square_sums": "(Tensor x) -> Tensor",
     "select": "(Tensor scores, Tensor keep, str scope) -> Tensor",
     "score_select": "(Tensor weight, Tensor column_norms, Tensor keep, str scope) -> Tensor",
+    "score_pack": "(Tensor weight, Tensor column_norms, Tensor keep, str scope) -> (Tensor values, Tensor bitmask)",
     "obs_block": "(Tensor weight, Tensor factor, Tensor keep, int n, int m) -> (Tensor, Tensor, Tensor)",
+    "admm_step": "(Tensor(a!) proposal, Tensor keep, Tensor gradient, float penalty) -> Tensor",
+    "cg_step": "(Tensor(a!) solution, Tensor(b!) residual, Tensor(c!) direction, Tensor(d!) energy, Tensor image, "
+    "Tensor keep) -> ()",
 }
 
-_select.register(_select.Backend("cuda", ("cuda",), cuda.KERNELS, cuda.why_not))
+_select.register(_select.Backend("cuda", ("cuda",), {**cuda.KERNELS, **tensor_cores.KERNELS}, cuda.why_not))
 _select.register(_select.Backend("cpu", ("cpu",), cpu.KERNELS, cpu.why_not))
 _select.register(_select.Backend("triton", triton.DEVICES, triton.KERNELS, triton.why_not))
 _select.register(
@@ -105,6 +113,21 @@ def _(tiles: Tensor, offsets: Tensor, values: Tensor, rows: int, columns: int) -
     return values.new_empty(rows, columns)
 
 
+@torch.library.register_fake("mosaic::two_of_four_linear")
+def _(x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("mosaic::pack_two_of_four")
+def _(weight: Tensor, keep: Tensor | None = None) -> Tensor:
+    return weight.new_empty((*tile_counts(*weight.shape), TWO_OF_FOUR_WORDS), dtype=torch.int32)
+
+
+@torch.library.register_fake("mosaic::expand_two_of_four")
+def _(tiles: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return tiles.new_empty((rows, columns), dtype=dtype)
+
+
 @torch.library.register_fake("mosaic::pack")
 def _(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     nnz = torch.library.get_ctx().new_dynamic_size()
@@ -137,9 +160,25 @@ def _(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.bool)
 
 
+@torch.library.register_fake("mosaic::score_pack")
+def _(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> tuple[Tensor, Tensor]:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    rows, columns = weight.shape
+    return weight.new_empty(nnz), weight.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
+
+
 @torch.library.register_fake("mosaic::obs_block")
 def _(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(keep)
+
+
+@torch.library.register_fake("mosaic::admm_step")
+def _(proposal: Tensor, keep: Tensor, gradient: Tensor, penalty: float) -> Tensor:
+    return torch.empty_like(proposal)
+
+
+@torch.library.register_fake("mosaic::cg_step")
+def _(solution: Tensor, residual: Tensor, direction: Tensor, energy: Tensor, image: Tensor, keep: Tensor) -> None: ...
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -190,6 +229,21 @@ def _tile_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad @ weight, None, None, None, None, None, None, None
 
 
+def _save_two_of_four_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, tiles, bias, *shape = inputs
+    _require_frozen(bias)
+    ctx.save_for_backward(tiles)
+    ctx.shape = shape
+
+
+def _two_of_four_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight = torch.ops.mosaic.expand_two_of_four(*ctx.saved_tensors, *ctx.shape, grad.dtype)
+    return grad @ weight, None, None, None, None
+
+
+torch.library.register_autograd(
+    "mosaic::two_of_four_linear", _two_of_four_backward, setup_context=_save_two_of_four_for_backward
+)
 torch.library.register_autograd("mosaic::tile_linear", _tile_backward, setup_context=_save_tiles_for_backward)
 torch.library.register_autograd("mosaic::sparse_linear", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd("mosaic::sparse_linear_int8", _int8_backward, setup_context=_save_int8_for_backward)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.format import GROUP_COLUMNS, bits_to_mask, dequantize, mask_to_bits
+from mosaic_kernels.semistructured import TwoOfFour
 from mosaic_kernels.tiles import TileBitmap
+
+TINY = 1e-30  # what a step divides by at least, in cg_step
 
 
 def sparse_linear(
@@ -75,6 +78,18 @@ def pack_tiles(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tens
     return packed.tiles, packed.offsets, packed.values
 
 
+def two_of_four_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    return F.linear(x, expand_two_of_four(tiles, out_features, in_features, x.dtype), bias)
+
+
+def expand_two_of_four(tiles: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return TwoOfFour(tiles, (rows, columns), dtype).to_dense()
+
+
+def pack_two_of_four(weight: Tensor, keep: Tensor | None = None) -> Tensor:
+    return TwoOfFour.from_dense(weight, keep).tiles
+
+
 def pack(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     mask = weight != 0 if keep is None else (weight != 0) & keep
     return weight[mask], mask_to_bits(mask)
@@ -115,6 +130,10 @@ def score_select(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str)
     return select(weight.float().abs() * column_norms.float(), keep, scope)
 
 
+def score_pack(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> tuple[Tensor, Tensor]:
+    return pack(weight, score_select(weight, column_norms, keep, scope))
+
+
 def obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     weight, keep, errors = weight.clone(), keep.clone(), torch.empty_like(weight)
     for j in range(weight.shape[1]):
@@ -126,3 +145,18 @@ def obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> t
         weight[:, j] *= keep[:, j]
         errors[:, j] = error
     return weight, errors, keep
+
+
+def admm_step(proposal: Tensor, keep: Tensor, gradient: Tensor, penalty: float) -> Tensor:
+    target = gradient + penalty * torch.where(keep, proposal, -proposal)
+    proposal.masked_fill_(keep, 0)  # the dual
+    return target
+
+
+def cg_step(solution: Tensor, residual: Tensor, direction: Tensor, energy: Tensor, image: Tensor, keep: Tensor) -> None:
+    image, before = image * keep, energy.clamp_min(TINY)
+    step = energy / (direction * image).sum(1, keepdim=True).clamp_min(TINY)
+    solution += step * direction
+    residual -= step * image
+    energy.copy_(residual.square().sum(1, keepdim=True))
+    direction.mul_(energy / before).add_(residual)

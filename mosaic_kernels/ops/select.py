@@ -14,6 +14,7 @@ import torch
 from torch.autograd import forward_ad
 
 from mosaic_kernels.errors import BackendError, UsageError
+from mosaic_kernels.semistructured import TwoOfFour
 from mosaic_kernels.tiles import TileBitmap
 
 # found once: a look-up from module to module costs as much as the question
@@ -179,14 +180,15 @@ def fast_sparse_linear_int8(
     return direct
 
 
-def fast_tile_linear(x: torch.Tensor, weight: TileBitmap, bias: torch.Tensor | None) -> torch.Tensor:
-    """``torch.ops.mosaic.tile_linear``, as directly as :func:`fast_sparse_linear`."""
-    arguments = (x, weight.tiles, weight.offsets, weight.values, bias, *weight.shape, weight.largest_tile)
-    if is_recorded(x):
-        out: torch.Tensor = torch.ops.mosaic.tile_linear(*arguments)
-        return out
-    direct: torch.Tensor = kernel_for("tile_linear", x)(*arguments)
-    return direct
+def fast_tile_linear(x: torch.Tensor, weight: TileBitmap | TwoOfFour, bias: torch.Tensor | None) -> torch.Tensor:
+    """``torch.ops.mosaic.tile_linear`` or ``two_of_four_linear``, as directly as :func:`fast_sparse_linear`."""
+    arguments: tuple[Any, ...] = (x, weight.tiles, bias, *weight.shape)
+    if isinstance(weight, TileBitmap):
+        arguments = (x, weight.tiles, weight.offsets, weight.values, bias, *weight.shape, weight.largest_tile)
+    name = "tile_linear" if isinstance(weight, TileBitmap) else "two_of_four_linear"
+    run = getattr(torch.ops.mosaic, name) if is_recorded(x) else kernel_for(name, x)
+    out: torch.Tensor = run(*arguments)
+    return out
 
 
 def is_recorded(x: torch.Tensor) -> bool:

@@ -92,6 +92,8 @@ struct SelectArgs {
   int64_t columns;
   Scope scope;
   int threads;
+  uint8_t* bitmask = nullptr;  // where they are given, and the weight is: instead of the mask, what pack_bits
+  int64_t* offsets = nullptr;  // makes of it
 };
 
 struct ObsArgs {
@@ -103,6 +105,29 @@ struct ObsArgs {
   int64_t block;
   int64_t n;
   int64_t m;
+  int threads;
+};
+
+struct AdmmArgs {
+  float* proposal;  // [rows, columns], becomes the dual
+  const uint8_t* keep;
+  const float* gradient;
+  float* target;
+  float penalty;
+  int64_t rows;
+  int64_t columns;
+  int threads;
+};
+
+struct CgArgs {
+  float* solution;  // [rows, columns], as what follows; updated in place
+  float* residual;
+  float* direction;
+  float* energy;  // [rows], updated in place
+  const float* image;
+  const uint8_t* keep;
+  int64_t rows;
+  int64_t columns;
   int threads;
 };
 
@@ -119,6 +144,8 @@ Status outlier_stats(const OutlierArgs&);
 Status column_square_sums(const ColumnSumsArgs&);
 Status select(const SelectArgs&);
 Status obs_block(const ObsArgs&);
+Status admm_step(const AdmmArgs&);
+Status cg_step(const CgArgs&);
 
 const char* isa();                  // the level in use: "scalar", "avx2" or "avx512"
 const char* features();             // what the processor offers, for `python -m mosaic_kernels.info`

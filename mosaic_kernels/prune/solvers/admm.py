@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mosaic_kernels import ops
 from mosaic_kernels.prune.gram import InputStatistics, damped_cholesky, jacobi_ridge
 from mosaic_kernels.prune.solvers.target import Target
-
-TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,18 @@ def admm(schedule: Schedule) -> Callable[[Tensor, InputStatistics, Target, str],
 
 def _iterate(dense: Tensor, hessian: Tensor, target: Target, schedule: Schedule, name: str) -> tuple[Tensor, Tensor]:
     gradient = dense @ hessian
-    free, dual = dense.clone(), torch.zeros_like(dense)
-    sparse, keep = dense, torch.ones_like(dense, dtype=torch.bool)
+    proposal, keep = dense.clone(), torch.ones_like(dense, dtype=torch.bool)
     each = schedule.steps // len(schedule.penalties)
     for part, penalty in enumerate(schedule.penalties):
         inverse = _inverse(hessian, penalty, name)
         for step in range(part * each + 1, (part + 1) * each + 1):
             done = min(step, schedule.ramp) / schedule.ramp
-            proposal = free + dual
             keep = target.part(1 - (1 - done) ** 3).keep_best(proposal.abs())
-            sparse = proposal * keep
-            dual = proposal - sparse
-            free = (gradient + penalty * (sparse - dual)) @ inverse
-    return sparse, keep
+            if step == each * len(schedule.penalties):
+                break
+            dual = proposal  # from here on: it is split in place
+            proposal = (ops.admm_step(dual, keep, gradient, penalty) @ inverse).add_(dual)
+    return proposal * keep, keep
 
 
 def _inverse(hessian: Tensor, penalty: float, name: str) -> Tensor:
@@ -90,14 +88,9 @@ def refit_on_mask(start: Tensor, dense: Tensor, hessian: Tensor, keep: Tensor, s
 
     The diagonal of ``hessian`` is constant, so no preconditioner is needed.
     """
-    solution = start
-    residual = ((dense - solution) @ hessian) * keep
-    direction, energy = residual, residual.square().sum(1, keepdim=True)
+    solution = start.clone()
+    residual = ((dense - solution) @ hessian).mul_(keep)
+    direction, energy = residual.clone(), residual.square().sum(1, keepdim=True)
     for _ in range(steps):
-        image = (direction @ hessian) * keep
-        step = energy / (direction * image).sum(1, keepdim=True).clamp_min(TINY)
-        solution = solution + step * direction
-        residual = residual - step * image
-        before, energy = energy, residual.square().sum(1, keepdim=True)
-        direction = residual + energy / before.clamp_min(TINY) * direction
+        ops.cg_step(solution, residual, direction, energy, direction @ hessian, keep)
     return solution

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels that multiply tiles: tile bitmap (:mod:`mosaic_kernels.tiles`) and 2:4."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mosaic_kernels.errors import KernelError
+from mosaic_kernels.ops.cuda import DTYPES, where
+from mosaic_kernels.semistructured import TwoOfFour
+from mosaic_kernels.tiles import TILE_WORDS, UNIT, TileBitmap, tile_counts
+
+with contextlib.suppress(ImportError):  # ops.cuda.why_not says so
+    from mosaic_kernels import _C_cuda
+
+__all__ = ["KERNELS", "Group", "Rows", "rows_of", "tile_linear"]
+
+
+class Rows(NamedTuple):
+    """Up to how many rows of x each kernel is meant for; from there on the weight is expanded for cuBLAS."""
+
+    decode: int  # linear_decode, linear_2to4: read the weight once for every 64 rows
+    prefill: int  # linear_prefill, of compute capability 9.0 alone
+
+
+# By torch's name of the device, where both were measured (benchmarks/gpu). None was yet: the default follows the
+# bytes, of which an expansion moves 4.5 times as many as a product of the packed weight.
+MEASURED: dict[str, Rows] = {}
+DEFAULT = Rows(decode=64, prefill=1024)
+
+_rows: dict[int, Rows] = {}
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+def rows_of(device: int) -> Rows:
+    """The row counts of CUDA device number ``device``."""
+    found = _rows.get(device)
+    if found is None:
+        found = MEASURED.get(torch.cuda.get_device_name(device), DEFAULT)
+        if torch.cuda.get_device_capability(device) != (9, 0):
+            found = found._replace(prefill=0)
+        _rows[device] = found
+    return found
+
+
+def _workspace(device: int, stream: int) -> Tensor:
+    """What blocks of one launch hand each other; one for each stream, as torch keeps for cuBLAS.
+
+    Made at a stream's first launch and kept: its counters are zero before and after every launch.
+    """
+    found = _workspaces.get((device, stream))
+    if found is None:
+        size = _C_cuda.linear_workspace_bytes(device)
+        found = _workspaces[device, stream] = torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
+    return found
+
+
+def _launch(kernel: Callable[..., None], x: Tensor, parts: Sequence[tuple[int, ...]]) -> None:
+    device, stream = where(x)
+    work = _workspace(device, stream)
+    kernel(
+        parts, x.data_ptr(), x.shape[:-1].numel(), x.shape[-1], DTYPES[x.dtype],
+        work.data_ptr(), work.numel(), device, stream,
+    )  # fmt: skip
+
+
+class Group:
+    """Products of one ``x`` with several weights of one form, ready for one launch.
+
+    Args:
+        parts: at most four weights, all tile bitmaps or all 2:4, with the same ``in_features`` and dtype; and the
+            bias of each.
+    """
+
+    def __init__(self, parts: Sequence[tuple[TileBitmap | TwoOfFour, Tensor | None]]) -> None:
+        first = parts[0][0]
+        self.in_features, self.device = first.shape[1], first.tiles.device
+        self.dtype = first.values.dtype if isinstance(first, TileBitmap) else first.dtype
+        self.is_bitmap = isinstance(first, TileBitmap)
+        self._held: list[Any] = []  # what the addresses below belong to
+        self._parts = []
+        for part, bias in parts:
+            bias = None if bias is None else bias.detach().contiguous()
+            self._held.append((part, bias))
+            head = (part.tiles.data_ptr(), 0, 0)
+            largest = 0
+            if isinstance(part, TileBitmap):
+                head = (part.tiles.data_ptr(), part.offsets.data_ptr(), part.values.data_ptr())
+                largest = part.largest_tile
+            if bias is not None and (bias.dtype is not self.dtype or bias.device != self.device):
+                raise KernelError(f"bias is {bias.dtype} on {bias.device} but the values {self.dtype} on {self.device}")
+            self._parts.append((head, 0 if bias is None else bias.data_ptr(), part.shape[0], largest))
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """``x [..., in_features]``; the results in the order of the parts."""
+        if x.shape[-1] != self.in_features:
+            raise KernelError(f"x has {x.shape[-1]} features but this projection takes {self.in_features}")
+        if x.dtype is not self.dtype:
+            raise KernelError(f"x is {x.dtype} but the packed values are {self.dtype}")
+        if x.device != self.device:
+            raise KernelError(f"x is on {x.device} but the packed values are on {self.device}")
+        x = _aligned(x)
+        results = [x.new_empty((*x.shape[:-1], out_features)) for _, _, out_features, _ in self._parts]
+        parts = [
+            (*head, bias, out.data_ptr(), out_features, largest)
+            for (head, bias, out_features, largest), out in zip(self._parts, results, strict=True)
+        ]
+        kernel = _C_cuda.linear_2to4
+        if self.is_bitmap:
+            few = x.shape[:-1].numel() <= rows_of(x.get_device()).decode
+            kernel = _C_cuda.linear_decode if few else _C_cuda.linear_prefill
+        _launch(kernel, x, parts)
+        return results
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` with rows that begin at multiples of 16 bytes, which the copies need; zeros behind the last feature."""
+    spare = -x.shape[-1] % UNIT
+    if spare:
+        return F.pad(x, (0, spare))
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def tile_linear(
+    x: Tensor,
+    tiles: Tensor,
+    offsets: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    largest_tile: int,
+) -> Tensor:
+    """The operator of the same name; see :mod:`mosaic_kernels.ops.reference`."""
+    if x.shape[:-1].numel() > max(rows_of(values.get_device())):
+        return F.linear(x, _expand_tiles(tiles, offsets, values, out_features, in_features), bias)
+    part = TileBitmap(tiles, offsets, values, (out_features, in_features), 0, largest_tile)
+    return Group([(part, bias)])(x)[0]
+
+
+def two_of_four_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    """The operator of the same name."""
+    if x.shape[:-1].numel() > rows_of(tiles.get_device()).decode:
+        return F.linear(x, _expand_two_of_four(tiles, out_features, in_features, x.dtype), bias)
+    return Group([(TwoOfFour(tiles, (out_features, in_features), x.dtype), bias)])(x)[0]
+
+
+def _pack_tiles(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    weight, keep = weight.contiguous(), None if keep is None else keep.contiguous()
+    rows, columns = weight.shape
+    down, across = tile_counts(rows, columns)
+    tiles = weight.new_empty((down, across, TILE_WORDS), dtype=torch.int32)
+    offsets = weight.new_zeros(down * across + 1, dtype=torch.int32)
+    source = weight.data_ptr(), 0 if keep is None else keep.data_ptr(), tiles.data_ptr()
+    shape_and_where = (rows, columns, DTYPES[weight.dtype], *where(weight))
+    _C_cuda.pack_tile_bits(*source, 0, 0, *shape_and_where)
+    torch.cumsum(tiles[:, :, 2].reshape(-1), 0, dtype=torch.int32, out=offsets[1:])
+    values = weight.new_empty(UNIT * (int(offsets[-1]) & 0xFFFFFFFF))
+    _C_cuda.pack_tile_values(*source, offsets.data_ptr(), values.data_ptr(), *shape_and_where)
+    _finish(weight)
+    return tiles, offsets, values
+
+
+def _pack_two_of_four(weight: Tensor, keep: Tensor | None = None) -> Tensor:
+    tiles = TwoOfFour.from_dense(weight, keep).tiles
+    _finish(weight)
+    return tiles
+
+
+def _finish(tensor: Tensor) -> None:
+    """Wait for what writes weights: a product may begin to read them before the kernel ahead of it has ended.
+
+    See csrc/cuda/stream.cuh; no product waits for itself.
+    """
+    torch.cuda.current_stream(tensor.device).synchronize()
+
+
+def _expand_tiles(tiles: Tensor, offsets: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    weight = values.new_empty(rows, columns)
+    _C_cuda.expand_tiles(
+        tiles.data_ptr(), offsets.data_ptr(), values.data_ptr(), weight.data_ptr(),
+        rows, columns, 0, tiles.shape[0], *where(values),
+    )  # fmt: skip
+    return weight
+
+
+def _expand_two_of_four(tiles: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    weight = tiles.new_empty((rows, columns), dtype=dtype)
+    _C_cuda.expand_2to4(tiles.data_ptr(), weight.data_ptr(), rows, columns, *where(tiles))
+    return weight
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "tile_linear": tile_linear,
+    "pack_tiles": _pack_tiles,
+    "expand_tiles": _expand_tiles,
+    "two_of_four_linear": two_of_four_linear,
+    "pack_two_of_four": _pack_two_of_four,
+    "expand_two_of_four": _expand_two_of_four,
+}
