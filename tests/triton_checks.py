@@ -32,7 +32,9 @@ Check = Callable[[str], None]
 
 def in_turn(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[torch.dtype, tuple[int, int], float]]:
     """Every shape in every dtype, at densities that take turns: the interpreter is slow."""
-    for (shape, dtype), density in zip(itertools.product(SHAPES, dtypes), itertools.cycle((0.5, 0.0, 0.5, 1.0)), strict=False):
+    for (shape, dtype), density in zip(
+        itertools.product(SHAPES, dtypes), itertools.cycle((0.5, 0.0, 0.5, 1.0)), strict=False
+    ):
         yield dtype, shape, density
 
 
@@ -229,7 +231,12 @@ def multiplies(device: str) -> None:
                 )  # fmt: skip
             exact = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
             assert found.dtype == dtype
-            assert float((found.cpu().double() - exact).norm()) <= limit(x, weight, bias, dtype), (dtype, rows, columns, out)
+            assert float((found.cpu().double() - exact).norm()) <= limit(x, weight, bias, dtype), (
+                dtype,
+                rows,
+                columns,
+                out,
+            )
 
 
 def multiplies_any_layout(device: str) -> None:
@@ -265,7 +272,12 @@ def multiplies_int8(device: str) -> None:
 def rounds_rows_as_the_reference(device: str) -> None:
     from mosaic_kernels.ops.triton.linear import _round_rows
 
-    for x in (torch.randn(3, 1030), torch.arange(-127, 128).float()[None] / 2 + 0.25, torch.zeros(2, 5), torch.ones(1, 1)):
+    for x in (
+        torch.randn(3, 1030),
+        torch.arange(-127, 128).float()[None] / 2 + 0.25,
+        torch.zeros(2, 5),
+        torch.ones(1, 1),
+    ):
         for dtype in DTYPES:
             rounded, steps = _round_rows(x.to(dtype).to(device))
             wanted, wanted_steps = reference.quantize_rows(x.to(dtype))

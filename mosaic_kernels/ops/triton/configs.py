@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Config] = {
     "tiles_128": {"OUT": 64, "WORDS": 2, "num_warps": 4},
     "most_in_registers": {"ROWS": 4},
     "most_in_tiles": {"ROWS": 256},
-    "obs_block": {"ROWS": 8, "num_warps": 4},
+    "obs_block": {"ROWS": 4, "num_warps": 4},
 }
 
 
@@ -43,7 +43,9 @@ def candidates(op: str) -> list[Config]:
     """What is worth measuring for ``op``, the default among it."""
     kind = op.partition("_")[0]
     if kind == "most":
-        return [{"ROWS": rows} for rows in ((1, 2, 4, 8, 16) if op == "most_in_registers" else (64, 128, 256, 512, 1024))]
+        return [
+            {"ROWS": rows} for rows in ((1, 2, 4, 8, 16) if op == "most_in_registers" else (64, 128, 256, 512, 1024))
+        ]
     if kind == "obs":
         return [{"ROWS": rows, "num_warps": warps} for rows in (4, 8, 16, 32) for warps in (1, 2, 4, 8)]
     if kind == "tiles":

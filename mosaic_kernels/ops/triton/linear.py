@@ -23,6 +23,7 @@ from mosaic_kernels.ops.triton.tiles import launch
 
 _MOST_IN_REGISTERS = 16
 _MOST_IN_A_TILE = 128
+_MOST_IN_A_GROUPED_TILE = 64  # it has two accumulators, and twice these rows would spill
 # Whole numbers up to 256 are exact in bf16; the interpreter's dot takes no bf16, and in fp32 they are exact, too.
 _BFLOAT16 = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
 _GROUP_WORDS = tl.constexpr(2)  # a group of 64 columns
@@ -94,9 +95,7 @@ def _register_kernel(
         inside = (row < rows)[:, None] & (column < in_features)[None, :]
         activations = tl.load(x + row.to(tl.int64)[:, None] * in_features + column[None, :], mask=inside, other=0)
         total += weight[None, :, :] * activations.to(tl.float32)[:, None, :]
-    _store(
-        out, tl.sum(total, axis=2), row, feature, rows, out_features, scales, steps, bias, SCALED, ROUNDED, HAS_BIAS
-    )
+    _store(out, tl.sum(total, axis=2), row, feature, rows, out_features, scales, steps, bias, SCALED, ROUNDED, HAS_BIAS)
 
 
 @triton.jit
@@ -115,9 +114,7 @@ def _tiles_kernel(
     before = tl.zeros((OUT,), dtype=tl.int32)
     total = tl.zeros((ROWS, OUT), dtype=tl.float32)
     for first in range(0, word_count, WORDS):
-        kept, before = _expand(
-            values, words, start, feature, exists, before, first + tl.arange(0, WORDS), word_count
-        )
+        kept, before = _expand(values, words, start, feature, exists, before, first + tl.arange(0, WORDS), word_count)
         weight = tl.trans(tl.reshape(kept.to(OPERAND), (OUT, WORDS * 32)))
         column = first * 32 + tl.arange(0, WORDS * 32)
         inside = (row < rows)[:, None] & (column < in_features)[None, :]
@@ -187,7 +184,7 @@ def _product(
     if in_registers:
         kernel, meta = _register_kernel, meta | config(f"register_{block}", x.device)
     else:
-        block = min(max(block, 16), _MOST_IN_A_TILE)
+        block = min(max(block, 16), _MOST_IN_A_TILE if groups == 1 else _MOST_IN_A_GROUPED_TILE)
         half = tl.float16 if x.dtype == torch.float16 else _BFLOAT16
         kernel, meta = _tiles_kernel, meta | config(f"tiles_{block}", x.device) | {"ROWS": block, "OPERAND": half}
         if groups > 1:

@@ -72,8 +72,20 @@ def _sweep(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int, flag: T
     out, errors, mask = torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(keep)
     chosen = config("obs_block", weight.device)
     meta: Any = {"CHOOSE": m > 0, "GROUP": m or _WIDEST, "COLUMNS": triton.next_power_of_2(block), **chosen}
-    launch(_obs_kernel, (-(-rows // chosen["ROWS"]),), 
-        weight, factor, keep.view(torch.uint8), out, errors, mask.view(torch.uint8), flag, rows, block, n, **meta
+    launch(
+        _obs_kernel,
+        (-(-rows // chosen["ROWS"]),),
+        weight,
+        factor,
+        keep.view(torch.uint8),
+        out,
+        errors,
+        mask.view(torch.uint8),
+        flag,
+        rows,
+        block,
+        n,
+        **meta,
     )
     return out, errors, mask
 

@@ -65,17 +65,17 @@ def pack(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     bits = weight.new_empty((rows, bitmask_bytes(columns)), dtype=torch.uint8)
     tiles = Tiles.of(rows, columns)
-    if not tiles.count:
+    if not tiles.programs:
         return weight.new_empty(0), bits
     weight = weight.contiguous()
-    counts = weight.new_empty(tiles.count, dtype=torch.int32)
+    counts = weight.new_empty(tiles.programs, dtype=torch.int32)
     shape = (rows, columns, bits.shape[1], tiles.in_a_row)
     mask = bits if keep is None else keep.contiguous().view(torch.uint8)
     meta: Any = {"SIZE": TILE, "WIDTH": tiles.width}
-    launch(_bits_kernel, (tiles.count,), weight, mask, bits, counts, *shape, HAS_KEEP=keep is not None, **meta)
+    launch(_bits_kernel, (tiles.programs,), weight, mask, bits, counts, *shape, HAS_KEEP=keep is not None, **meta)
     ends = counts.cumsum(0)
     values = weight.new_empty(int(ends[-1]))  # the one wait: the result's size is on the device
-    launch(_values_kernel, (tiles.count,), weight, values, bits, ends, counts, *shape, UNPACK=False, **meta)
+    launch(_values_kernel, (tiles.programs,), weight, values, bits, ends, counts, *shape, UNPACK=False, **meta)
     return values, bits
 
 
@@ -84,12 +84,12 @@ def unpack(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     rows = bitmask.shape[0]
     weight = values.new_empty((rows, in_features))
     tiles = Tiles.of(rows, in_features)
-    if tiles.count:
+    if tiles.programs:
         bitmask, values = bitmask.contiguous(), values.contiguous()
-        counts = bitmask.new_empty(tiles.count, dtype=torch.int32)
+        counts = bitmask.new_empty(tiles.programs, dtype=torch.int32)
         shape = (rows, in_features, bitmask.shape[1], tiles.in_a_row)
         meta: Any = {"SIZE": TILE, "WIDTH": tiles.width}
-        launch(_count_kernel, (tiles.count,), bitmask, counts, *shape, **meta)
+        launch(_count_kernel, (tiles.programs,), bitmask, counts, *shape, **meta)
         ends = counts.cumsum(0)
-        launch(_values_kernel, (tiles.count,), weight, values, bitmask, ends, counts, *shape, UNPACK=True, **meta)
+        launch(_values_kernel, (tiles.programs,), weight, values, bitmask, ends, counts, *shape, UNPACK=True, **meta)
     return weight

@@ -64,17 +64,17 @@ def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float])
     rows, columns = weight.shape
     tiles = Tiles.of(rows, columns)
     weight, norms = weight.contiguous(), column_norms.float().contiguous()
-    sums = weight.new_empty(tiles.count, dtype=torch.float64)
+    sums = weight.new_empty(tiles.programs, dtype=torch.float64)
     shape = (rows, columns, tiles.in_a_row)
     meta: Any = {"SIZE": TILE, "WIDTH": tiles.width}
-    if tiles.count:
-        launch(_sum_kernel, (tiles.count,), weight, norms, sums, *shape, **meta)
+    if tiles.programs:
+        launch(_sum_kernel, (tiles.programs,), weight, norms, sums, *shape, **meta)
     total = sums.sum()
     multiples = torch.tensor(alphas, dtype=torch.float64, device=weight.device)
     thresholds = (multiples * (total / max(1, weight.numel()))).float()
-    counts = weight.new_empty((len(alphas), tiles.count), dtype=torch.int32)
-    if tiles.count and alphas:
-        launch(_count_kernel, (tiles.count,), weight, norms, thresholds, len(alphas), counts, *shape, **meta)
+    counts = weight.new_empty((len(alphas), tiles.programs), dtype=torch.int32)
+    if tiles.programs and alphas:
+        launch(_count_kernel, (tiles.programs,), weight, norms, thresholds, len(alphas), counts, *shape, **meta)
     return total, counts.sum(1, dtype=torch.int64)
 
 

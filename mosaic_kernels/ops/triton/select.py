@@ -21,8 +21,9 @@ from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.ops.triton.score import scores_of
 from mosaic_kernels.ops.triton.tiles import TILE, Tiles, launch, tile_places
 
+_SEGMENT_STEP = 1024  # scores of a row at a time; twice as many spill on sm_80
 _LARGEST_RANKED = 32  # members of a group that are compared each with each; larger groups are selected like rows
-_COMPARISONS = 8192  # in a program that does so
+_COMPARISONS = 2048  # in a program that does so
 
 
 @triton.jit
@@ -151,20 +152,20 @@ def _groups_kernel(scores, norms, mask, flag, n, m, groups, in_a_row,
 
 def _of_matrix(scores: Tensor, norms: Tensor, keep: Tensor, mask: Tensor, flag: Tensor, scored: bool) -> None:
     tiles = Tiles.of(*scores.shape)
-    grid, shape = (tiles.count,), (*scores.shape, tiles.in_a_row)
+    grid, shape = (tiles.programs,), (*scores.shape, tiles.in_a_row)
     meta: Any = {"HAS_NORMS": scored, "SIZE": TILE, "WIDTH": tiles.width}
     state = torch.cat((keep.new_zeros(1), keep))  # the digits found, and how many are wanted of what begins so
     histograms = keep.new_zeros(4, 256)
     for shift, histogram in zip((24, 16, 8, 0), histograms, strict=True):
         launch(_histogram_kernel, grid, scores, norms, state, histogram, *shape, shift, **meta)
         launch(_narrow_kernel, (1,), state, histogram, shift)
-    ties = keep.new_empty(tiles.count, dtype=torch.int32)
+    ties = keep.new_empty(tiles.programs, dtype=torch.int32)
     launch(_ties_kernel, grid, scores, norms, state, ties, *shape, **meta)
     launch(_mask_kernel, grid, scores, norms, state, ties, ties.cumsum(0), mask, flag, *shape, **meta)
 
 
 def _select(scores: Tensor, norms: Tensor | None, keep: Tensor, scope: str) -> Tensor:
-    rows, columns = scores.shape
+    columns = scores.shape[1]
     mask = scores.new_empty(scores.shape, dtype=torch.uint8)
     if not scores.numel():
         return mask.view(torch.bool)
@@ -178,12 +179,13 @@ def _select(scores: Tensor, norms: Tensor | None, keep: Tensor, scope: str) -> T
     elif scope == "group" and m <= _LARGEST_RANKED:
         members = triton.next_power_of_2(m)
         meta |= {"GROUPS": _COMPARISONS // members**2, "MEMBERS": members}
-        _groups_kernel[(-(-groups // meta["GROUPS"]),)](*operands, mask, flag, n, m, groups, in_a_row, **meta)
+        grid = (-(-groups // meta["GROUPS"]),)
+        launch(_groups_kernel, grid, *operands, mask, flag, n, m, groups, in_a_row, **meta)
     else:
-        meta["SIZE"] = min(TILE, max(128, triton.next_power_of_2(m)))
+        meta["SIZE"] = min(_SEGMENT_STEP, max(128, triton.next_power_of_2(m)))
         counts = (keep[:1] if scope == "group" else keep).to(scores.device)
         step = 0 if scope == "group" else 1
-        _segments_kernel[(groups,)](*operands, counts, step, mask, flag, m, in_a_row, **meta)
+        launch(_segments_kernel, (groups,), *operands, counts, step, mask, flag, m, in_a_row, **meta)
     if bool(flag):  # the one wait
         raise NonFiniteError("select: scores hold NaN or Inf; check the weight and its calibration statistics")
     return mask.view(torch.bool)

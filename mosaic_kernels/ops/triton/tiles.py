@@ -18,7 +18,7 @@ class Tiles(NamedTuple):
     elements are ranks in the tile plus a sum over the tiles before it.
     """
 
-    count: int
+    programs: int
     in_a_row: int
     width: int
 
