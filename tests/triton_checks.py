@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mosaic_kernels as mk
 from mosaic_kernels import ops
-from mosaic_kernels.errors import NonFiniteError
+from mosaic_kernels.errors import KernelError, NonFiniteError
 from mosaic_kernels.format import bits_to_mask
 from mosaic_kernels.ops import reference
 
@@ -250,6 +250,21 @@ def multiplies_any_layout(device: str) -> None:
             assert torch.equal(found, torch.ops.mosaic.sparse_linear(x.contiguous(), *operands))
 
 
+def refuses_what_does_not_fit(device: str) -> None:
+    """The layers call kernels without the operator's own checks."""
+    packed = mk.pack(torch.ones(4, 40))
+    operands = (packed.values.to(device), packed.index().words.to(device), packed.index().offsets.to(device), None, 40)
+    wrong = {"39 features": torch.ones(2, 39), "x is torch.float16": torch.ones(2, 40).half()}
+    with ops.use_backend("triton"):
+        for message, x in wrong.items():
+            try:
+                torch.ops.mosaic.sparse_linear(x.to(device), *operands)
+            except KernelError as error:
+                assert message in str(error)  # noqa: PT017
+            else:
+                raise AssertionError(message)
+
+
 def multiplies_int8(device: str) -> None:
     kinds = itertools.cycle(itertools.product(DTYPES, (None, 64), (False, True)))
     for (rows, columns, out), (dtype, group, rounded) in zip(3 * PRODUCTS, kinds, strict=False):
@@ -299,7 +314,7 @@ CHECKS: dict[str, Check] = {
     for check in (
         packs, packs_what_is_odd, unpacks, counts_outliers, sums_squares, selects, selects_in_groups,
         scores_and_selects, refuses_what_is_not_finite, sweeps, sweeps_and_chooses, multiplies, multiplies_any_layout,
-        multiplies_int8, rounds_rows_as_the_reference,
+        multiplies_int8, refuses_what_does_not_fit, rounds_rows_as_the_reference,
     )
 }  # fmt: skip
 

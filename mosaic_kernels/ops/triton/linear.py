@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import dequantize
 from mosaic_kernels.ops.triton.configs import config
 from mosaic_kernels.ops.triton.pack import unpack
@@ -162,10 +163,16 @@ def _product(
     x: Tensor, values: Tensor, scales: Tensor | None, words: Tensor, offsets: Tensor, bias: Tensor | None,
     in_features: int, round_x: bool = False,
 ) -> Tensor:  # fmt: skip
+    if x.shape[-1] != in_features:
+        raise KernelError(f"x has {x.shape[-1]} features but this projection takes {in_features}")
+    if scales is None and x.dtype is not values.dtype:
+        raise KernelError(f"x is {x.dtype} but the packed values are {values.dtype}")
+    if not x.device == values.device == words.device == offsets.device:
+        raise KernelError(f"x is on {x.device} but the packed values are on {values.device}")
     out_features, word_count = words.shape
     out = x.new_empty((*x.shape[:-1], out_features))
-    flat = x.reshape(-1, in_features).contiguous() if in_features else x.reshape(out.shape[:-1].numel(), 0)
-    rows = len(flat)
+    rows = x.shape[:-1].numel()
+    flat = x.reshape(rows, in_features).contiguous()
     halves = round_x or x.dtype != torch.float32
     in_registers = rows <= (config("most_in_registers", x.device)["ROWS"] if halves else _MOST_IN_REGISTERS)
     if not in_registers and (not halves or (scales is None and rows > config("most_in_tiles", x.device)["ROWS"])):

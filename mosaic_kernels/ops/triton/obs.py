@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.ops.triton.configs import config
+from mosaic_kernels.ops.triton.select import require_finite
 from mosaic_kernels.ops.triton.tiles import launch
 
 _WIDEST = 128  # columns that a program holds; a wider block is swept in parts
@@ -72,21 +72,8 @@ def _sweep(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int, flag: T
     out, errors, mask = torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(keep)
     chosen = config("obs_block", weight.device)
     meta: Any = {"CHOOSE": m > 0, "GROUP": m or _WIDEST, "COLUMNS": triton.next_power_of_2(block), **chosen}
-    launch(
-        _obs_kernel,
-        (-(-rows // chosen["ROWS"]),),
-        weight,
-        factor,
-        keep.view(torch.uint8),
-        out,
-        errors,
-        mask.view(torch.uint8),
-        flag,
-        rows,
-        block,
-        n,
-        **meta,
-    )
+    tensors = (weight, factor, keep.view(torch.uint8), out, errors, mask.view(torch.uint8), flag)
+    launch(_obs_kernel, (-(-rows // chosen["ROWS"]),), *tensors, rows, block, n, **meta)
     return out, errors, mask
 
 
@@ -101,9 +88,10 @@ def obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> t
     for first in range(0, block, width):
         here = slice(first, first + width)
         part = _sweep(rest[:, :width], factor[here, here], keep[:, here], n, m, flag)
-        rest = rest[:, width:] - part[1] @ factor[here, first + width :]
         swept.append(part)
-    if m and bool(flag):
-        raise NonFiniteError("select: scores hold NaN or Inf; check the weight and its calibration statistics")
+        if first + width < block:
+            rest = rest[:, width:] - part[1] @ factor[here, first + width :]
+    if m:
+        require_finite(flag)
     out, errors, mask = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*swept, strict=True))
     return out, errors, mask
