@@ -12,6 +12,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ def selects(device: str) -> None:
 
 def selects_in_groups(device: str) -> None:
     for n, m in ((2, 4), (4, 8), (1, 4), (0, 3), (3, 3), (1, 1), (5, 32), (5, 40), (2, 2049)):
-        rows = 2 if m > 32 else 150
+        rows = 2 if m > 32 else 50
         for scores in (torch.randn(rows, 3 * m), torch.randint(0, 3, (rows, 3 * m)).float(), torch.randn(0, m)):
             found, wanted = both("select", device, scores, torch.tensor([n, m]), "group")
             assert same(found, wanted), (n, m)
@@ -189,7 +190,7 @@ def sweeps(device: str) -> None:
 
 
 def sweeps_and_chooses(device: str) -> None:
-    for block, n, m in ((64, 2, 4), (16, 4, 8), (15, 1, 3), (12, 0, 4), (132, 2, 4), (20, 5, 20)):
+    for block, n, m in ((16, 2, 4), (16, 4, 8), (15, 1, 3), (12, 0, 4), (132, 2, 4), (20, 5, 20)):
         weight, factor = torch.randn(7, block), factor_of(block)
         found, wanted = both("obs_block", device, weight, factor, torch.ones(7, block).bool(), n, m)
         assert same(found[2], wanted[2]), (block, n, m)
@@ -267,7 +268,7 @@ def refuses_what_does_not_fit(device: str) -> None:
 
 def multiplies_int8(device: str) -> None:
     kinds = itertools.cycle(itertools.product(DTYPES, (None, 64), (False, True)))
-    for (rows, columns, out), (dtype, group, rounded) in zip(3 * PRODUCTS, kinds, strict=False):
+    for (rows, columns, out), (dtype, group, rounded) in zip(2 * PRODUCTS, kinds, strict=False):
         packed = mk.quantize(mk.pack(sparse(out, columns, 0.5, torch.float32)), group)
         weight, index = mk.unpack(packed), packed.index()
         x, bias = torch.randn(rows, columns).to(dtype), torch.randn(out).to(dtype)
@@ -319,7 +320,21 @@ CHECKS: dict[str, Check] = {
 }  # fmt: skip
 
 
+def mend_the_interpreter() -> None:
+    """Triton 3.6's takes an array of one for a number, which numpy 2.4 refuses; later releases squeeze it, too."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = mended
+
+
 def main() -> None:
+    mend_the_interpreter()
     torch.set_num_threads(1)
     failures: dict[str, str | None] = {}
     for name, check in CHECKS.items():
