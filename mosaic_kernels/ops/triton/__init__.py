@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["DEVICES", "KERNELS", "why_not"]
 
-# dense_linear is left to torch.
+# The dense product and what solvers do between two products are left to torch; tiles are the CUDA backend's own.
 _MODULES = {
     "sparse_linear": "linear",
     "sparse_linear_int8": "linear",
@@ -26,6 +26,7 @@ _MODULES = {
     "column_square_sums": "score",
     "select": "select",
     "score_select": "select",
+    "score_pack": "select",
     "obs_block": "obs",
 }
 

@@ -205,3 +205,9 @@ def select(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
 def score_select(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> Tensor:
     """The operator of the same name, without the scores; see :mod:`mosaic_kernels.ops.reference`."""
     return _select(weight, column_norms, keep, scope)
+
+
+def score_pack(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> tuple[Tensor, Tensor]:
+    """The operator of the same name; the mask between its two halves stays on the device."""
+    packed: tuple[Tensor, Tensor] = torch.ops.mosaic.pack(weight, score_select(weight, column_norms, keep, scope))
+    return packed
