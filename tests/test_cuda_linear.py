@@ -125,6 +125,21 @@ def test_under_a_graph() -> None:
         assert torch.equal(out, layer(layer(x)[..., :1].expand(1, 1024) + x))
 
 
+def test_a_graph_on_a_stream_that_never_ran() -> None:
+    linear = dense(512, 8192)
+    layer = mk.MosaicLinear.from_linear(linear)
+    x = torch.randn(1, 8192, device="cuda").bfloat16()
+    graphs, outs = [], []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            outs.append(layer(x))
+        graphs.append(graph)
+    for graph, out in list(zip(graphs, outs, strict=True))[::-1]:  # the last one first
+        graph.replay()
+        assert_close(out, x, linear)
+
+
 def test_on_two_streams_at_once() -> None:
     linear = dense(4096, 4096)
     layer = mk.MosaicLinear.from_linear(linear)

@@ -35,7 +35,8 @@ MEASURED: dict[str, Rows] = {}
 DEFAULT = Rows(decode=64, prefill=1024)
 
 _rows: dict[int, Rows] = {}
-_workspaces: dict[tuple[int, int], Tensor] = {}
+_workspaces: dict[tuple[int, int], Tensor] = {}  # by device and stream
+SPARE = -1
 
 
 def rows_of(device: int) -> Rows:
@@ -52,13 +53,26 @@ def rows_of(device: int) -> Rows:
 def _workspace(device: int, stream: int) -> Tensor:
     """What blocks of one launch hand each other; one for each stream, as torch keeps for cuBLAS.
 
-    Made at a stream's first launch and kept: its counters are zero before and after every launch.
+    Made at a stream's first launch and kept: its counters are zero before and after every launch. A stream that
+    captures a graph before it ever ran takes the device's spare one: memory that is made while a graph is captured
+    would be zeroed by that graph alone. Such graphs must not be replayed at the same time.
     """
     found = _workspaces.get((device, stream))
     if found is None:
-        size = _C_cuda.linear_workspace_bytes(device)
-        found = _workspaces[device, stream] = torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
+        if torch.cuda.is_current_stream_capturing():
+            return _workspaces[device, SPARE]
+        found = _workspaces[device, stream] = _new_workspace(device)
     return found
+
+
+def _new_workspace(device: int) -> Tensor:
+    return torch.zeros(_C_cuda.linear_workspace_bytes(device), dtype=torch.uint8, device=torch.device("cuda", device))
+
+
+def make_spare_workspace(device: int) -> None:
+    """The workspace that graphs take whose stream has none."""
+    if (device, SPARE) not in _workspaces:
+        _workspaces[device, SPARE] = _new_workspace(device)
 
 
 def _launch(kernel: Callable[..., None], x: Tensor, parts: Sequence[tuple[int, ...]]) -> None:
@@ -177,8 +191,9 @@ def _pack_two_of_four(weight: Tensor, keep: Tensor | None = None) -> Tensor:
 def _finish(tensor: Tensor) -> None:
     """Wait for what writes weights: a product may begin to read them before the kernel ahead of it has ended.
 
-    See csrc/cuda/stream.cuh; no product waits for itself.
+    See csrc/cuda/stream.cuh; no product waits for itself. What packs runs before any graph can hold a product.
     """
+    make_spare_workspace(tensor.get_device())
     torch.cuda.current_stream(tensor.device).synchronize()
 
 
