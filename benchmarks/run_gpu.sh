@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything that needs a GPU, in one command and under nine minutes: build, test, measure, and print the tables.
 #
-#   benchmarks/run_gpu.sh [--dry-run] [STAGE...]     stages: build tests micro kernels e2e ranking sanitizer prune
+#   benchmarks/run_gpu.sh [--dry-run] [STAGE...]
+#   stages: build tests micro kernels e2e ranking sanitizer prune compiled
 #
 # Without stages all run, the most telling first; each under a limit of its own and what is left of SECONDS_IN_ALL.
 # One that fails does not stop the next ones, but the exit status tells. Files go to $OUT (benchmarks/results):
 # gpu-STAGE-DEVICE.json for what is measured, gpu-run.log for everything else. --dry-run tries the measuring
-# stages on small shapes, without a GPU too. In a checkout without .git, BENCH_COMMIT names the commit.
+# stages on small shapes, without a GPU too. In a checkout without .git, BENCH_COMMIT names the commit; PYTHON, if
+# set, is run instead of python3.
 set -euo pipefail
 [ -z "${OUT:-}" ] || OUT=$(realpath -m "$OUT")
 cd "$(dirname "$0")/.."
@@ -16,12 +18,12 @@ out=${OUT:-$PWD/benchmarks/results}
 mkdir -p "$out"
 log=$out/gpu-run.log
 deadline=$((SECONDS + ${SECONDS_IN_ALL:-530}))
-python=$(command -v python3)
+python=${PYTHON:-$(command -v python3)}
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer || true)
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-declare -A limit=([build]=100 [tests]=90 [micro]=35 [kernels]=110 [e2e]=100 [ranking]=40 [sanitizer]=80 [prune]=110)
-stages=(build tests micro kernels e2e ranking sanitizer prune)
+declare -A limit=([build]=100 [tests]=90 [micro]=35 [kernels]=110 [e2e]=100 [ranking]=40 [sanitizer]=80 [prune]=110 [compiled]=180)
+stages=(build tests micro kernels e2e ranking sanitizer prune compiled)
 
 # Only for this machine's GPU, with every kernel's registers and spills in the log.
 build() {

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton_checks
 from torch import Tensor
 
 import mosaic_kernels as mk
 from mosaic_kernels import ops
 from mosaic_kernels.ops import cuda, reference
+from mosaic_kernels.ops import triton as triton_backend
 from mosaic_kernels.semistructured import TwoOfFour
 from mosaic_kernels.tiles import TileBitmap
 
@@ -102,7 +104,7 @@ def test_two_of_four_linear(rows: int, columns: int, outs: list[int], dtype: tor
         ]
         torch.cuda.synchronize()  # weights are read before the kernels ahead have ended
         _C_cuda.linear_2to4(
-            parts, x.data_ptr(), rows, columns, cuda._DTYPES[dtype], work.data_ptr(), work.numel(),
+            parts, x.data_ptr(), rows, columns, cuda.DTYPES[dtype], work.data_ptr(), work.numel(),
             0, torch.cuda.current_stream(0).cuda_stream,
         )  # fmt: skip
         results.append(found)
@@ -139,7 +141,7 @@ def launch_prefill(x: Tensor, parts: list[tuple[TileBitmap, Tensor]], found: lis
         for size in [(t.shape[0], t.largest_tile)]
     ]
     _C_cuda.linear_prefill(
-        rows, x.data_ptr(), len(x), x.shape[1], cuda._DTYPES[x.dtype], work.data_ptr(), work.numel(),
+        rows, x.data_ptr(), len(x), x.shape[1], cuda.DTYPES[x.dtype], work.data_ptr(), work.numel(),
         0, torch.cuda.current_stream(0).cuda_stream,
     )  # fmt: skip
 
@@ -217,3 +219,37 @@ def test_tiles_expand_on_the_device(shape: tuple[int, int], dtype: torch.dtype) 
             stream = torch.cuda.current_stream(0).cuda_stream
             _C_cuda.expand_tiles(*addresses, out.data_ptr(), *shape, first, end, 0, stream)
             assert torch.equal(out, weight[64 * first :])
+
+
+@pytest.mark.parametrize("check", triton_checks.CHECKS)
+def test_triton_is_the_reference(check: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    triton_checks.CHECKS[check]("cuda")
+
+
+def test_every_operator_has_a_kernel_on_the_device() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert triton_backend.why_not() is None
+    weight = sparse(64, 4096, 1.0, torch.bfloat16)
+    with torch.cuda.device(0):
+        mask = ops.score_select(weight, torch.ones(4096, device="cuda"), (2, 4), "group")
+    assert mask.is_cuda
+    assert int(mask.sum()) == weight.numel() // 2
+
+
+def test_triton_indexes_beyond_two_to_the_31() -> None:
+    """The last weights of a matrix of 2^31 and some: 4 GiB of bf16."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of device memory")
+    weight = torch.zeros(65_537, 32_768, dtype=torch.bfloat16, device="cuda")
+    weight[-1, -3:] = torch.tensor([1.0, -3.0, 2.0])
+    ones = torch.ones(32_768, device="cuda")
+    with ops.use_backend("triton"):
+        values, bits = torch.ops.mosaic.pack(weight)
+        assert values.tolist() == [1.0, -3.0, 2.0]
+        assert bits[-1, -1] == 0b1110_0000
+        assert torch.equal(torch.ops.mosaic.unpack(values, bits, 32_768)[-1], weight[-1])
+        assert ops.outlier_stats(weight, ones, (5.0,)) == (6.0, [3])
+        assert ops.column_square_sums(weight)[-3:].tolist() == [1.0, 9.0, 4.0]
+        assert ops.score_select(weight, ones, 2)[-1, -3:].tolist() == [False, True, True]

@@ -82,12 +82,12 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_chain_warms_up_on_the_stream_that_it_captures(fake_cuda: list[str]) -> None:
     made: list[str] = []
     chain = timing.Chain([lambda: made.append(fake_cuda[-1])], torch.device("cuda"))
-    assert made == ["stream", "capture"]
+    assert made == ["stream", "stream", "capture"]
     assert chain.why_not_captured is None
     before = FakeGraph.captured[-1].replays
     chain.run()
     assert FakeGraph.captured[-1].replays == before + 1
-    assert len(made) == 2
+    assert len(made) == 3
 
 
 def test_a_chain_that_cannot_be_captured_runs_all_the_same(fake_cuda: list[str]) -> None:
@@ -236,7 +236,21 @@ def test_whole_models_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> 
         assert row["ratios"]["weight_bytes"] == row["weight_bytes"] / dense["weight_bytes"]
         assert row["ratios"]["tokens_per_s"] == row["tokens_per_s"] / row["dense_in_turns"]["tokens_per_s"]
         assert row["peak_bytes"] is None
+    assert set(dense["beside_weights"]) == {"p50", "p90", "p99"}
     assert rows[0]["weight_bytes"] < rows[1]["weight_bytes"] < dense["weight_bytes"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_compiled_models_are_held_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr(decode, "COMPILED", ("unstructured 50%",))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or real(model, **options))
+    dense, row = decode.measure_compiled(tiny())
+    assert (dense["variant"], row["variant"]) == ("dense, compiled", "unstructured 50%, compiled")
+    assert "error" not in row, row
+    assert max(row["packing_error"], row["drift"]) <= row["drift_limit"]
+    assert len(compiled) == 2  # the dense one and the packed one
 
 
 def test_a_model_that_packing_changes_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,8 @@ def test_goals_of_whole_models_and_ranking() -> None:
     assert verdict("7B, composite 80%: latency", e2e=file_of(rows)) == "met"
     assert verdict("7B, composite 80%: peak", e2e=file_of(rows)) == "MISSED"
     assert verdict("7B, unstructured 50%", e2e=file_of(rows)) == "FAILED: RuntimeError: no"
+    better = {"variant": "composite 80%, compiled", "ratios": {"tokens_per_s": 3.5, "latency": 0.28, "peak_bytes": 0.3}}
+    assert verdict("7B, composite 80%: peak", e2e=file_of(rows), compiled=file_of([better])) == "met"
     ranked = {"operation": "score + select + pack, 7B model", "milliseconds": 51.0}
     assert verdict("score", ranking=file_of([ranked])) == "MISSED"
     assert goals.table({}).endswith("0 of 28 goals met, 28 not measured")
@@ -154,7 +156,7 @@ def test_the_command_needs_a_gpu_or_a_dry_run(tmp_path: Path, capsys: pytest.Cap
 def run_gpu(*arguments: str, out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", ROOT / "benchmarks" / "run_gpu.sh", *arguments], capture_output=True, text=True, check=False,
-        env={**os.environ, "OUT": str(out), **variables},
+        env={**os.environ, "OUT": str(out), "PYTHON": sys.executable, **variables},
     )  # fmt: skip
 
 

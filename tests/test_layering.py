@@ -27,6 +27,15 @@ MAY_IMPORT_TRANSFORMERS = ("models", "attention", "checkpoint", "prune.calibrati
 MAY_IMPORT_TRITON = ("ops.triton",)
 MOST_LINES = {".py": 400, ".cpp": 600, ".cu": 600, ".h": 600, ".cuh": 600}
 
+# The rooms of csrc and whose headers each includes; the emulator stands in for the GPU in two files alone.
+ROOMS = {
+    "include": {"mosaic"},
+    "cpu": {"mosaic", "cpu"},
+    "cuda": {"mosaic", "cuda"},
+    "simt": {"mosaic", "cpu", "cuda", "simt"},
+}
+MAY_INCLUDE_SIMT = ("ptx.cuh", "ptx_sm90a.cuh")
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NATIVE = sorted(p for folder in ("csrc", "python") for p in (ROOT / folder).rglob("*") if p.suffix in MOST_LINES)
 SCRIPTS = sorted(p for folder in ("tests", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py"))
@@ -112,6 +121,20 @@ def test_csrc_stands_alone(path: Path) -> None:
     assert not [name for name in included if re.match(r"(torch|ATen|c10|pybind11|Python\.h|pyconfig|numpy)", name)]
 
 
+def strangers(path: Path, source: str | None = None) -> set[str]:
+    """Rooms of csrc that a file includes from but may not."""
+    source = path.read_text() if source is None else source
+    rooms = set(re.findall(r'^\s*#\s*include\s*"(\w+)/', source, flags=re.MULTILINE))
+    return (
+        rooms - ROOMS[path.relative_to(ROOT / "csrc").parts[0]] - ({"simt"} if path.name in MAY_INCLUDE_SIMT else set())
+    )
+
+
+@pytest.mark.parametrize("path", [p for p in NATIVE if "csrc" in p.parts], ids=lambda path: path.name)
+def test_rooms_of_csrc_keep_apart(path: Path) -> None:
+    assert not strangers(path)
+
+
 @pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_short_and_licensed(path: Path) -> None:
     lines = path.read_text().splitlines()
@@ -131,5 +154,9 @@ def test_the_checks_see_what_they_look_for() -> None:
     assert outside(linear, "import transformers") == ["transformers"]
     assert outside(PACKAGE / "prune" / "gram.py", "from triton.language import load") == ["triton"]
     assert outside(PACKAGE / "ops" / "triton" / "linear.py", "import triton") == []
+    assert strangers(ROOT / "csrc" / "cuda" / "pack.cu", '#include "simt/simt.h"\n#include "cpu/lanes.h"') == {
+        "simt",
+        "cpu",
+    }
     with pytest.raises(AssertionError, match="has no level"):
         level("novelty.things")

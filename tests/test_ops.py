@@ -350,28 +350,3 @@ def test_the_environment_forces_a_backend() -> None:
         refused = in_a_fresh_process(code, MOSAIC_BACKEND="cuda")
         assert refused.returncode
         assert "was forced but cannot run" in refused.stderr
-
-
-def test_triton_under_its_interpreter() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    done = in_a_fresh_process(_TRITON_AGAINST_FLOAT64, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr
-
-
-_TRITON_AGAINST_FLOAT64 = """
-import torch, mosaic_kernels as mk
-from mosaic_kernels import ops
-
-torch.manual_seed(0)
-for rows, columns, out in ((1, 1, 1), (1, 31, 3), (3, 300, 9), (2, 512, 5)):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        weight = (torch.randn(out, columns) * (torch.rand(out, columns) < 0.5)).to(dtype)
-        x, bias = torch.randn(rows, columns).to(dtype), torch.randn(out).to(dtype)
-        packed = mk.pack(weight)
-        with ops.use_backend("triton"):
-            found = mk.sparse_linear(x, packed, bias)
-        exact = x.double() @ weight.double().T + bias.double()
-        scale = (x.double().abs() @ weight.double().abs().T).norm() + bias.double().norm() * rows**0.5
-        limit = 2 * (torch.finfo(dtype).eps + columns**0.5 * torch.finfo(torch.float32).eps)
-        assert (found.double() - exact).norm() <= limit * scale, (rows, columns, out, dtype)
-"""

@@ -27,6 +27,7 @@ STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "e2e": decode.measure,
     "ranking": ranking.measure,
     "prune": pruning.measure,
+    "compiled": decode.measure_compiled,
 }
 
 

@@ -2,15 +2,17 @@
 """A Llama of 7B parameters writes: dense, with zeros, 2:4 and composite; batch 1, greedy, every token a CUDA graph.
 
 Random weights, pruned by magnitude, one prompt for all. Each variant takes turns with the dense model, run by run;
-memory is what it holds and needs beside the dense one.
+memory is what it holds and needs beside the dense one. :func:`measure_compiled` does the same with every token
+through ``torch.compile``, which merges the small kernels between the products, for the dense model too.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,19 +50,28 @@ VARIANTS = {
 }
 
 
+COMPILED = ("unstructured 50%", "composite 80%")  # compiling a model takes most of a minute
+# The calls of a chain before its first run write beyond the prompt; and attention wants masks of whole 64.
+SPARE_TOKENS, CACHE_MULTIPLE = 8, 64
+
+
 class Decoder:
     """Greedy decoding of one sequence over a static cache.
+
+    Args:
+        forward: a forward pass for single tokens, ``model``'s own unless given.
 
     Attributes:
         step: one token, as a graph where the device captures it.
     """
 
-    def __init__(self, model: Any, prompt: Tensor, new_tokens: int) -> None:
+    def __init__(self, model: Any, prompt: Tensor, new_tokens: int, forward: Callable[..., Any] | None = None) -> None:
         from transformers import StaticCache
 
         self.model, self.prompt, self.new_tokens = model, prompt, new_tokens
-        # Chain's own calls write beyond the prompt before the first run empties the cache again
-        self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens + 4)
+        self._forward = model if forward is None else forward
+        length = -(-(prompt.shape[1] + new_tokens + SPARE_TOKENS) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
         self.token = prompt.new_zeros(1, 1)
         self.logits: Tensor
         self.read()
@@ -77,7 +88,7 @@ class Decoder:
 
     @torch.no_grad()
     def _step(self) -> None:
-        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        out = self._forward(input_ids=self.token, past_key_values=self.cache, use_cache=True)
         self.logits = out.logits
         self.token.copy_(out.logits[:, -1:].argmax(-1))
 
@@ -159,47 +170,94 @@ def packed_model(variant: Variant, device: torch.device, settings: dict[str, int
     return mk.prepare_inference(adapter.model), difference(found, wanted)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all models of a run have in common."""
+
+    shapes: dict[str, int]
+    prompt: Tensor
+    new_tokens: int
+    runs: int
+    compiled: bool
+
+    @classmethod
+    def of(cls, bench: Bench, *, compiled: bool) -> Setting:
+        shapes = TINY if bench.tiny else LLAMA_7B
+        prompt_tokens, new_tokens, runs = (5, 6, 2) if bench.tiny else (PROMPT_TOKENS, NEW_TOKENS, RUNS)
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(shapes["vocab_size"], (1, prompt_tokens), generator=generator).to(bench.device)
+        return cls(shapes, prompt, new_tokens, runs, compiled)
+
+    def decoder(self, model: Any) -> tuple[Decoder, Row]:
+        """A decoder that is ready to run, and what is known of it before it is timed."""
+        started = time.perf_counter()
+        forward = None
+        if self.compiled:
+            torch.compiler.reset()
+            backend = "inductor" if self.prompt.is_cuda else "eager"  # on a CPU this only tries the code
+            forward = torch.compile(model, dynamic=False, backend=backend)
+        decoder = Decoder(model, self.prompt, self.new_tokens, forward)
+        decoder.write()
+        ready = time.perf_counter() - started
+        return decoder, {
+            "prompt_tokens": self.prompt.shape[1], "new_tokens": self.new_tokens, "runs": self.runs,
+            "weight_bytes": weight_bytes(model), "not_captured": decoder.step.why_not_captured,
+            "ready_seconds": ready, "drift_limit": rounding(self.shapes["num_hidden_layers"]),
+        }  # fmt: skip
+
+    def name(self, variant: str) -> str:
+        return f"{variant}, compiled" if self.compiled else variant
+
+
 def measure(bench: Bench) -> Iterator[Row]:
     """A row for the dense model alone, then one for every variant with the dense model's figures of the same turns."""
-    settings = TINY if bench.tiny else LLAMA_7B
-    prompt_tokens, new_tokens, runs = (5, 6, 2) if bench.tiny else (PROMPT_TOKENS, NEW_TOKENS, RUNS)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(settings["vocab_size"], (1, prompt_tokens), generator=generator).to(bench.device)
-    limit = rounding(settings["num_hidden_layers"])
+    return _measure(bench, Setting.of(bench, compiled=False), VARIANTS)
+
+
+def measure_compiled(bench: Bench) -> Iterator[Row]:
+    """As :func:`measure`, for few variants whose tokens go through ``torch.compile``, as the dense model's do."""
+    return _measure(bench, Setting.of(bench, compiled=True), {name: VARIANTS[name] for name in COMPILED})
+
+
+def _measure(bench: Bench, setting: Setting, variants: dict[str, Variant]) -> Iterator[Row]:
     memory = Memory(bench.device)
     torch.manual_seed(0)
-    model = random_llama(device=bench.device, **settings)
+    model = random_llama(device=bench.device, **setting.shapes)
     memory.forget_peak()
-    dense = Decoder(model, prompt, new_tokens)
-    dense.write()
-    size = {"weight_bytes": weight_bytes(model), "peak_bytes": memory.peak()}
-    common = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs}
-    yield {"variant": "dense", **common, **size, "not_captured": dense.step.why_not_captured, "drift": dense.drift(),
-           "drift_limit": limit, **figures(_turns([dense], runs)[0])}  # fmt: skip
-    for name, variant in VARIANTS.items():
+    dense, known = setting.decoder(model)
+    known |= {"peak_bytes": memory.peak(), "drift": dense.drift()}
+    if not setting.compiled:
+        known["beside_weights"] = _beside_weights(bench, setting)
+    yield {"variant": setting.name("dense"), **known, **figures(_turns([dense], setting.runs)[0])}
+    for name, variant in variants.items():
         if bench.left <= 0:
             return
         note(f"{name}: {bench.left:.0f} s left")
-        row = {"variant": name, "removed": variant.sparsity, "structured_share": variant.structured_share, **common}
+        row = {"variant": setting.name(name), "removed": variant.sparsity, "structured_share": variant.structured_share}
         memory = Memory(bench.device)
         try:
-            packed, moved = packed_model(variant, bench.device, settings, prompt)
+            packed, moved = packed_model(variant, bench.device, setting.shapes, setting.prompt)
             memory.forget_peak()
-            decoder = Decoder(packed, prompt, new_tokens)
-            decoder.write()
-            peak = memory.peak()
-            drift = decoder.drift()
-            row |= {"weight_bytes": weight_bytes(packed), "peak_bytes": peak, "packing_error": moved, "drift": drift,
-                    "drift_limit": limit, "not_captured": decoder.step.why_not_captured}  # fmt: skip
-            if not (moved <= limit and drift <= limit):
-                raise ArithmeticError(f"wrong result: packing moved logits by {moved:.3g}, decoding by {drift:.3g}")
-            own, base = (figures(seconds) for seconds in _turns([decoder, dense], runs))
-            row |= {**own, "dense_in_turns": base, "ratios": _ratios(row | own, size | base)}
+            decoder, found = setting.decoder(packed)
+            row |= found | {"peak_bytes": memory.peak(), "packing_error": moved, "drift": decoder.drift()}
+            if not max(moved, row["drift"]) <= row["drift_limit"]:
+                raise ArithmeticError(f"wrong result: packing moved logits by {moved:.3g}, decoding {row['drift']:.3g}")
+            own, base = (figures(seconds) for seconds in _turns([decoder, dense], setting.runs))
+            row |= {**own, "dense_in_turns": base, "ratios": _ratios(row | own, known | base)}
         except Exception as error:  # a variant that cannot run must not take the others' figures along
             row["error"] = reason(error)
         yield row
         packed = decoder = None  # its memory is the next one's
         bench.free()
+
+
+def _beside_weights(bench: Bench, setting: Setting) -> dict[str, float]:
+    """Milliseconds of a token of a dense model as deep, whose weights cost nothing to read: all but the products."""
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    model = random_llama(device=bench.device, **{**setting.shapes, **narrow, **heads})
+    decoder, _ = replace(setting, prompt=setting.prompt % 128).decoder(model)
+    return latencies(_turns([decoder], 2)[0])
 
 
 def _turns(decoders: list[Decoder], runs: int) -> list[list[float]]:

@@ -11,7 +11,7 @@ from typing import Any
 from gpu.bench import load
 from gpu.goals import KERNELS, LARGE
 
-STAGES = ("micro", "kernels", "e2e", "ranking", "prune")
+STAGES = ("micro", "kernels", "e2e", "compiled", "ranking", "prune")
 NOTHING = "**No GPU figure is given because none has been measured yet.**"
 
 
@@ -70,7 +70,9 @@ def e2e(file: dict[str, Any]) -> str:
             *(_bytes(row[what], ratios.get(what)) for what in ("weight_bytes", "peak_bytes")),
         ])  # fmt: skip
     heads = ["model", "tokens/s", "over dense", "ms a token, p50 / p90 / p99", "weights, MB", "peak memory, MB"]
-    return f"{_table(heads, lines)}\n\n{caption(file)}"
+    beside = next((row["beside_weights"]["p50"] for row in file["rows"] if "beside_weights" in row), None)
+    sentence = "" if beside is None else f"A dense model as deep but 64 features wide: {beside:.2f} ms a token.\n\n"
+    return f"{_table(heads, lines)}\n\n{sentence}{caption(file)}"
 
 
 def _bytes(size: int | None, ratio: float | None) -> str:
@@ -127,10 +129,11 @@ def micro(file: dict[str, Any]) -> str:
     return "\n".join([*lines, f"cuBLAS at one row, GB/s: {speeds}.", "", caption(file)])
 
 
-MAKERS = {"kernels": kernels, "e2e": e2e, "ranking": ranking, "prune": prune, "micro": micro}
+MAKERS = {"kernels": kernels, "e2e": e2e, "compiled": e2e, "ranking": ranking, "prune": prune, "micro": micro}
 TITLES = {
     "kernels": "One bf16 linear layer against cuBLAS, weights rotating past the L2; median (lowest) of the shapes",
     "e2e": "A Llama of 7B parameters, random weights, batch 1, greedy, CUDA graphs",
+    "compiled": "The same with every token through `torch.compile`",
     "ranking": "Pruning one bf16 projection, against plain torch",
     "prune": "Pruning that model at 50 %",
     "micro": "The device",

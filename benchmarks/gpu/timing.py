@@ -52,7 +52,8 @@ class Chain:
         stream, graph = _capture_stream(self.device), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            self._run()
+            for _ in range(2):  # a compiler may look twice
+                self._run()
         torch.cuda.synchronize()
         try:
             with torch.cuda.graph(graph, stream=stream):

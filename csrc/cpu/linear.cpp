@@ -20,7 +20,6 @@ constexpr int64_t kCachedBytes = 1 << 18;
 // 12 for all would give two threads 120 and 136 rows of 256: 256 rows of x by 256x1536 took 4 % longer, by
 // 256x4096 8 % (Zen 4, Nov 2026).
 constexpr int64_t kRowMultiple = 12, kPanelMultiple = 6;
-constexpr int64_t kPanelRows = 24;  // of x, from which on kernels expand panels
 constexpr int64_t kLoadBytes = 64;
 constexpr int64_t kInlinePacking = 1 << 16;  // elements of x that the caller interleaves alone
 
@@ -48,7 +47,7 @@ int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
       high = middle;
     }
   }
-  const int64_t multiple = a.rows < kPanelRows ? kRowMultiple : kPanelMultiple;
+  const int64_t multiple = a.rows < kPanelMinRows ? kRowMultiple : kPanelMultiple;
   return low / multiple * multiple;
 }
 

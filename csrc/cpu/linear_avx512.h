@@ -284,9 +284,6 @@ void expand_panel(const LinearTask& task, int64_t row, int64_t groups, typename 
   }
 }
 
-// From this many rows on, expanding a weight once and reading it back beats expanding it for every
-// block of rows: 0.88x at 9 rows, 0.95x at 16, 1.03x at 24 (11008x4096, Zen 4, Nov 2026).
-constexpr int64_t kPanelMinRows = 24;
 constexpr int64_t kPanelBytes = 3 << 17;  // of 1 MB L2; the rest is for a block of x
 
 // All rows of x against weight rows [begin, end), of which those from `guarded` on must not be read past

@@ -1,138 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "simt/simt.h"
 
-#include <setjmp.h>
 #include <signal.h>
-#include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <deque>
-#include <map>
-#include <memory>
-#include <random>
-#include <set>
-#include <string>
-#include <vector>
 
-#include "simt/cuda.h"
+#include "simt/machine.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace mosaic::simt {
-namespace {
-
-constexpr size_t kPage = 4096;
-constexpr size_t kStackBytes = 16 * kPage;
-constexpr uint32_t kCopyUnit = 16;
-constexpr unsigned char kPoison = 0xff;                // NaN in fp32, bf16 and fp16
-constexpr uint64_t kBarrierWord = 0x6d62617272696572;  // lies where a barrier does, to see it overwritten
-constexpr int64_t kMostBytes = (1 << 20) - 1;          // that a barrier can have outstanding
-
-// Memory that ends at a page that may not be touched.
-class GuardedMemory {
- public:
-  explicit GuardedMemory(size_t bytes) : bytes_((bytes + kPage - 1) / kPage * kPage) {
-    void* p = mmap(nullptr, bytes_ + 2 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    start_ = static_cast<unsigned char*>(p) + kPage;
-    mprotect(start_ - kPage, kPage, PROT_NONE);
-    mprotect(start_ + bytes_, kPage, PROT_NONE);
-  }
-  ~GuardedMemory() { munmap(start_ - kPage, bytes_ + 2 * kPage); }
-  GuardedMemory(const GuardedMemory&) = delete;
-  GuardedMemory& operator=(const GuardedMemory&) = delete;
-  unsigned char* start() const { return start_; }
-  unsigned char* end() const { return start_ + bytes_; }
-
- private:
-  size_t bytes_;
-  unsigned char* start_;
-};
-
-struct Block;
-
-struct Fiber {
-  Block* block;
-  int thread;
-  unsigned char* stack;
-  ucontext_t entry;
-  jmp_buf resume;
-  bool started = false, done = false;
-  const char* waits_for = nullptr;  // with its two numbers
-  unsigned number = 0, detail = 0;
-  uint64_t copies = 0;                                      // issued without a barrier
-  std::set<uint64_t> flying;                                // of those, in flight
-  std::deque<std::pair<uint64_t, uint32_t>> arrivals = {};  // (copies before it, barrier)
-  std::vector<uint32_t> unfenced;                           // units that it stored to since its last fence
-};
-
-struct Meeting {
-  const char* what;
-  int count;
-  uint32_t mask;
-  int missing;
-  std::vector<void*> lanes;
-  std::vector<Fiber*> waiting;
-};
-
-struct NamedBarrier {
-  int threads = 0, missing = 0;
-  std::vector<Fiber*> waiting;
-};
-
-struct TransactionBarrier {
-  int count, pending;
-  int64_t bytes = 0;
-  uint64_t phase = 0;
-  std::vector<Fiber*> waiting = {};
-};
-
-struct Block {
-  uint3 index;
-  std::deque<Fiber> fibers;
-  int alive;
-  std::unique_ptr<GuardedMemory> memory;
-  unsigned char* shared;
-  uint32_t shared_bytes;
-  std::vector<unsigned char> in_flight;  // for each 16 bytes: a copy to them is
-  std::vector<uint16_t> unfenced;        // the same: the thread that stored to them and did not fence, + 1
-  std::vector<std::vector<Meeting>> meetings;  // by the warp they begin with
-  std::map<int, NamedBarrier> named;
-  std::map<uint32_t, TransactionBarrier> barriers;
-  int effects = 0;  // of `later`, not there yet
-};
-
-struct Effect {
-  Block* block;
-  std::function<void()> run;
-};
-
-struct Failure {};
-
-struct Machine {
-  const std::function<void()>* body;
-  std::mt19937_64 random;
-  std::vector<std::unique_ptr<Block>> blocks;
-  std::vector<Fiber*> runnable;
-  std::vector<Effect> effects;
-  std::vector<unsigned char*> free_stacks;
-  Fiber* current = nullptr;
-  jmp_buf scheduler;
-  bool failed = false;
-  // drawn once for each launch
-  unsigned landing;   // one chance in so many that an effect comes at a step
-  unsigned sticking;  // so many in 16 that the fiber that became runnable last goes on
-
-  uint64_t draw(uint64_t below) { return random() % below; }
-};
 
 Machine* machine = nullptr;
+
+namespace {
+
 std::string last_error;
 uint64_t chosen_seed = 0;
 int chosen_resident = 3;
@@ -160,14 +47,16 @@ void make_runnable(Fiber* fiber) {
   machine->runnable.push_back(fiber);
 }
 
-void make_runnable(std::vector<Fiber*>& fibers) {
-  for (Fiber* fiber : fibers) make_runnable(fiber);
-  fibers.clear();
-}
-
 // Back to the scheduler until somebody makes this fiber runnable.
 void block_current() {
   if (_setjmp(machine->current->resume) == 0) _longjmp(machine->scheduler, 1);
+}
+
+}  // namespace
+
+void make_runnable(std::vector<Fiber*>& fibers) {
+  for (Fiber* fiber : fibers) make_runnable(fiber);
+  fibers.clear();
 }
 
 void wait_for(std::vector<Fiber*>& queue, const char* what, unsigned number, unsigned detail) {
@@ -178,6 +67,8 @@ void wait_for(std::vector<Fiber*>& queue, const char* what, unsigned number, uns
   queue.push_back(self);
   block_current();
 }
+
+namespace {
 
 void fiber_main() {
   (*machine->body)();
@@ -333,43 +224,6 @@ std::string deadlock() {
   return text;
 }
 
-Block& own_block() { return *machine->current->block; }
-
-TransactionBarrier& barrier_at(Block& block, uint32_t address) {
-  const auto found = block.barriers.find(address);
-  if (found == block.barriers.end()) fail("there is no mbarrier at %u", address);
-  if (std::memcmp(block.shared + (address - kSharedBase), &kBarrierWord, 8) != 0)
-    fail("the mbarrier at %u was overwritten", address);
-  return found->second;
-}
-
-void settle(TransactionBarrier& b) {
-  if (b.pending != 0 || b.bytes != 0) return;
-  ++b.phase;
-  b.pending = b.count;
-  make_runnable(b.waiting);
-}
-
-void arrive_on(Block& block, uint32_t address, int64_t announced) {
-  TransactionBarrier& b = barrier_at(block, address);
-  if (b.pending == 0) fail("more arrivals at the mbarrier at %u than the %d it counts", address, b.count);
-  b.bytes += announced;
-  if (b.bytes > kMostBytes) fail("more bytes outstanding at the mbarrier at %u than it can count", address);
-  --b.pending;
-  settle(b);
-}
-
-void land(Block& block, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  std::memcpy(block.shared + (to - kSharedBase), from, bytes);
-  const uint32_t first = (to - kSharedBase) / kCopyUnit;
-  for (uint32_t i = 0; i < bytes / kCopyUnit; ++i) block.in_flight[first + i] = 0;
-  if (barrier == 0) return;
-  TransactionBarrier& b = barrier_at(block, barrier);
-  b.bytes -= bytes;
-  if (b.bytes < -kMostBytes) fail("more bytes landed at the mbarrier at %u than it can count", barrier);
-  settle(b);
-}
-
 void schedule(Extent grid, int threads, int shared_bytes) {
   std::vector<uint3> waiting;
   for (unsigned z = 0; z < grid.z; ++z)
@@ -450,60 +304,6 @@ void step() {
 
 int thread_number() { return machine->current->thread; }
 
-unsigned char* shared_start() { return own_block().shared; }
-
-unsigned char* shared_bytes_at(uint32_t address, uint32_t bytes, uint32_t alignment) {
-  const Block& block = own_block();
-  if (address % alignment != 0) fail("shared address %u is not a multiple of %u", address, alignment);
-  if (address < kSharedBase || address - kSharedBase > block.shared_bytes ||
-      bytes > block.shared_bytes - (address - kSharedBase)) {
-    fail("%u bytes at %d of shared memory, which has %u", bytes, static_cast<int>(address - kSharedBase),
-         block.shared_bytes);
-  }
-  return block.shared + (address - kSharedBase);
-}
-
-uint32_t shared_address_of(const void* p) {
-  const Block& block = own_block();
-  const auto offset = static_cast<const unsigned char*>(p) - block.shared;
-  if (offset < 0 || offset > block.shared_bytes) fail("%p is not in this block's shared memory", p);
-  return kSharedBase + static_cast<uint32_t>(offset);
-}
-
-void store_shared(uint32_t address, const void* from, uint32_t bytes) {
-  step();
-  Block& block = own_block();
-  Fiber* self = machine->current;
-  unsigned char* to = shared_bytes_at(address, bytes, bytes);
-  const uint32_t unit = (address - kSharedBase) / kCopyUnit;
-  if (block.in_flight[unit]) fail("a store to shared address %u, to which a copy is in flight", address);
-  const auto mark = static_cast<uint16_t>(self->thread + 1);
-  if (block.unfenced[unit] != mark) {
-    block.unfenced[unit] = mark;
-    self->unfenced.push_back(unit);
-  }
-  std::memcpy(to, from, bytes);
-}
-
-void fence_async_proxy() {
-  Fiber* self = machine->current;
-  for (const uint32_t unit : self->unfenced) {
-    uint16_t& mark = self->block->unfenced[unit];
-    if (mark == self->thread + 1) mark = 0;
-  }
-  self->unfenced.clear();
-}
-
-void need_fence(uint32_t address, uint32_t bytes) {
-  shared_bytes_at(address, bytes, 1);
-  const uint32_t first = (address - kSharedBase) / kCopyUnit;
-  for (uint32_t unit = first; unit * kCopyUnit < address - kSharedBase + bytes; ++unit) {
-    if (const int mark = own_block().unfenced[unit]) {
-      fail("shared address %u is used by hardware, but thread %d stored without a fence", address, mark - 1);
-    }
-  }
-}
-
 void* const* arrive(const char* what, int first, int count, uint32_t mask, void* lane) {
   Fiber* self = machine->current;
   Block& block = *self->block;
@@ -555,76 +355,6 @@ void sync_block(int id, int threads) {
     make_runnable(b.waiting);
   } else {
     wait_for(b.waiting, "bar.sync %u, %u", static_cast<unsigned>(id), static_cast<unsigned>(threads));
-  }
-}
-
-void barrier_init(uint32_t barrier, int count) {
-  unsigned char* word = shared_bytes_at(barrier, 8, 8);
-  if (count < 1 || count >= 1 << 20) fail("an mbarrier cannot count %d arrivals", count);
-  std::memcpy(word, &kBarrierWord, 8);
-  own_block().barriers[barrier] = {count, count};
-}
-
-void barrier_arrive(uint32_t barrier, uint32_t announced_bytes) {
-  step();
-  arrive_on(own_block(), barrier, announced_bytes);
-}
-
-void barrier_wait(uint32_t barrier, uint32_t parity) {
-  step();
-  TransactionBarrier& b = barrier_at(own_block(), barrier);
-  if (parity > 1) fail("parity %u", parity);
-  while ((b.phase & 1) == parity) wait_for(b.waiting, "mbarrier at %u, parity %u", barrier, parity);
-}
-
-void later(std::function<void()> effect) {
-  ++own_block().effects;
-  machine->effects.push_back({&own_block(), std::move(effect)});
-}
-
-void copy_later(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  step();
-  Block& block = own_block();
-  if (bytes == 0 || bytes % kCopyUnit != 0) fail("a copy of %u bytes: not a multiple of 16", bytes);
-  if (reinterpret_cast<uintptr_t>(from) % kCopyUnit != 0) fail("a copy from %p: not a multiple of 16", from);
-  unsigned char* poisoned = shared_bytes_at(to, bytes, kCopyUnit);
-  const uint32_t first = (to - kSharedBase) / kCopyUnit;
-  for (uint32_t i = 0; i < bytes / kCopyUnit; ++i) {
-    if (block.in_flight[first + i]++) fail("a copy to shared address %u, to which another is in flight", to);
-  }
-  std::memset(poisoned, kPoison, bytes);
-  volatile char last = static_cast<const char*>(from)[bytes - 1];  // a fault should name this thread
-  (void)last;
-  if (barrier != 0) {
-    need_fence(to, bytes);
-    barrier_at(block, barrier);
-    later([&block, to, from, bytes, barrier] { land(block, to, from, bytes, barrier); });
-    return;
-  }
-  Fiber* self = machine->current;
-  const uint64_t number = self->copies++;
-  self->flying.insert(number);
-  later([self, to, from, bytes, number] {
-    land(*self->block, to, from, bytes, 0);
-    self->flying.erase(number);
-    while (!self->arrivals.empty() &&
-           (self->flying.empty() || *self->flying.begin() >= self->arrivals.front().first)) {
-      arrive_on(*self->block, self->arrivals.front().second, 0);
-      self->arrivals.pop_front();
-      --self->block->effects;
-    }
-  });
-}
-
-void barrier_arrive_after_copies(uint32_t barrier) {
-  step();
-  Fiber* self = machine->current;
-  barrier_at(*self->block, barrier);
-  if (self->flying.empty()) {
-    later([self, barrier] { arrive_on(*self->block, barrier, 0); });
-  } else {
-    ++self->block->effects;
-    self->arrivals.push_back({self->copies, barrier});
   }
 }
 

@@ -4,14 +4,30 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["DEVICES", "KERNELS", "why_not"]
+
+# dense_linear is left to torch.
+_MODULES = {
+    "sparse_linear": "linear",
+    "sparse_linear_int8": "linear",
+    "pack": "pack",
+    "unpack": "pack",
+    "outlier_stats": "score",
+    "column_square_sums": "score",
+    "select": "select",
+    "score_select": "select",
+    "obs_block": "obs",
+}
 
 
 @functools.cache
@@ -23,14 +39,19 @@ def why_not() -> str | None:
         return None  # the interpreter runs kernels on CPU tensors, slowly: for tests
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton finds no C compiler for its launchers (install gcc or clang, or set CC)"
     return None
 
 
-def _sparse_linear(*args: Any) -> Any:
-    from mosaic_kernels.ops.triton.linear import sparse_linear
+def _imported_when_called(op: str) -> Callable[..., Any]:
+    def run(first: Tensor, *rest: Any) -> Any:
+        kernel = getattr(importlib.import_module(f"{__name__}.{_MODULES[op]}"), op)
+        with torch.cuda.device_of(first):  # Triton launches on the current device
+            return kernel(first, *rest)
 
-    return sparse_linear(*args)
+    return run
 
 
-KERNELS: dict[str, Callable[..., Any]] = {"sparse_linear": _sparse_linear}
+KERNELS: dict[str, Callable[..., Any]] = {op: _imported_when_called(op) for op in _MODULES}
 DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
