@@ -101,7 +101,7 @@ def compile_one(nvcc: str, source: Path, arch: str, cubin: Path) -> list[Kernel]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     name = source.relative_to(ROOT).as_posix()
     report = done.stdout + done.stderr
-    # a warning says that setmaxnreg was ignored, a mere remark that products of a warpgroup wait for each other
+    # A setmaxnreg that was ignored is a warning; wgmma products that wait for each other are only mentioned.
     if done.returncode or re.search(r"\bwarning\b|Potential Performance Loss", report):
         raise RuntimeError(f"{name} does not compile for sm_{arch}, or not without a warning:\n{report}")
     return read_ptxas(name, arch, report)

@@ -3,7 +3,7 @@
 # Everything that needs a GPU, in one command and under nine minutes: build, test, measure, and print the tables.
 #
 #   benchmarks/run_gpu.sh [--dry-run] [STAGE...]
-#   stages: build tests micro kernels e2e ranking sanitizer prune compiled
+#   stages: build tests micro kernels e2e ranking sanitizer prune dispatch compiled
 #
 # Without stages all run, the most telling first; each under a limit of its own and what is left of SECONDS_IN_ALL.
 # One that fails does not stop the next ones, but the exit status tells. Files go to $OUT (benchmarks/results):
@@ -22,8 +22,8 @@ python=${PYTHON:-$(command -v python3)}
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer || true)
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-declare -A limit=([build]=100 [tests]=90 [micro]=35 [kernels]=110 [e2e]=100 [ranking]=40 [sanitizer]=80 [prune]=110 [compiled]=180)
-stages=(build tests micro kernels e2e ranking sanitizer prune compiled)
+declare -A limit=([build]=100 [tests]=90 [micro]=35 [kernels]=110 [e2e]=100 [ranking]=40 [sanitizer]=80 [prune]=110 [dispatch]=60 [compiled]=180)
+stages=(build tests micro kernels e2e ranking sanitizer prune dispatch compiled)
 
 # Only for this machine's GPU, with every kernel's registers and spills in the log.
 build() {
@@ -43,20 +43,21 @@ tests() {  # a warning of a newer library must not cost a test here
 sanitize() {  # TOOL
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 70 "$sanitizer" --tool "$1" --kernel-name kns=mosaic --error-exitcode 9 \
     "$python" -m pytest -q -x -W default -p no:cacheprovider -m cuda tests/test_cuda*.py \
-    -k "${SANITIZE:-bfloat16 and not (triton or graph or determin or 4096 or 11008)}" >"$log.$1" 2>&1
+    -k "${SANITIZE:-bfloat16 and not (triton or graph or determin or 4096 or 11008)}" >"$parts/$1" 2>&1
 }
 
 sanitizer() {  # its tools side by side: they wait for the processor most of the time
   [ -n "$sanitizer" ] || { echo "compute-sanitizer was not found: skipped"; return 0; }
   local tool status=0 code
   local -A running=()
+  parts=$(mktemp -d)
   for tool in memcheck racecheck synccheck; do sanitize "$tool" & running[$tool]=$!; done
   for tool in "${!running[@]}"; do
     code=0
     wait "${running[$tool]}" || code=$?
-    echo "$tool: $(grep -a SUMMARY "$log.$tool" | tail -1) $(tail -1 "$log.$tool"), exit status $code"
+    echo "$tool: $(grep -a SUMMARY "$parts/$tool" | tail -1) $(tail -1 "$parts/$tool"), exit status $code"
     [ "$code" = 0 ] || status=1
-    cat "$log.$tool" >>"$log" && rm "$log.$tool"
+    cat "$parts/$tool" >>"$log"
   done
   return "$status"
 }

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu import decode, kernels, micro, pruning, ranking, timing
+from gpu import decode, dispatch, kernels, micro, pruning, ranking, timing
 from gpu.bench import Bench
 from models import LLAMA_7B, pruned, random_llama
 
@@ -172,6 +172,32 @@ def test_results_that_change_are_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(mk.MosaicLinear, "forward", lambda self, x: right(self, x) * (1 + 2**-7 * (next(calls) % 2)))
     monkeypatch.setattr(torch, "finfo", lambda dtype: type("Loose", (), {"eps": 1.0}))
     assert next(kernels.measure(tiny()))["deterministic"] == {"dense": True, "mosaic": False}
+
+
+def test_every_way_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[str] = []
+
+    @contextmanager
+    def going(way: object, device: torch.device) -> Iterator[None]:
+        gone.append(next(name for name, value in dispatch.WAYS.items() if value is way))
+        yield
+
+    monkeypatch.setattr(dispatch, "going", going)
+    rows = list(dispatch.measure(tiny()))
+    assert len(rows) == 6
+    for row in rows:
+        assert set(row["speed_up"]) == {"dense", *dispatch.WAYS} - ({"prefill"} if row["pattern"] == "2:4" else set())
+        assert row["errors"] == {}
+    assert set(gone) == set(dispatch.WAYS)
+
+
+def test_a_way_is_taken_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = dispatch.Rows(64, 1024)
+    monkeypatch.setattr(dispatch.tensor_cores, "_rows", {0: default})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with dispatch.going(dispatch.WAYS["expand"], torch.device("cuda")):
+        assert dispatch.tensor_cores.rows_of(0) == (0, 0)
+    assert dispatch.tensor_cores.rows_of(0) is default
 
 
 # --- whole models

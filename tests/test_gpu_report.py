@@ -102,6 +102,7 @@ def test_goals_of_whole_models_and_ranking() -> None:
 
 def test_nothing_is_claimed_without_a_file(tmp_path: Path) -> None:
     assert report.markdown(tmp_path) == report.state(tmp_path) == report.NOTHING
+    assert report.ways(tmp_path) == ""
     write("kernels", iter([cell(1.5)]), tiny(), tmp_path)
     assert report.markdown(tmp_path) == report.NOTHING  # small shapes measure nothing
     assert "not a measurement" in report.markdown(tmp_path, tiny=True)
@@ -138,6 +139,11 @@ def test_tables_show_what_was_measured(tmp_path: Path) -> None:
     assert "| wanda | 8 of 32 | 262,144 | 3.1 | gram 1.0 |" in text
     assert "POPC 16.0" in text
     assert "8 x 9 3900" in text
+    by_way = cell(1.0, 64) | {"speed_up": {"dense": 1.0, "decode": 1.2, "expand": 0.4}}
+    save("dispatch", [by_way, by_way | {"speed_up": {"dense": 1.0, "decode": 1.4}}])
+    assert "| rows of x | 50% decode | 50% expand |" in report.ways(tmp_path)
+    assert "| 64 | 1.30 | 0.40 |" in report.ways(tmp_path)
+    assert "decode |" not in report.markdown(tmp_path)
     assert report.state(tmp_path) == "Figures of NVIDIA H200 are under [On a GPU](#on-a-gpu)."
 
 
@@ -186,5 +192,5 @@ def test_errors_of_ours_fail_a_stage() -> None:
         {"variant": "wanda", "error": "broken"},
     ]
     assert errors(rows) == [
-        "b 1: wrong", "c 8: two runs differ", "pack: not the result of plain torch", "wanda: broken"
+        "b 1, mosaic: wrong", "c 8, mosaic: two runs differ", "pack: not the result of plain torch", "wanda: broken"
     ]  # fmt: skip

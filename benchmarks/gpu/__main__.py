@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # ``gpu``, ``measure`` and ``models`` are siblings there
 
-from gpu import decode, goals, kernels, micro, pruning, ranking, report
+from gpu import decode, dispatch, goals, kernels, micro, pruning, ranking, report
 from gpu.bench import Bench, Row, note, write
 
 STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -27,8 +27,12 @@ STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "e2e": decode.measure,
     "ranking": ranking.measure,
     "prune": pruning.measure,
+    "dispatch": dispatch.measure,
     "compiled": decode.measure_compiled,
 }
+
+
+FOREIGN = ("dense", "torch 2:4")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,11 +50,11 @@ def errors(rows: Sequence[Row]) -> list[str]:
     found = []
     for row in rows:
         what = " ".join(str(row[key]) for key in ("variant", "operation", "shape", "pattern", "rows") if key in row)
-        failure = row.get("error") or row.get("errors", {}).get("mosaic")
-        if failure:
-            found.append(f"{what}: {failure}")
-        if not row.get("deterministic", {}).get("mosaic", True):
-            found.append(f"{what}: two runs differ")
+        if "error" in row:
+            found.append(f"{what}: {row['error']}")
+        found += [f"{what}, {name}: {why}" for name, why in row.get("errors", {}).items() if name not in FOREIGN]
+        same = row.get("deterministic", {})
+        found += [f"{what}, {name}: two runs differ" for name in same if not (same[name] or name in FOREIGN)]
         if not row.get("same_result", True):
             found.append(f"{what}: not the result of plain torch")
     return found
@@ -63,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stage in options.stages:
         if stage == "summary":
             print(report.markdown(options.output, tiny=options.dry_run))
+            print(report.ways(options.output, tiny=options.dry_run))
             print(f"\n{goals.table(report.files(options.output, tiny=options.dry_run))}")
             continue
         if not torch.cuda.is_available() and not options.dry_run:

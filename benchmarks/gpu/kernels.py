@@ -119,31 +119,32 @@ def _tried(run: Variant, x: Tensor, exact: Tensor) -> tuple[float, bool]:
     return relative_error(first, exact), torch.equal(first, run(x, 0))
 
 
-def _cell(bench: Bench, weights: Weights, rows: int) -> Row:
+def cell(bench: Bench, weights: Weights, rows: int, variants: dict[str, tuple[Variant, int]]) -> Row:
+    """Check and time ``variants``, ``dense`` among them, at one number of rows of x."""
     out, columns = weights.dense[0].shape
     x = torch.randn(rows, columns, dtype=torch.bfloat16, device=bench.device)
     exact = x.float() @ weights.dense[0].float().T
     chains: dict[str, Chain] = {}
-    cell: dict[str, Any] = {
+    checked: dict[str, Any] = {
         "relative_error": {}, "deterministic": {}, "errors": dict(weights.errors), "not_captured": {}
     }  # fmt: skip
     product = max(weights.dense[0].nbytes / 4e12, 2 * rows * out * columns / 7e14)  # seconds on an H200, about
-    for name, (run, count) in weights.variants(rows).items():
+    for name, (run, count) in variants.items():
         try:
             error, same = _tried(run, x, exact)
-            cell["relative_error"][name], cell["deterministic"][name] = error, same
+            checked["relative_error"][name], checked["deterministic"][name] = error, same
             if not error <= torch.finfo(x.dtype).eps:
                 raise ArithmeticError(f"wrong result: relative error {error:.3g}")
             calls = [partial(run, x, i) for i in range(count * passes(product * count))]
             chains[name] = Chain(calls, bench.device, weights.not_captured.get(name))
         except Exception as error:  # a variant that cannot run must not take the others' figures along
-            cell["errors"][name] = reason(error)
+            checked["errors"][name] = reason(error)
             if name == "dense":
                 raise
             continue
         why_not = chains[name].why_not_captured
         if why_not is not None and bench.device.type == "cuda":
-            cell["not_captured"][name] = weights.not_captured[name] = why_not
+            checked["not_captured"][name] = weights.not_captured[name] = why_not
     seconds = in_turns(chains, 2 if bench.tiny else ROUNDS)
     figures = {name: microseconds(values) for name, values in seconds.items()}
     sizes = {name: weights.dense[0].nbytes if name == "dense" else weights.bytes for name in figures}
@@ -152,7 +153,7 @@ def _cell(bench: Bench, weights: Weights, rows: int) -> Row:
         "figures": figures,
         "speed_up": {name: figures["dense"]["median_us"] / each["median_us"] for name, each in figures.items()},
         "gigabytes_per_s": {name: sizes[name] / each["median_us"] / 1e3 for name, each in figures.items()},
-        **cell,
+        **checked,
     }
 
 
@@ -170,9 +171,10 @@ def measure(bench: Bench) -> Iterator[Row]:
             for rows in (1, 8, 64, 128) if bench.tiny else ROWS:
                 if bench.left <= 0:
                     return
+                found = cell(bench, weights, rows, weights.variants(rows))
                 yield {
                     "shape": shape, "out": out, "in": columns, "pattern": pattern, "density": weights.density,
-                    "bytes": weights.bytes, "dense_bytes": weights.dense[0].nbytes, **_cell(bench, weights, rows),
+                    "bytes": weights.bytes, "dense_bytes": weights.dense[0].nbytes, **found,
                 }  # fmt: skip
             del weights
             bench.free()

@@ -11,7 +11,7 @@ from typing import Any
 from gpu.bench import load
 from gpu.goals import KERNELS, LARGE
 
-STAGES = ("micro", "kernels", "e2e", "compiled", "ranking", "prune")
+STAGES = ("micro", "kernels", "e2e", "compiled", "ranking", "prune", "dispatch")
 NOTHING = "**No GPU figure is given because none has been measured yet.**"
 
 
@@ -138,6 +138,25 @@ TITLES = {
     "prune": "Pruning that model at 50 %",
     "micro": "The device",
 }
+
+
+def ways(folder: Path, *, tiny: bool = False) -> str:
+    """Speed over cuBLAS of every way that a product can go, by rows: for who sets the limits, not for README."""
+    file = files(folder, tiny=tiny)["dispatch"]
+    if file is None:
+        return ""
+    columns = list(dict.fromkeys((row["pattern"], way) for row in file["rows"] for way in row["speed_up"]))
+    columns = [(pattern, way) for pattern, way in columns if way != "dense"]
+    lines = []
+    for rows in sorted({row["rows"] for row in file["rows"]}):
+        cells = [str(rows)]
+        for pattern, way in columns:
+            here = [row["speed_up"] for row in file["rows"] if (row["rows"], row["pattern"]) == (rows, pattern)]
+            speeds = [speed_up[way] for speed_up in here if way in speed_up]
+            cells.append(f"{statistics.median(speeds):.2f}" if speeds else "")
+        lines.append(cells)
+    heads = ["rows of x", *(f"{pattern} {way}" for pattern, way in columns)]
+    return f"\n**Ways of a product, times cuBLAS**\n\n{_table(heads, lines)}\n\n{caption(file)}"
 
 
 def state(folder: Path) -> str:
