@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mosaic_kernels.checkpoint.directory import write_errors
 from mosaic_kernels.checkpoint.reader import check_finite, load_model
 from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
-from mosaic_kernels.cli import resolve_device
+from mosaic_kernels.cli import current_device, resolve_device
 from mosaic_kernels.config import DEFAULT_SEQLEN, Category, PruneConfig
 from mosaic_kernels.errors import CalibrationError, EnvironmentError_, Interrupted, UsageError
 from mosaic_kernels.evaluate.perplexity import Perplexity, perplexity
@@ -108,8 +108,11 @@ def prune(
     if output_dir is not None:
         output = OutputDirectory(Path(output_dir), overwrite=config.overwrite, resume=config.resume)
     try:
-        with measuring() as split:
-            return _run(model, tokenizer, config, output, list(command), split)
+        device = resolve_device(config.device)
+        if not isinstance(model, (str, Path)):  # pruned where it is
+            device = next(model.parameters()).device
+        with current_device(device), measuring() as split:
+            return _run(model, tokenizer, config, output, list(command), split, device)
     except KeyboardInterrupt:
         raise Interrupted(_resume_hint(output, command)) from None
     except Exception as error:
@@ -135,10 +138,15 @@ def make_config(options: dict[str, Any]) -> PruneConfig:
 
 
 def _run(
-    source: Any, tokenizer: Any, config: PruneConfig, output: OutputDirectory | None, command: list[str], split: Split
+    source: Any,
+    tokenizer: Any,
+    config: PruneConfig,
+    output: OutputDirectory | None,
+    command: list[str],
+    split: Split,
+    device: torch.device,
 ) -> dict[str, Any]:
     clock = _Clock()
-    device = resolve_device(config.device)
     if isinstance(source, (str, Path)):
         model, tokenizer = load_model(source, dtype=config.dtype, device=device)
     else:

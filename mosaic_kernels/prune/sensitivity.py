@@ -279,10 +279,10 @@ def divergence(logits: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
         logits: of the pruned model, ``[sequences, seqlen, vocabulary]`` per batch.
         dense: of the dense one.
     """
-    total, tokens = 0.0, 0
+    sums, tokens = [], 0
     for ours, theirs in zip(logits, dense, strict=True):
         for a, b in zip(ours, theirs, strict=True):  # a sequence at a time: fp32 logits are large
             log_p, log_q = F.log_softmax(b.float(), -1), F.log_softmax(a.float(), -1)
-            total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+            sums.append((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
             tokens += a.shape[0]
-    return total / max(1, tokens)
+    return sum(torch.stack(sums).tolist()) / tokens if sums else 0.0
