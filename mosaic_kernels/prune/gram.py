@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mosaic_kernels import ops
 from mosaic_kernels.errors import MosaicError, NonFiniteError
+from mosaic_kernels.prune.ranks import ALONE, Team
 from mosaic_kernels.prune.timing import timed
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,14 @@ class InputStatistics:
             self.sums += rows.sum(0, dtype=torch.float32)
             add_outer_products(self.gram, rows)
 
-    def finish(self, name: str) -> InputStatistics:
-        """Check the sums; ``name`` says whose input this is.
+    def finish(self, name: str, team: Team = ALONE) -> InputStatistics:
+        """Add up what every process has seen, and check it; ``name`` says whose input this is.
 
         Raises:
             NonFiniteError: an activation was NaN or infinite, or its square overflowed.
         """
+        self.tokens = team.total(self.tokens)
+        team.sum_(*self._running_sums())
         if self.gram is not None:
             mirror(self.gram)
             self.square_sums = self.gram.diagonal().double()
@@ -75,6 +78,9 @@ class InputStatistics:
                 "check its weights, or run with --dtype float32"
             )
         return self
+
+    def _running_sums(self) -> list[Tensor]:
+        return [self.square_sums] if self.gram is None else [self.sums, self.gram]
 
     @property
     def column_norms(self) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.models import STAGES
 from mosaic_kernels.prune.gram import InputStatistics, add_product, damped_cholesky, jacobi_ridge, operand
+from mosaic_kernels.prune.ranks import ALONE, Team
 from mosaic_kernels.prune.timing import timed
 from mosaic_kernels.prune.walk import WRITES_RESIDUAL, Walk
 
@@ -33,7 +34,7 @@ class PairStatistics(InputStatistics):
         cross: sum of ``x_dense x̃ᵀ``, ``float32 [dense features, features]``.
         drift: sum of ``(h_dense - h̃) x̃ᵀ`` with h the residual stream the projection adds to,
             ``float32 [hidden, features]``; ``None`` where it adds to none.
-        held_out: ``(x̃, x_dense, drift)`` of tokens that are in none of the sums.
+        held_out: ``(x̃, x_dense, drift)`` of tokens that are in none of the sums; the same in every process.
     """
 
     def __init__(self, dense_features: int, features: int, hidden: int | None, device: torch.device) -> None:
@@ -64,9 +65,13 @@ class PairStatistics(InputStatistics):
             self._factor = damped_cholesky(gram, jacobi_ridge(gram), self.damping, name)
         return self._factor
 
-    def finish(self, name: str) -> PairStatistics:
+    def _running_sums(self) -> list[Tensor]:
+        both = [self.cross] if self.drift is None else [self.cross, self.drift]
+        return super()._running_sums() + both
+
+    def finish(self, name: str, team: Team = ALONE) -> PairStatistics:
         """Check the sums of both models; see :meth:`InputStatistics.finish`."""
-        super().finish(name)
+        super().finish(name, team)
         judging = (part for held in self.held_out for part in held)
         finite = [torch.isfinite(x).all() for x in (self.cross, self.drift, *judging) if x is not None]
         if not bool(torch.stack(finite).all()):
@@ -78,8 +83,8 @@ class PairStatistics(InputStatistics):
 
 
 @torch.no_grad()
-def collect_pair(walk: Walk, beside: Walk, stage: int) -> PairStatistics:
-    """Statistics of one stage's input in the pruned model and, beside it, in the dense one.
+def collect_pair(walk: Walk, beside: Walk, stage: int, team: Team = ALONE) -> PairStatistics:
+    """Statistics of one stage's input in the pruned model and, beside it, in the dense one, from all processes.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite.
@@ -95,7 +100,7 @@ def collect_pair(walk: Walk, beside: Walk, stage: int) -> PairStatistics:
             found.hold_out(x, dense, drift)
         else:
             found.add_pair(x, dense, drift)
-    return found.finish(walk.block.full_name(name))
+    return found.finish(walk.block.full_name(name), team)
 
 
 @timed("solve")

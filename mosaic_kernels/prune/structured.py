@@ -202,16 +202,16 @@ def _remove(
     refitted = refitted.to(layer.weight.dtype)
     if not bool(torch.isfinite(refitted).all()):
         raise NonFiniteError(f"{name}: the refitted weights overflow {refitted.dtype}; run with --dtype float32")
-    block.replace(consumer, _like(layer, refitted, bias))
+    block.replace(consumer, like(layer, refitted, bias))
     rows = {producer: kept.repeat_interleave(width) for producer, width in producers.items()}
     for producer, left in rows.items():
         old = block.projection(producer)
         bias = None if old.bias is None else old.bias.detach()[left]
-        block.replace(producer, _like(old, old.weight.detach()[left], bias))
+        block.replace(producer, like(old, old.weight.detach()[left], bias))
     return rows
 
 
-def _like(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def like(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer with this weight and bias that otherwise is as ``layer``."""
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     new.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
