@@ -8,6 +8,7 @@ all counts are those of a run in one process, and weights differ by the order of
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import logging
 import os
@@ -179,11 +180,13 @@ def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
         yield ALONE, resolve_device(device)
         return
     place = _own_device(device)
-    ours = not distributed.is_initialized()
-    if ours:
+    if not distributed.is_initialized():
         if place.type == "cuda":
             torch.cuda.set_device(place)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=_PATIENCE)
+        atexit.register(
+            distributed.destroy_process_group
+        )  # not before: a second group would find the first's addresses
     logger = logging.getLogger("mosaic_kernels")
     level = logger.level
     try:
@@ -193,8 +196,6 @@ def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
         yield team, place
     finally:
         logger.setLevel(level)
-        if ours:
-            distributed.destroy_process_group()
 
 
 def _own_device(device: str) -> torch.device:
