@@ -122,7 +122,10 @@ class Team:
         with _meeting(self.rank):
             distributed.all_gather_object(found, (result, _sendable(error)))
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or this frame and the error would keep each other, and the output's lock, alive
         for rank, (_, failed) in enumerate(found):
             if failed is not None:
                 if self.leads:
@@ -196,6 +199,11 @@ def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
         yield team, place
     finally:
         logger.setLevel(level)
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _own_device(device: str) -> torch.device:
