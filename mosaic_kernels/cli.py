@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -104,6 +104,13 @@ def resolve_device(name: str) -> torch.device:
             "check the driver and CUDA_VISIBLE_DEVICES, or use --device cpu"
         )
     return device
+
+
+@contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """Make ``device`` the current one of CUDA inside, where events are recorded and Triton's kernels start."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def peak_memory_bytes() -> dict[str, int | None]:

@@ -37,6 +37,7 @@ def test_every_option_in_the_readme_exists() -> None:
     for source in ("quality/__main__.py", "conftest.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / source).read_text()))
     known |= {"--benchmark-only", "--benchmark-json"}  # pytest-benchmark's own
+    known |= {"--nproc-per-node"}  # torchrun's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.split("## Prune your model")[1]))
     assert named
     assert named <= known

@@ -67,3 +67,38 @@ def test_a_run_reports_its_split() -> None:
     report = mk.prune(random_model(), calibration="random", samples=4, seqlen=16, sparsity=0.5)
     assert set(report["seconds_by_kind"]) == {"forward", "gram", "probe", "solve"}
     assert 0 < sum(report["seconds_by_kind"].values()) <= report["seconds"]["allocate"] + report["seconds"]["prune"]
+
+
+class FakeEvent:
+    """A stream whose clock runs at a tenth of the host's: what is counted must come from it."""
+
+    synchronized = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter() / 10
+
+    def synchronize(self) -> None:
+        FakeEvent.synchronized += 1
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_a_gpu_counts_by_its_own_clock_and_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits() -> None:
+        raise AssertionError("the host waits for the GPU")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", waits)
+    monkeypatch.setattr("torch.cuda.Event", FakeEvent)
+    with measuring() as split:
+        outer()
+        assert FakeEvent.synchronized == 0
+        assert split.seconds["solve"] == pytest.approx(0.004, abs=0.002)
+        assert split.seconds["forward"] == pytest.approx(0.004, abs=0.002)
+    assert FakeEvent.synchronized == 3

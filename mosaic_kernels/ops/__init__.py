@@ -167,7 +167,7 @@ def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float])
     """
     _require_scored(weight, column_norms)
     total, counts = torch.ops.mosaic.outlier_stats(weight, column_norms.float(), list(alphas))
-    return float(total), [int(c) for c in counts]
+    return float(total), counts.tolist()
 
 
 def column_square_sums(x: Tensor) -> Tensor:

@@ -104,17 +104,21 @@ def outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float])
     scores = weight.float().abs() * column_norms.float()
     total = scores.sum(dtype=torch.float64)
     thresholds = torch.tensor(alphas, dtype=torch.float64, device=weight.device) * (total / max(1, scores.numel()))
-    counts = [int((scores > t.float()).sum()) for t in thresholds]
-    return total, torch.tensor(counts, dtype=torch.int64, device=weight.device)
+    counts = [(scores > t.float()).sum() for t in thresholds]
+    return total, torch.stack(counts) if counts else thresholds.long()
 
 
 def column_square_sums(x: Tensor) -> Tensor:
     return x.flatten(0, -2).double().square().sum(0)
 
 
+def _require_finite(finite: Tensor, op: str) -> None:
+    if not bool(finite):  # the one flag that the host reads
+        raise NonFiniteError(f"{op}: scores hold NaN or Inf; check the weight and its calibration statistics")
+
+
 def select(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
-    if not bool(torch.isfinite(scores).all()):
-        raise NonFiniteError("select: scores hold NaN or Inf; check the weight and its calibration statistics")
+    _require_finite(torch.isfinite(scores).all(), "select")
     shape = scores.shape
     if scope == "matrix":
         scores, counts = scores.reshape(1, -1), keep
@@ -122,8 +126,12 @@ def select(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
         scores, counts = scores.reshape(-1, int(keep[1])), keep[:1]
     else:
         counts = keep
-    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return (rank < counts.to(rank.device).unsqueeze(1)).reshape(shape)
+    return _best(scores, counts.to(scores.device).unsqueeze(1)).reshape(shape)
+
+
+def _best(scores: Tensor, counts: Tensor | int) -> Tensor:
+    """The ``counts`` largest of each row, the first ones where they are equal."""
+    return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < counts
 
 
 def score_select(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> Tensor:
@@ -136,14 +144,18 @@ def score_pack(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -
 
 def obs_block(weight: Tensor, factor: Tensor, keep: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     weight, keep, errors = weight.clone(), keep.clone(), torch.empty_like(weight)
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
     for j in range(weight.shape[1]):
         if m and j % m == 0:  # N:M chooses its mask when the sweep reaches the group
             scores = (weight[:, j : j + m] / factor.diagonal()[j : j + m]).square()
-            keep[:, j : j + m] = select(scores, torch.tensor([n, m]), "group")
+            finite &= torch.isfinite(scores).all()
+            keep[:, j : j + m] = _best(scores, n)
         error = torch.where(keep[:, j], 0, weight[:, j]) / factor[j, j]
         weight[:, j:] -= error.unsqueeze(1) * factor[j, j:]
         weight[:, j] *= keep[:, j]
         errors[:, j] = error
+    if m:
+        _require_finite(finite, "obs_block")
     return weight, errors, keep
 
 

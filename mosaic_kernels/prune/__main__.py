@@ -14,6 +14,9 @@ from mosaic_kernels.config import Category, OutputFormat, Policy, PruneConfig, Q
 _EXAMPLE = """example:
   python -m mosaic_kernels.prune examples/tiny-llama --output-dir out --sparsity 0.6 \\
       --calibration examples/text/calibration.txt --seqlen 256 --eval-text examples/text/validation.txt
+
+several devices, or processes on a CPU:
+  torchrun --nproc-per-node N -m mosaic_kernels.prune MODEL --output-dir DIR ...
 """
 
 _DEFAULTS = PruneConfig()
@@ -119,11 +122,13 @@ def _body(argv: list[str]) -> None:
         print(json.dumps(prediction) if as_json else describe(prediction))
         return
     from mosaic_kernels.prune.pipeline import prune
+    from mosaic_kernels.prune.ranks import launcher, leads
     from mosaic_kernels.prune.report import format_table
 
-    command = ["python", "-m", "mosaic_kernels.prune", *argv]
+    command = [*launcher(), "-m", "mosaic_kernels.prune", *argv]
     report = prune(model, output_dir=output_dir, command=command, **options)
-    print(json.dumps(report) if as_json else format_table(report))
+    if leads():
+        print(json.dumps(report) if as_json else format_table(report))
 
 
 def main(argv: list[str] | None = None) -> int:

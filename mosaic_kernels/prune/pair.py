@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.models import STAGES
-from mosaic_kernels.prune.gram import InputStatistics, damped_cholesky, jacobi_ridge
+from mosaic_kernels.prune.gram import InputStatistics, add_product, damped_cholesky, jacobi_ridge, operand
+from mosaic_kernels.prune.ranks import ALONE, Team
 from mosaic_kernels.prune.timing import timed
 from mosaic_kernels.prune.walk import WRITES_RESIDUAL, Walk
 
@@ -33,7 +34,7 @@ class PairStatistics(InputStatistics):
         cross: sum of ``x_dense x̃ᵀ``, ``float32 [dense features, features]``.
         drift: sum of ``(h_dense - h̃) x̃ᵀ`` with h the residual stream the projection adds to,
             ``float32 [hidden, features]``; ``None`` where it adds to none.
-        held_out: ``(x̃, x_dense, drift)`` of tokens that are in none of the sums.
+        held_out: ``(x̃, x_dense, drift)`` of tokens that are in none of the sums; the same in every process.
     """
 
     def __init__(self, dense_features: int, features: int, hidden: int | None, device: torch.device) -> None:
@@ -47,10 +48,10 @@ class PairStatistics(InputStatistics):
     def add_pair(self, x: Tensor, dense: Tensor, drift: Tensor | None) -> None:
         """Count the same tokens of both models in."""
         self.add(x)
-        rows = x.flatten(0, -2).float()
-        self.cross.addmm_(dense.flatten(0, -2).float().T, rows)
+        rows = operand(x.flatten(0, -2))
+        add_product(self.cross, dense.flatten(0, -2), rows)
         if self.drift is not None and drift is not None:
-            self.drift.addmm_(drift.flatten(0, -2).T, rows)
+            add_product(self.drift, drift.flatten(0, -2), rows)
 
     def hold_out(self, x: Tensor, dense: Tensor, drift: Tensor | None) -> None:
         """Keep these tokens to judge targets by."""
@@ -64,11 +65,16 @@ class PairStatistics(InputStatistics):
             self._factor = damped_cholesky(gram, jacobi_ridge(gram), self.damping, name)
         return self._factor
 
-    def finish(self, name: str) -> PairStatistics:
+    def _running_sums(self) -> list[Tensor]:
+        both = [self.cross] if self.drift is None else [self.cross, self.drift]
+        return super()._running_sums() + both
+
+    def finish(self, name: str, team: Team = ALONE) -> PairStatistics:
         """Check the sums of both models; see :meth:`InputStatistics.finish`."""
-        super().finish(name)
+        super().finish(name, team)
         judging = (part for held in self.held_out for part in held)
-        if not all(bool(torch.isfinite(x).all()) for x in (self.cross, self.drift, *judging) if x is not None):
+        finite = [torch.isfinite(x).all() for x in (self.cross, self.drift, *judging) if x is not None]
+        if not bool(torch.stack(finite).all()):
             raise NonFiniteError(
                 f"the dense model's activations at {name} are NaN or infinite: it overflows on this text; "
                 "check its weights, or run with --dtype float32"
@@ -77,8 +83,8 @@ class PairStatistics(InputStatistics):
 
 
 @torch.no_grad()
-def collect_pair(walk: Walk, beside: Walk, stage: int) -> PairStatistics:
-    """Statistics of one stage's input in the pruned model and, beside it, in the dense one.
+def collect_pair(walk: Walk, beside: Walk, stage: int, team: Team = ALONE) -> PairStatistics:
+    """Statistics of one stage's input in the pruned model and, beside it, in the dense one, from all processes.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite.
@@ -94,7 +100,7 @@ def collect_pair(walk: Walk, beside: Walk, stage: int) -> PairStatistics:
             found.hold_out(x, dense, drift)
         else:
             found.add_pair(x, dense, drift)
-    return found.finish(walk.block.full_name(name))
+    return found.finish(walk.block.full_name(name), team)
 
 
 @timed("solve")
@@ -129,17 +135,18 @@ def _shares(weight: Tensor, base: Tensor, steps: list[Tensor], found: PairStatis
     if not found.held_out:
         enough = found.tokens >= TOKENS_PER_FEATURE_TO_TRUST * base.shape[1]
         return [TRUST if enough else TRUST_FEW_TOKENS, DRIFT_SHARE][: len(steps)]
-    normal = torch.zeros(len(steps), len(steps), dtype=torch.float64)
-    aim = torch.zeros(len(steps), dtype=torch.float64)
+    normal = torch.zeros(len(steps), len(steps), dtype=torch.float64, device=base.device)
+    aim = torch.zeros(len(steps), dtype=torch.float64, device=base.device)
     for x, dense, drift in found.held_out:
         missing = dense.float() @ weight.T - x.float() @ base.T
         if drift is not None:
             missing += drift
         moves = [x.float() @ step.T for step in steps]
         for i, move in enumerate(moves):
-            aim[i] += (move * missing).sum(dtype=torch.float64).cpu()
+            aim[i] += (move * missing).sum(dtype=torch.float64)
             for j, other in enumerate(moves):
-                normal[i, j] += (move * other).sum(dtype=torch.float64).cpu()
+                normal[i, j] += (move * other).sum(dtype=torch.float64)
+    normal, aim = normal.cpu(), aim.cpu()  # six numbers at most
     shares = torch.zeros_like(aim)
     for _ in range(50):  # at most two unknowns in a box: coordinate descent settles at once
         for i in range(len(steps)):

@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,15 +22,15 @@ from tqdm import tqdm
 from mosaic_kernels.checkpoint.directory import write_errors
 from mosaic_kernels.checkpoint.reader import check_finite, load_model
 from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
-from mosaic_kernels.cli import resolve_device
+from mosaic_kernels.cli import current_device
 from mosaic_kernels.config import DEFAULT_SEQLEN, Category, PruneConfig
 from mosaic_kernels.errors import CalibrationError, EnvironmentError_, Interrupted, UsageError
 from mosaic_kernels.evaluate.perplexity import Perplexity, perplexity
 from mosaic_kernels.linear import MosaicLinear
-from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.models import Block, ModelAdapter
 from mosaic_kernels.ops import reference
 from mosaic_kernels.ops.select import kernel
-from mosaic_kernels.prune.block import prune_block
+from mosaic_kernels.prune.block import prune_block, share_block
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
 from mosaic_kernels.prune.composite import Plan
@@ -37,6 +38,7 @@ from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.journal import Journal, has_blocks
 from mosaic_kernels.prune.masked_lora import lora_layer
 from mosaic_kernels.prune.planning import settle_plan, settle_ranks
+from mosaic_kernels.prune.ranks import Team, joined, shows_progress
 from mosaic_kernels.prune.recover import HELD_OUT, dense_teacher, recover_lora
 from mosaic_kernels.prune.report import make_report
 from mosaic_kernels.prune.solvers import choose_solver
@@ -104,20 +106,27 @@ def prune(
     config = make_config(options)
     if output_dir is None and isinstance(model, (str, Path)):
         raise UsageError("output_dir (--output-dir DIR) is needed to prune a model given by path")
-    output = None
-    if output_dir is not None:
-        output = OutputDirectory(Path(output_dir), overwrite=config.overwrite, resume=config.resume)
-    try:
-        with measuring() as split:
-            return _run(model, tokenizer, config, output, list(command), split)
-    except KeyboardInterrupt:
-        raise Interrupted(_resume_hint(output, command)) from None
-    except Exception as error:
-        # Finished blocks stay where the fault is the machine's, and where a slip in a resumed run would cost them.
-        worth_keeping = config.resume or isinstance(error, (EnvironmentError_, MemoryError, torch.OutOfMemoryError))
-        if output is not None and not output.complete and not (worth_keeping and has_blocks(output.journal)):
-            output.discard()
-        raise
+    with joined(config.device) as (team, device):
+        output = None
+        if output_dir is not None:
+            output = team.first(
+                lambda: OutputDirectory(Path(output_dir), overwrite=config.overwrite, resume=config.resume)
+            )
+        if not isinstance(model, (str, Path)):  # pruned where it is
+            device = next(model.parameters()).device
+        try:
+            with current_device(device), measuring() as split:
+                return _run(model, tokenizer, config, output, list(command), split, device, team)
+        except KeyboardInterrupt:
+            if not team.leads:
+                raise
+            raise Interrupted(_resume_hint(output, command)) from None
+        except Exception as error:
+            # Finished blocks stay where the fault is the machine's, and where a slip in a resumed run would cost them.
+            worth_keeping = config.resume or isinstance(error, (EnvironmentError_, MemoryError, torch.OutOfMemoryError))
+            if output is not None and not output.complete and not (worth_keeping and has_blocks(output.journal)):
+                output.discard()
+            raise
 
 
 def make_config(options: dict[str, Any]) -> PruneConfig:
@@ -135,29 +144,85 @@ def make_config(options: dict[str, Any]) -> PruneConfig:
 
 
 def _run(
-    source: Any, tokenizer: Any, config: PruneConfig, output: OutputDirectory | None, command: list[str], split: Split
+    source: Any,
+    tokenizer: Any,
+    config: PruneConfig,
+    output: OutputDirectory | None,
+    command: list[str],
+    split: Split,
+    device: torch.device,
+    team: Team,
 ) -> dict[str, Any]:
     clock = _Clock()
-    device = resolve_device(config.device)
-    if isinstance(source, (str, Path)):
-        model, tokenizer = load_model(source, dtype=config.dtype, device=device)
-    else:
-        model = source
-    model.eval()
+    if config.recover != "none":  # descent goes through the sequences one after the other: all of them, everywhere
+        team = team.whole()
+    adapter, tokenizer = team.each(lambda: _load(source, tokenizer, config, device))
+    model: Any = adapter.model
     config = settle_category(config, device)
-    adapter = ModelAdapter.of(model)
-    if config.recover == "lora":
-        lora_layer()  # says now, not after hours, that PEFT is missing
-    _unpack_projections(adapter)
-    check_finite(model)
     name = str(source) if isinstance(source, (str, Path)) else str(model.config._name_or_path or "in-memory model")
     lap = clock.lap("load", clock.started)
 
+    seqlen = _seqlen(config, model)
+    calibration, eval_tokens, given = team.each(lambda: _read(config, adapter, tokenizer, seqlen))
+    digest = _weights_digest(adapter)
+    journal = team.first(lambda: _journal(output, calibration, config, name, digest))
+    dense = None if eval_tokens is None else team.first(lambda: perplexity(model, eval_tokens, seqlen))
+    batches = team.each(lambda: _embed(adapter, calibration.tokens, config, team))
+    lap = clock.lap("calibrate", lap)
+
+    ranks = settle_ranks(adapter, calibration, config, name, given, journal, team)
+    plan = settle_plan(adapter, ranks, calibration, config, journal, team)
+    lap = clock.lap("allocate", lap)
+    batches = _prune_blocks(adapter, batches, plan, config, journal, team)
+    lap = clock.lap("prune", lap)
+    tuned = None
+    if config.recover == "lora" and plan.removed:
+        teacher = dense_teacher(adapter, batches)
+        tuned = team.first(lambda: recover_lora(model, calibration.tokens, teacher=teacher, seed=config.seed))
+        clock.lap("recover", lap)
+
+    def finish() -> dict[str, Any]:
+        pack_model(adapter)
+        pruned = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
+        before_int8 = None
+        if config.weights != "float":
+            pack_model(adapter, config.weights)
+            if eval_tokens is not None:
+                before_int8, pruned = pruned, perplexity(model, eval_tokens, seqlen)
+        report = make_report(
+            adapter, plan, ranks, config, command=command, model=name, seconds=clock.seconds, by_kind=split.seconds,
+            tuned=tuned, perplexities=_perplexities(config, dense, pruned, before_int8),
+        )  # fmt: skip
+        if output is None:
+            clock.stop()
+        else:
+            _write(adapter, tokenizer, plan, ranks, config, output, report, clock)
+        return report
+
+    return team.from_first(finish)
+
+
+def _load(source: Any, tokenizer: Any, config: PruneConfig, device: torch.device) -> tuple[ModelAdapter, Any]:
+    """The dense model, checked, and its tokenizer."""
+    if config.recover == "lora":
+        lora_layer()  # says now, not after hours, that PEFT is missing
+    model = source
+    if isinstance(source, (str, Path)):
+        model, tokenizer = load_model(source, dtype=config.dtype, device=device)
+    adapter = ModelAdapter.of(model.eval())
+    _unpack_projections(adapter)
+    check_finite(model)
+    return adapter, tokenizer
+
+
+def _read(
+    config: PruneConfig, adapter: ModelAdapter, tokenizer: Any, seqlen: int
+) -> tuple[Calibration, Tensor | None, Ranks | None]:
+    """Calibration sequences, and the tokens to evaluate on and the ranking where they are given."""
     if config.eval_text is not None and tokenizer is None:
         raise UsageError("evaluation text needs a tokenizer: add its files to the model directory, or pass tokenizer=")
     eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)
-    seqlen = _seqlen(config, model)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = cast(Any, adapter.model).get_input_embeddings().num_embeddings
     calibration = calibrate(
         config.calibration, tokenizer, vocabulary, samples=config.samples, seqlen=seqlen, seed=config.seed
     )
@@ -167,43 +232,13 @@ def _run(
             "give more text or a smaller --seqlen"
         )
     given = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
-    journal = _journal(output, calibration, config, name, _weights_digest(adapter))
-    dense = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
-    batches = _embed(adapter, calibration.tokens, config)
-    lap = clock.lap("calibrate", lap)
-
-    ranks = settle_ranks(adapter, calibration, config, name, given, journal)
-    plan = settle_plan(adapter, ranks, calibration, config, journal)
-    lap = clock.lap("allocate", lap)
-    batches = _prune_blocks(adapter, batches, plan, config, journal)
-    lap = clock.lap("prune", lap)
-    tuned = None
-    if config.recover == "lora" and plan.removed:
-        tuned = recover_lora(model, calibration.tokens, teacher=dense_teacher(adapter, batches), seed=config.seed)
-        clock.lap("recover", lap)
-
-    pack_model(adapter)
-    pruned = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
-    before_int8 = None
-    if config.weights != "float":
-        pack_model(adapter, config.weights)
-        if eval_tokens is not None:
-            before_int8, pruned = pruned, perplexity(model, eval_tokens, seqlen)
-    report = make_report(
-        adapter, plan, ranks, config, command=command, model=name, seconds=clock.seconds, by_kind=split.seconds,
-        tuned=tuned, perplexities=_perplexities(config, dense, pruned, before_int8),
-    )  # fmt: skip
-    if output is None:
-        clock.stop()
-    else:
-        _write(adapter, tokenizer, plan, ranks, config, output, report, clock)
-    return report
+    return calibration, eval_tokens, given
 
 
-def _embed(adapter: ModelAdapter, tokens: Tensor, config: PruneConfig) -> list[Batch]:
-    """The calibration batches; where targets are aimed at, one sequence in ``HELD_OUT`` judges them."""
+def _embed(adapter: ModelAdapter, tokens: Tensor, config: PruneConfig, team: Team) -> list[Batch]:
+    """This process's calibration batches; where targets are aimed at, one sequence in ``HELD_OUT`` judges in all."""
     held_out = len(tokens) // HELD_OUT if keeps_dense_side(config) else 0
-    batches = embed(adapter, tokens[: len(tokens) - held_out])
+    batches = embed(adapter, team.mine(tokens[: len(tokens) - held_out]))
     return [*batches, *embed(adapter, tokens[len(tokens) - held_out :], held_out=True)]
 
 
@@ -256,7 +291,7 @@ def _journal(
 
 
 def _prune_blocks(
-    adapter: ModelAdapter, batches: list[Batch], plan: Plan, config: PruneConfig, journal: Journal | None
+    adapter: ModelAdapter, batches: list[Batch], plan: Plan, config: PruneConfig, journal: Journal | None, team: Team
 ) -> list[Batch]:
     """Prune every block; the batches after the last one, their dense side where it was kept."""
     if not plan.removed:
@@ -265,20 +300,30 @@ def _prune_blocks(
     beside = keeps_dense_side(config)
     if beside:
         batches = [replace(batch, dense=batch.hidden) for batch in batches]
-    bar = tqdm(adapter.blocks, desc="block", unit="block", disable=not sys.stderr.isatty(), file=sys.stderr)
+    bar = tqdm(adapter.blocks, desc="block", unit="block", disable=not shows_progress(), file=sys.stderr)
     for block, units in zip(bar, plan.units, strict=True):
         bar.set_description(f"block ({block.index + 1}/{len(adapter.blocks)})")
         dense = block.copy() if beside else None
-        if journal is not None and journal.restore(block):
+        if team.from_first(partial(_restore, journal, block)):
+            share_block(block, team)
             batches = advance(block, batches, dense)
             continue
         recover = config.recover == "reconstruct"
         batches = prune_block(
-            block, batches, solver, units, plan.zeros, config.group, dense, per_row=config.per_row, recover=recover
-        )
-        if journal is not None:
-            journal.record(block)
+            block, batches, solver, units, plan.zeros, config.group, dense,
+            per_row=config.per_row, recover=recover, team=team,
+        )  # fmt: skip
+        team.first(partial(_record, journal, block))
     return batches
+
+
+def _restore(journal: Journal | None, block: Block) -> bool:
+    return journal is not None and journal.restore(block)
+
+
+def _record(journal: Journal | None, block: Block) -> None:
+    if journal is not None:
+        journal.record(block)
 
 
 def keeps_dense_side(config: PruneConfig) -> bool:

@@ -12,6 +12,7 @@ from mosaic_kernels.prune.capture import embed
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import DEFAULT_THRESHOLDS, Ranks, rank
 from mosaic_kernels.prune.journal import Journal
+from mosaic_kernels.prune.ranks import ALONE, Team
 from mosaic_kernels.prune.search import search
 from mosaic_kernels.prune.sensitivity import measure
 from mosaic_kernels.prune.share import choose_share
@@ -28,45 +29,57 @@ def settle_ranks(
     name: str,
     given: Ranks | None,
     journal: Journal | None,
+    team: Team = ALONE,
 ) -> Ranks:
     """The ranking with all that the policy needs, from the journal where a run that was cut off has left it."""
-    if journal is not None and journal.ranks.exists():
+
+    def kept() -> Ranks | None:
+        if journal is None or not journal.ranks.exists():
+            return None
         return Ranks.load(journal.ranks, adapter, config.outlier_threshold)
+
+    if (before := team.from_first(kept)) is not None:
+        return before
     thresholds = sorted({*DEFAULT_THRESHOLDS, config.outlier_threshold})
     tokens = calibration.tokens
     if (ranks := given) is None:
         first = embed(adapter, tokens[: -(-RANK_TOKENS // tokens.shape[1])])
-        ranks = rank(adapter, first, thresholds, model=name, calibration=calibration.digest)
+        ranks = team.from_first(lambda: rank(adapter, first, thresholds, model=name, calibration=calibration.digest))
     zeros, units = to_measure(config, ranks)
     if zeros or units:
         found = measure(
             adapter, tokens, choose_solver("admm", "fast"), zeros=zeros, units=units,
-            per_projection=config.quality == "best", known=ranks.sensitivity,
+            per_projection=config.quality == "best", known=ranks.sensitivity, team=team,
         )  # fmt: skip
         ranks = replace(ranks, sensitivity=found)
-    if journal is not None:
-        journal.write(journal.ranks, ranks.save)
+    team.first(lambda: None if journal is None else journal.write(journal.ranks, ranks.save))
     return ranks
 
 
 def settle_plan(
-    adapter: ModelAdapter, ranks: Ranks, calibration: Calibration, config: PruneConfig, journal: Journal | None
+    adapter: ModelAdapter,
+    ranks: Ranks,
+    calibration: Calibration,
+    config: PruneConfig,
+    journal: Journal | None,
+    team: Team = ALONE,
 ) -> Plan:
     """The plan; what was found by trying comes from the journal where a run that was cut off has left it."""
     searches = config.policy == "curve+search" and config.needs_curves
     if not (searches or config.chooses_share):
         return make_plan(adapter, ranks, config)
-    before = None if journal is None else journal.plan()
+    before = team.from_first(lambda: None if journal is None else journal.plan())
     if before is not None:
         share, zeros = before
         return replace(make_plan(adapter, ranks, replace(config, structured_share=share)), zeros=zeros)
     if config.chooses_share:
-        config = choose_share(adapter, ranks, config, calibration.tokens)
+        config = choose_share(adapter, ranks, config, calibration.tokens, team)
     plan = make_plan(adapter, ranks, config)
     if searches:
-        plan = search(adapter, plan, calibration.tokens, config.seed)
-    if journal is not None:
-        journal.keep_plan(config.structured_share, plan.zeros)
+        start = plan
+        plan = team.from_first(lambda: search(adapter, start, calibration.tokens, config.seed))
+    share, zeros = config.structured_share, plan.zeros
+    team.first(lambda: None if journal is None else journal.keep_plan(share, zeros))
     return plan
 
 

@@ -180,7 +180,7 @@ def _step(
         # neither the gradients of single outputs nor those of weights leave its range.
         loss = (part.target - made.float()).square().sum() / math.sqrt(made.numel())
         gradients = torch.autograd.grad(loss, list(masters.values()))
-    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+    if not bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all()):
         return
     for (name, weight), gradient in zip(masters.items(), gradients, strict=True):
         weight.grad = gradient * keep[name]
@@ -202,13 +202,13 @@ def _parts(walk: Walk, beside: Walk, stage: int, tuning: Tuning) -> tuple[list[_
     layer = beside.block.projection(STAGES[stage][0])
     parts: list[_Part] = []
     judges: list[_Part] = []
-    power, count = 0.0, 0
+    powers, count = [], 0
     judged = any(batch.held_out for batch in walk.batches)
     for index, batch in enumerate(walk.batches):
         made = layer(beside.input(stage, index))
         hidden = walk.residual[index]
         drift = beside.residual[index].float() - hidden.float()
-        power += float(made.float().square().sum(dtype=torch.float64))
+        powers.append(made.float().square().sum(dtype=torch.float64))
         count += made.numel()
         target = (made.float() + tuning.drift_share * drift).to(made.dtype)
         arguments = batch.arguments[walk.block.index]
@@ -218,6 +218,7 @@ def _parts(walk: Walk, beside: Walk, stage: int, tuning: Tuning) -> tuple[list[_
             rows = slice(first, min(first + at_once, whole) if first < whole else None)
             part = _Part(hidden[rows], _rows(arguments, rows, len(hidden)), target[rows])
             (judges if batch.held_out or first >= whole else parts).append(part)
+    power = sum(torch.stack(powers).tolist())
     return parts, judges, max(power / count, torch.finfo(torch.float32).tiny)
 
 

@@ -136,8 +136,8 @@ class _Run:
     def judge(self) -> float:
         """The loss on held-out sequences."""
         places = torch.arange(self.training, len(self.tokens))
-        losses = [float(self.loss(part)) * len(part) for part in torch.split(places, self.at_once)]
-        return sum(losses) / len(places)
+        losses = [self.loss(part).double() * len(part) for part in torch.split(places, self.at_once)]
+        return float(sum(torch.stack(losses).tolist())) / len(places)
 
     def train(self, parameters: Sequence[nn.Parameter], steps: int, rate: float, before: float) -> float:
         """Train, and leave the best state behind; returns its loss on held-out sequences."""

@@ -23,6 +23,7 @@ from mosaic_kernels.prune.block import prune_block
 from mosaic_kernels.prune.capture import Batch, collect_and_advance, embed, predictions
 from mosaic_kernels.prune.composite import Plan
 from mosaic_kernels.prune.gram import InputStatistics
+from mosaic_kernels.prune.ranks import shows_progress
 from mosaic_kernels.prune.sensitivity import GRAM_TOKENS, divergence
 from mosaic_kernels.prune.solvers import Target, choose_solver, keep_all, solve
 from mosaic_kernels.prune.timing import timed
@@ -68,7 +69,7 @@ def search(adapter: ModelAdapter, plan: Plan, tokens: Tensor, seed: int, evoluti
     dice = random.Random(seed)
     best = plan.zeros
     first = cost = judges[-1](best)
-    bar = tqdm(range(evolution.generations), desc="search", disable=not sys.stderr.isatty(), file=sys.stderr)
+    bar = tqdm(range(evolution.generations), desc="search", disable=not shows_progress(), file=sys.stderr)
     for _ in bar:
         rivals = [_mutated(best, sizes, evolution, dice) for _ in range(evolution.offspring)]
         for judge, (_, survivors) in zip(judges, evolution.rounds, strict=True):

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mosaic_kernels.models import STAGES, Block, ModelAdapter
+from mosaic_kernels.models import PROJECTIONS, STAGES, Block, ModelAdapter
 from mosaic_kernels.prune.capture import Batch, advance, collect_and_advance, embed, predictions
 from mosaic_kernels.prune.gram import InputStatistics
+from mosaic_kernels.prune.ranks import ALONE, Team, shows_progress
 from mosaic_kernels.prune.solvers import Solver, Target, solve
 from mosaic_kernels.prune.structured import refit, sweep
 from mosaic_kernels.prune.timing import timed
@@ -133,6 +134,7 @@ def measure(
     units: bool,
     per_projection: bool = False,
     known: Sensitivity | None = None,
+    team: Team = ALONE,
 ) -> Sensitivity:
     """Measure curves and probes on a dense model; the model is unchanged afterwards.
 
@@ -143,6 +145,7 @@ def measure(
         units: measure the cost of losing heads and channels.
         per_projection: probe each projection alone.
         known: what was measured before, which is kept where it is not measured now.
+        team: the processes among which the blocks are dealt out; all find the same, whatever their number.
     """
     before = known or Sensitivity({}, {}, False, {})
     found = Sensitivity(
@@ -153,20 +156,46 @@ def measure(
     )
     batches = embed(adapter, tokens[: max(1, GRAM_TOKENS // tokens.shape[1])])
     probe = _Probe(adapter, embed(adapter, tokens[: max(1, PROBE_TOKENS // tokens.shape[1])]))
-    for block in tqdm(adapter.blocks, desc="probes", unit="block", disable=not sys.stderr.isatty(), file=sys.stderr):
-        statistics, batches = collect_and_advance(block, batches, with_gram=True)
-        if zeros:
-            for stages in HALVES:
-                names = [(stage, name) for stage in stages for name in STAGES[stage]]
-                for part in [[one] for one in names] if per_projection else [names]:
-                    _probe_zeros(probe, block, part, statistics, solver, found)
-        if units:
-            found.removal[block.prefix] = (
-                _probe_groups(probe, block, statistics[1]),
-                _probe_channels(probe, block, statistics[3]),
-            )
-        probe.advance(block)
-    return found
+
+    def probe_mine() -> Sensitivity:
+        nonlocal batches
+        for block in tqdm(adapter.blocks, desc="probes", unit="block", disable=not shows_progress(), file=sys.stderr):
+            if block.index % team.world == team.rank:
+                statistics, batches = collect_and_advance(block, batches, with_gram=True)
+                if zeros:
+                    for part in _together(per_projection):
+                        _probe_zeros(probe, block, part, statistics, solver, found)
+                if units:
+                    groups, channels = (
+                        _probe_groups(probe, block, statistics[1]),
+                        _probe_channels(probe, block, statistics[3]),
+                    )
+                    found.removal[block.prefix] = groups, channels
+            else:
+                batches = advance(block, batches)
+            probe.advance(block)
+        return found
+
+    return _merged(adapter, team.gather(probe_mine))
+
+
+def _together(per_projection: bool) -> list[list[tuple[int, str]]]:
+    """Which projections, with their stages, are pruned in one probe."""
+    halves = [[(stage, name) for stage in stages for name in STAGES[stage]] for stages in HALVES]
+    return [[one] for names in halves for one in names] if per_projection else halves
+
+
+def _merged(adapter: ModelAdapter, parts: Sequence[Sensitivity]) -> Sensitivity:
+    """What the processes have found, each in its own blocks, in the order of the model."""
+    merged = Sensitivity({}, {}, parts[0].per_projection, {})
+    for block in adapter.blocks:
+        theirs = parts[block.index % len(parts)]
+        for name in map(block.full_name, PROJECTIONS):
+            if name in theirs.curves:
+                merged.curves[name], merged.weights[name] = theirs.curves[name], theirs.weights[name]
+        if block.prefix in theirs.removal:
+            merged.removal[block.prefix] = theirs.removal[block.prefix]
+    return merged
 
 
 class _Probe:
@@ -279,10 +308,10 @@ def divergence(logits: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
         logits: of the pruned model, ``[sequences, seqlen, vocabulary]`` per batch.
         dense: of the dense one.
     """
-    total, tokens = 0.0, 0
+    sums, tokens = [], 0
     for ours, theirs in zip(logits, dense, strict=True):
         for a, b in zip(ours, theirs, strict=True):  # a sequence at a time: fp32 logits are large
             log_p, log_q = F.log_softmax(b.float(), -1), F.log_softmax(a.float(), -1)
-            total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+            sums.append((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
             tokens += a.shape[0]
-    return total / max(1, tokens)
+    return sum(torch.stack(sums).tolist()) / tokens if sums else 0.0

@@ -14,6 +14,7 @@ from mosaic_kernels.prune.block import prune_block
 from mosaic_kernels.prune.capture import Batch, embed, predictions
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
+from mosaic_kernels.prune.ranks import ALONE, Team
 from mosaic_kernels.prune.sensitivity import divergence
 from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.prune.timing import timed
@@ -31,24 +32,33 @@ SOLVE_TOKENS, JUDGE_TOKENS = 8192, 4096
 
 
 @timed("probe")
-def choose_share(adapter: ModelAdapter, ranks: Ranks, config: PruneConfig, tokens: Tensor) -> PruneConfig:
+def choose_share(
+    adapter: ModelAdapter, ranks: Ranks, config: PruneConfig, tokens: Tensor, team: Team = ALONE
+) -> PruneConfig:
     """The configuration with the structured share settled; the model is unchanged.
 
     Each candidate's plan is carried out by the quickest solver on copies of one block at a time.
 
     Args:
         tokens: ``int64 [sequences, seqlen]``: the first ones are pruned with, others judge where there are enough.
+        team: the processes among which the candidates are dealt out.
     """
     seqlen = tokens.shape[1]
     judges = max(1, min(len(tokens) // 3, -(-JUDGE_TOKENS // seqlen)))
     solves = tokens[judges:][: max(1, SOLVE_TOKENS // seqlen)]
     batches = embed(adapter, solves if len(solves) else tokens) + embed(adapter, tokens[:judges], held_out=True)
     dense = predictions(adapter, adapter.blocks, [batch for batch in batches if batch.held_out])
-    costs: dict[float, float] = {}
-    for part in PARTS:
-        share = part * config.sparsity
-        plan = make_plan(adapter, ranks, replace(config, structured_share=share))
-        costs[share] = divergence(predictions(adapter, (), _pruned(adapter, batches, plan)), dense)
+    shares = [part * config.sparsity for part in PARTS]
+
+    def try_mine() -> dict[float, float]:
+        found = {}
+        for share in shares[team.rank :: team.world]:
+            plan = make_plan(adapter, ranks, replace(config, structured_share=share))
+            found[share] = divergence(predictions(adapter, (), _pruned(adapter, batches, plan)), dense)
+        return found
+
+    tried = {share: cost for found in team.gather(try_mine) for share, cost in found.items()}
+    costs = {share: tried[share] for share in shares}
     chosen = max(share for share, cost in costs.items() if cost <= TOLERANCE * min(costs.values()))
     shown = ", ".join(f"{share:.1%}: {cost:.4f}" for share, cost in costs.items())
     logger.info("structured share %.1f %% of all parameters (divergence in nats at %s)", 100 * chosen, shown)

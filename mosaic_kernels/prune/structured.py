@@ -7,13 +7,15 @@ FFN channel; for a KV group the columns of ``o_proj`` that its query heads write
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mosaic_kernels.errors import NonFiniteError
+from mosaic_kernels.errors import MosaicError, NonFiniteError
 from mosaic_kernels.models import Block
 from mosaic_kernels.prune.gram import InputStatistics, centred, damped_cholesky, jacobi_ridge
 from mosaic_kernels.prune.timing import timed
@@ -55,34 +57,40 @@ def sweep(weight: Tensor, gram: Tensor, unit: int, levels: Sequence[int], name: 
         gram: mean Gram of its inputs, ``[units * unit, units * unit]`` fp32.
         unit: neighbouring features of one unit.
         levels: numbers of units to have removed, in rising order.
+
+    Raises:
+        MosaicError: the losses are not finite.
     """
     units = weight.shape[1] // unit
     kept = torch.ones(units, dtype=torch.bool, device=weight.device)
     inverse = torch.cholesky_inverse(damped_cholesky(gram, jacobi_ridge(gram), DAMPING, name))
     weight = weight.clone()
     batch = max(1, -(-levels[-1] // SWEEP_STEPS))
-    found = Sweep([], [], {0: kept.clone()})
-    count, loss = 0, 0.0
+    removed: list[int] = []
+    batch_losses: list[Tensor] = []
+    at_level, count = {0: kept.clone()}, 0
     for level in levels:
         while count < level:
             losses = _unit_losses(weight, inverse, unit).masked_fill(~kept, torch.inf)
-            gone = _cheapest(weight, inverse, losses, unit, min(batch, level - count))
-            kept[gone] = False
+            gone = _cheapest(weight, inverse, losses, unit, min(batch, level - count), left=units - count)
+            kept.index_fill_(0, gone, False)
             columns = _columns(gone, unit)
             lost = weight[:, columns]
-            solved = torch.linalg.solve(inverse[columns][:, columns], torch.cat([inverse[columns], lost.T], 1))
-            count, loss = count + gone.numel(), loss + float((lost.T * solved[:, len(inverse) :]).sum())
-            found.removed.append(count)
-            found.losses.append(loss)
+            solved, _ = torch.linalg.solve_ex(inverse[columns][:, columns], torch.cat([inverse[columns], lost.T], 1))
+            count += gone.numel()
+            removed.append(count)
+            batch_losses.append((lost.T * solved[:, len(inverse) :]).sum())
             weight -= lost @ solved[:, : len(inverse)]
             inverse -= inverse[:, columns] @ solved[:, : len(inverse)]
             # What is gone stays exactly gone; a unit block on the diagonal keeps later losses finite.
-            weight[:, columns] = 0
-            inverse[columns] = 0
-            inverse[:, columns] = 0
-            inverse[columns, columns] = 1
-        found.kept[level] = kept.clone()
-    return found
+            weight.index_fill_(1, columns, 0)
+            inverse.index_fill_(0, columns, 0).index_fill_(1, columns, 0)
+            inverse.diagonal().index_fill_(0, columns, 1)
+        at_level[level] = kept.clone()
+    found = torch.stack(batch_losses).tolist() if batch_losses else []
+    if not all(map(math.isfinite, found)):
+        raise MosaicError(f"{name}: what its units are worth cannot be told from these inputs; use more --samples")
+    return Sweep(removed, list(itertools.accumulate(found)), at_level)
 
 
 def _unit_losses(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
@@ -90,29 +98,28 @@ def _unit_losses(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
     if unit == 1:
         return weight.square().sum(0) / inverse.diagonal()
     units = weight.shape[1] // unit
-    blocks = torch.stack([inverse[u : u + unit, u : u + unit] for u in range(0, units * unit, unit)])
+    blocks = inverse.view(units, unit, units, unit).diagonal(dim1=0, dim2=2).movedim(-1, 0)
     columns = weight.T.reshape(units, unit, -1)
-    losses: Tensor = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+    losses: Tensor = (columns * torch.linalg.solve_ex(blocks, columns).result).sum((1, 2))
     return losses
 
 
-def _cheapest(weight: Tensor, inverse: Tensor, losses: Tensor, unit: int, count: int) -> Tensor:
-    """Indices of at most ``count`` units, at least one, that may go in one batch.
+def _cheapest(weight: Tensor, inverse: Tensor, losses: Tensor, unit: int, count: int, *, left: int) -> Tensor:
+    """Indices of at most ``count`` of ``left`` units, at least one, that may go in one batch.
 
     Units that stand in for each other are cheap alone and dear together. So twice as many candidates
     are put in the order of their loss, and the loss of each *given that the ones before it are gone*
     comes from one Cholesky factor, ``C_SS = L Lᵀ``: it is the squared norm of its rows in ``L⁻¹ W_Sᵀ``.
-    Whoever is now dearer than the last candidate was alone waits for a later batch.
+    Whoever is now dearer than the last candidate was alone waits for a later batch. How many go is the one
+    number of a batch that the host waits for.
     """
     if count == 1:
         return losses.argmin(0, keepdim=True)
-    order = losses.argsort(stable=True)[: min(2 * count, int(losses.isfinite().sum()))]
+    order = losses.argsort(stable=True)[: min(2 * count, left)]
     columns = _columns(order, unit)
     factor, info = torch.linalg.cholesky_ex(inverse[columns][:, columns])
-    if int(info):
-        return order[:1]
     given = torch.linalg.solve_triangular(factor, weight[:, columns].T, upper=False).square().sum(1)
-    fits = given.view(-1, unit).sum(1) <= losses[order[-1]]
+    fits = (given.view(-1, unit).sum(1) <= losses[order[-1:]]) & (info == 0)
     fits[0] = True
     return order[fits][:count]
 
@@ -134,10 +141,12 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, name: str) -> Tensor:
     Returns:
         ``[out, kept features]`` fp32.
     """
-    inner = gram[kept][:, kept]
+    places = kept.nonzero().flatten()  # once: with a mask, every index waits for its count
+    seen = gram[:, places]
+    inner = seen[places]
     ridge = jacobi_ridge(inner)
     factor = damped_cholesky(inner, ridge, DAMPING, name)
-    target = weight @ gram[:, kept] + DAMPING * weight[:, kept] * ridge
+    target = weight @ seen + DAMPING * weight[:, places] * ridge
     return torch.cholesky_solve(target.T, factor).T
 
 
@@ -193,16 +202,16 @@ def _remove(
     refitted = refitted.to(layer.weight.dtype)
     if not bool(torch.isfinite(refitted).all()):
         raise NonFiniteError(f"{name}: the refitted weights overflow {refitted.dtype}; run with --dtype float32")
-    block.replace(consumer, _like(layer, refitted, bias))
+    block.replace(consumer, like(layer, refitted, bias))
     rows = {producer: kept.repeat_interleave(width) for producer, width in producers.items()}
     for producer, left in rows.items():
         old = block.projection(producer)
         bias = None if old.bias is None else old.bias.detach()[left]
-        block.replace(producer, _like(old, old.weight.detach()[left], bias))
+        block.replace(producer, like(old, old.weight.detach()[left], bias))
     return rows
 
 
-def _like(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def like(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer with this weight and bias that otherwise is as ``layer``."""
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     new.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)

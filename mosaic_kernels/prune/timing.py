@@ -17,12 +17,42 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Split:
-    """Seconds by kind of work; work inside other work counts once, as its own kind. A probe is a probe throughout."""
+class _Mark:
+    """A moment: of the host, and of the current device's stream where CUDA is in use, which is not waited for."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._open: list[tuple[Kind, float]] = []
+        self.host = time.perf_counter()
+        self.stream: torch.cuda.Event | None = None
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self.stream.record()  # type: ignore[no-untyped-call]
+
+    def until(self, end: _Mark) -> float:
+        """Seconds between two marks; waits for the second one."""
+        if self.stream is None or end.stream is None:
+            return end.host - self.host
+        end.stream.synchronize()
+        return float(self.stream.elapsed_time(end.stream)) / 1000
+
+
+class Split:
+    """Seconds by kind of work; work inside other work counts once, as its own kind. A probe is a probe throughout.
+
+    On a GPU the seconds are those of its stream, taken from events when they are asked for: counting never waits.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._open: list[tuple[Kind, _Mark]] = []
+        self._spans: list[tuple[Kind, _Mark, _Mark]] = []
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds so far, by kind."""
+        for kind, start, end in self._spans:
+            self._seconds[kind] = self._seconds.get(kind, 0.0) + start.until(end)
+        self._spans.clear()
+        return self._seconds
 
     @contextmanager
     def count(self, kind: Kind) -> Iterator[None]:
@@ -30,23 +60,21 @@ class Split:
         if self._open and self._open[-1][0] == "probe":
             yield
             return
-        self._switch()
-        self._open.append((kind, time.perf_counter()))
+        self._open.append((kind, self._switch()))
         try:
             yield
         finally:
-            self._switch()
+            now = self._switch()
             self._open.pop()
             if self._open:
-                self._open[-1] = (self._open[-1][0], time.perf_counter())
+                self._open[-1] = (self._open[-1][0], now)
 
-    def _switch(self) -> None:
+    def _switch(self) -> _Mark:
         """Book the time since the last change."""
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()
+        now = _Mark()
         if self._open:
-            kind, since = self._open[-1]
-            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - since
+            self._spans.append((*self._open[-1], now))
+        return now
 
 
 _current: ContextVar[Split | None] = ContextVar("mosaic_split", default=None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mosaic_kernels.models import STAGES, Block
 from mosaic_kernels.prune.capture import Batch, Stop, forward
 from mosaic_kernels.prune.gram import InputStatistics
+from mosaic_kernels.prune.ranks import ALONE, Team
 from mosaic_kernels.prune.timing import timed
 
 # Inputs of a stage are kept from its statistics to its product as long as they fit; beyond, the half of
@@ -74,20 +75,23 @@ class Walk:
 
 
 @torch.no_grad()
-def collect(walk: Walk, stage: int, *, with_gram: bool, every: int = 1) -> InputStatistics:
+def collect(walk: Walk, stage: int, *, with_gram: bool, every: int = 1, team: Team = ALONE) -> InputStatistics:
     """Statistics of one stage's input, from one token in ``every`` if that leaves enough for each feature.
+
+    Args:
+        team: the processes whose sequences count.
 
     Raises:
         NonFiniteError: an input is NaN or infinite.
     """
     layer = walk.block.projection(STAGES[stage][0])
     found = InputStatistics(layer.in_features, layer.weight.device, with_gram=with_gram)
-    tokens = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in walk.batches if not batch.held_out)
+    tokens = team.total(sum(batch.hidden.shape[:2].numel() for batch in walk.batches if not batch.held_out))
     every = every if tokens >= ENOUGH_TOKENS_PER_FEATURE * layer.in_features else 1
     for index, batch in enumerate(walk.batches):
         if not batch.held_out:
             found.add(walk.input(stage, index).flatten(0, -2)[::every])
-    return found.finish(walk.block.full_name(STAGES[stage][0]))
+    return found.finish(walk.block.full_name(STAGES[stage][0]), team)
 
 
 def _seen(module: nn.Module, run: Callable[[], object]) -> Tensor:
