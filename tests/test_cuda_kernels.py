@@ -57,7 +57,8 @@ def workspace(gpu: Gpu) -> Guarded:
     return Guarded(torch.zeros(gpu.module.linear_workspace_bytes(DEVICE), dtype=torch.uint8))
 
 
-def linear_decode(gpu: Gpu, x: Tensor, parts: Sequence[Part], work: Guarded | None = None) -> list[Tensor]:
+def tile_linear(gpu: Gpu, name: str, x: Tensor, parts: Sequence[Part], work: Guarded | None = None) -> list[Tensor]:
+    """What the kernel ``name`` makes of weights in tile bitmap form."""
     work, arguments, kept, outs = work or workspace(gpu), [], [], []
     for weight, bias in parts:
         tiles = TileBitmap.from_dense(weight)
@@ -68,10 +69,14 @@ def linear_decode(gpu: Gpu, x: Tensor, parts: Sequence[Part], work: Guarded | No
         kept.append(memory)
         outs.append(out)
     given = Guarded(x)
-    gpu.module.linear_decode(
+    getattr(gpu.module, name)(
         arguments, given.address, len(x), x.shape[1], CODES[x.dtype], work.address, work.like.numel(), DEVICE, 0
     )
     return [out.read() for out in outs]
+
+
+def linear_decode(gpu: Gpu, x: Tensor, parts: Sequence[Part], work: Guarded | None = None) -> list[Tensor]:
+    return tile_linear(gpu, "linear_decode", x, parts, work)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from guarded import Guarded
 from simt import CODES, DEVICE, Gpu
-from test_cuda_kernels import HALF_DTYPES, Part, sparse, unwritten, workspace
+from test_cuda_kernels import HALF_DTYPES, Part, sparse, tile_linear, unwritten, workspace
 from torch import Tensor
 
 from mosaic_kernels.errors import BackendError, KernelError
@@ -56,20 +56,7 @@ def test_expansion_names_row_tiles_that_are_not_there(gpu: Gpu) -> None:
 
 
 def prefill(gpu: Gpu, x: Tensor, parts: Sequence[Part], work: Guarded | None = None) -> list[Tensor]:
-    work, arguments, kept, outs = work or workspace(gpu), [], [], []
-    for weight, bias in parts:
-        tiles = TileBitmap.from_dense(weight)
-        memory = [Guarded(t) for t in (tiles.tiles, tiles.offsets, tiles.values, *([] if bias is None else [bias]))]
-        out = unwritten(len(x), len(weight), x.dtype)
-        addresses = [t.address for t in memory] + [0] * (bias is None)
-        arguments.append((*addresses, out.address, len(weight), tiles.largest_tile))
-        kept.append(memory)
-        outs.append(out)
-    given = Guarded(x)
-    gpu.module.linear_prefill(
-        arguments, given.address, len(x), x.shape[1], CODES[x.dtype], work.address, work.like.numel(), DEVICE, 0
-    )
-    return [out.read() for out in outs]
+    return tile_linear(gpu, "linear_prefill", x, parts, work)
 
 
 def assert_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
