@@ -342,7 +342,8 @@ def test_help_shows_every_option_its_default_and_an_example(capsys: pytest.Captu
 
 
 def test_the_example_in_help_is_a_valid_command(tmp_path: Path) -> None:
-    lines = [line.strip().rstrip("\\") for line in (make_parser().epilog or "").splitlines()[1:]]
+    example = (make_parser().epilog or "").split("\n\n")[0]
+    lines = [line.strip().rstrip("\\") for line in example.splitlines()[1:]]
     options = make_parser().parse_args(shlex.split(" ".join(lines))[3:])
     assert (ROOT / options.model / "config.json").exists()
     assert (ROOT / options.calibration).exists()
