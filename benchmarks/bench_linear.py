@@ -61,6 +61,8 @@ def _weights(out: int, columns: int, density: float) -> tuple[list[Tensor], list
     weight *= torch.rand(out, columns) < density
     packed = mk.pack(weight)
     layers = [mk.MosaicLinear.from_packed(mk.pack(weight)) for _ in range(copies(packed.nbytes))]
+    for layer in layers:  # a layer's first call prepares the others, and a small one's turn comes only once below
+        layer(torch.zeros(1, columns, dtype=torch.bfloat16))
     return [weight.clone() for _ in range(copies(weight.nbytes))], layers
 
 
