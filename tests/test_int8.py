@@ -126,7 +126,7 @@ def test_the_product_is_that_of_the_dequantised_weight(
 ) -> None:
     packed = mk.quantize(sparse(shape, density), group)
     weight, bias = exact(packed), torch.randn(shape[0]).to(dtype)
-    for leading in ((), (0,), (5,), (2, 3)):
+    for leading in ((), (0,), (5,), (2, 3), (43,)):  # 43: expanded once for all, tiles of 32 and 16
         x = torch.randn(*leading, shape[1]).to(dtype)
         found, shifted = mk.sparse_linear(x, packed), mk.sparse_linear(x, packed, bias)
         assert found.dtype == shifted.dtype == dtype
@@ -141,11 +141,14 @@ def test_the_product_is_that_of_the_dequantised_weight(
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0]], ids=str)
 @pytest.mark.parametrize("group", GROUPS)
-def test_rounded_activations_meet_weights_in_whole_numbers(shape: tuple[int, int], group: int | None) -> None:
+@pytest.mark.parametrize("rows", [4, 43])
+def test_rounded_activations_meet_weights_in_whole_numbers(
+    shape: tuple[int, int], group: int | None, rows: int
+) -> None:
     """Against an int64 computation, group by group; what rounds is the scaling alone."""
     packed = mk.quantize(sparse(shape, 0.6), group)
     assert packed.scales is not None
-    x = torch.randn(4, shape[1])
+    x = torch.randn(rows, shape[1])
     x[1] = 0
     sizes = x.abs().amax(1, keepdim=True) / 127
     rounded = torch.where(sizes > 0, (x / sizes).round(), 0).long()
@@ -160,13 +163,25 @@ def test_rounded_activations_meet_weights_in_whole_numbers(shape: tuple[int, int
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_whole_activations_are_not_rounded_at_all(group: int | None) -> None:
+@pytest.mark.parametrize("rows", [3, 40])
+def test_whole_activations_are_not_rounded_at_all(group: int | None, rows: int) -> None:
     weight = torch.randint(-127, 128, (6, 500)).float()
     weight[:, ::64] = 127  # so every scale is 1
-    x = torch.randint(-127, 128, (3, 500)).float()
+    x = torch.randint(-127, 128, (rows, 500)).float()
     x[:, 0] = -127
     found = mk.sparse_linear(x, mk.quantize(weight, group), quantize_x=True)
     assert torch.equal(found.long(), x.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("columns", [2000, 140_000])
+@pytest.mark.parametrize("quantize_x", [False, True])
+def test_the_largest_sums_do_not_overflow(group: int | None, rows: int, columns: int, quantize_x: bool) -> None:
+    packed = mk.quantize(torch.full((5, columns), 127.0).bfloat16(), group)
+    x = torch.full((rows, columns), 2.0).bfloat16()
+    found = mk.sparse_linear(x, packed, quantize_x=quantize_x)
+    assert bool((found == torch.tensor(columns * 254.0).bfloat16()).all())
 
 
 def test_halves_of_activations_round_to_even() -> None:

@@ -3,6 +3,10 @@
 // also keeps rows that are 4 KB apart from evicting each other from L1.
 #include "cpu/rows.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace mosaic::MOSAIC_ISA {
 namespace {
 
@@ -118,6 +122,65 @@ bool round_x(const void* from, XForm form, int64_t rows, int64_t in_features, vo
     return round_rows<T, uint8_t, false>(from, 127, 128, rows, in_features, packed, scales);
   return round_rows<T, int16_t, true>(from, 32767, 0, rows, in_features, packed, scales);
 }
+
+#if defined(__AVX512F__)
+namespace {
+
+// Up to 16 rows, multiples of 64 bytes: 16 x 16 items by unpacking pairs and quarters.
+void turn_few(const char* from, int64_t row_bytes, int64_t rows, int64_t room, char* to) {
+  constexpr int kSide = 16;
+  for (int64_t byte = 0; byte < row_bytes; byte += kSide * 4) {
+    __m512i in[kSide], half[kSide];
+#pragma GCC unroll 16
+    for (int n = 0; n < kSide; ++n) {
+      in[n] = n < rows ? _mm512_loadu_si512(from + n * row_bytes + byte) : _mm512_setzero_si512();
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < 16; q += 4) {
+      const __m512i low01 = _mm512_unpacklo_epi32(in[q], in[q + 1]),
+                    high01 = _mm512_unpackhi_epi32(in[q], in[q + 1]),
+                    low23 = _mm512_unpacklo_epi32(in[q + 2], in[q + 3]),
+                    high23 = _mm512_unpackhi_epi32(in[q + 2], in[q + 3]);
+      half[q] = _mm512_unpacklo_epi64(low01, low23);
+      half[q + 1] = _mm512_unpackhi_epi64(low01, low23);
+      half[q + 2] = _mm512_unpacklo_epi64(high01, high23);
+      half[q + 3] = _mm512_unpackhi_epi64(high01, high23);
+    }
+    // half[q + i] holds items i, 4 + i, 8 + i and 12 + i of rows q to q + 3, 4 numbers each.
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i a = _mm512_shuffle_i32x4(half[i], half[4 + i], 0x44),
+                    b = _mm512_shuffle_i32x4(half[8 + i], half[12 + i], 0x44),
+                    c = _mm512_shuffle_i32x4(half[i], half[4 + i], 0xee),
+                    d = _mm512_shuffle_i32x4(half[8 + i], half[12 + i], 0xee);
+      const auto save = [&](int item, __m512i v) {
+        char* at = to + (byte / 4 + item) * room * 4;
+        if (room == kSide / 2) {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(v));
+        } else {
+          _mm512_storeu_si512(at, v);
+        }
+      };
+      save(i, _mm512_shuffle_i32x4(a, b, 0x88));
+      save(4 + i, _mm512_shuffle_i32x4(a, b, 0xdd));
+      save(8 + i, _mm512_shuffle_i32x4(c, d, 0x88));
+      save(12 + i, _mm512_shuffle_i32x4(c, d, 0xdd));
+    }
+  }
+}
+
+}  // namespace
+
+void turn_x(const void* from, int64_t row_bytes, int64_t rows, void* to) {
+  for (int64_t tile = 0, room; tile < rows; tile += room) {
+    room = turned_rows(rows - tile);
+    for (int64_t n = tile; n < tile + room && n < rows; n += 16) {
+      turn_few(static_cast<const char*>(from) + n * row_bytes, row_bytes, rows - n, room,
+               static_cast<char*>(to) + tile * row_bytes + (n - tile) * 4);
+    }
+  }
+}
+#endif
 
 template bool round_x<float>(const void*, XForm, int64_t, int64_t, void*, float*);
 template bool round_x<BFloat16>(const void*, XForm, int64_t, int64_t, void*, float*);

@@ -16,10 +16,9 @@ constexpr int64_t kChunksPerThread = 8;
 constexpr int64_t kMinChunkWork = 1 << 15;
 // Several blocks of rows read a chunk of weights one after the other: it should stay in L2 meanwhile.
 constexpr int64_t kCachedBytes = 1 << 18;
-// Chunks are multiples of the rows that kernels take at once: 3 or 4 alone, 2 or 3 of a panel. Multiples of
-// 12 for all would give two threads 120 and 136 rows of 256: 256 rows of x by 256x1536 took 4 % longer, by
-// 256x4096 8 % (Zen 4, Nov 2026).
-constexpr int64_t kRowMultiple = 12, kPanelMultiple = 6;
+// Chunks are multiples of the rows that kernels take at once: 3 or 4 alone; with many rows of x 12, but 8 or
+// 4 at the end of a chunk. Multiples of 12 for all would give two threads 120 and 136 rows of 256.
+constexpr int64_t kRowMultiple = 12, kTurnMultiple = 4;
 constexpr int64_t kLoadBytes = 64;
 constexpr int64_t kInlinePacking = 1 << 16;  // elements of x that the caller interleaves alone
 
@@ -47,13 +46,13 @@ int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
       high = middle;
     }
   }
-  const int64_t multiple = a.rows < kPanelMinRows ? kRowMultiple : kPanelMultiple;
+  const int64_t multiple = a.rows < kTurnMinRows ? kRowMultiple : kTurnMultiple;
   return low / multiple * multiple;
 }
 
 struct Part {
   LinearTask task;
-  void (*run)(const LinearTask&, int64_t begin, int64_t end);
+  bool (*run)(const LinearTask&, int64_t begin, int64_t end);
   int64_t chunks;
 };
 
@@ -90,26 +89,44 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
 bool prepare_x(const KernelTable& table, const LinearArgs& a, XForm* form, LinearTask* task) {
   const int kind = static_cast<int>(a.dtype);
   const int64_t padded = bitmask_words(a.in_features) * kWordBits;
-  const bool whole = *form != XForm::kPlain;
+  const bool whole = *form != XForm::kPlain, turned = table.turn_x && a.rows >= kTurnMinRows;
   const int x_size = table.packed_x_size(a.dtype);
   task->x = a.x;
   task->x_scales = nullptr;
-  if (!whole && a.rows == 1 && padded == a.in_features && x_size == item_size(a.dtype)) return true;
+  const bool as_it_is = !whole && padded == a.in_features && x_size == item_size(a.dtype);
+  if (as_it_is && a.rows == 1) return true;
   const int64_t row_bytes = whole ? table.rounded_row_bytes(*form, a.in_features) : padded * x_size;
-  auto* packed = static_cast<char*>(scratch(0, a.rows * row_bytes));
+  const int64_t room = turned ? (a.rows + kTurnRows - 1) / kTurnRows * kTurnRows : a.rows;
+  auto* packed = static_cast<char*>(scratch(0, room * row_bytes));
   float* scales = whole ? static_cast<float*>(scratch(2, a.rows * sizeof(float))) : nullptr;
   if (!packed || (whole && !scales)) return false;
-  const int threads = a.rows * padded > kInlinePacking ? a.threads : 1;
-  std::atomic<bool> even{true};
-  parallel_for(threads, (a.rows + kRowBlock - 1) / kRowBlock, [&](int64_t b) {
-    const int64_t n = b * kRowBlock, count = std::min(kRowBlock, a.rows - n);
+  std::atomic<bool> even{true}, enough{true};
+  const auto convert = [&](int64_t n, int64_t count, char* to) {
     const char* from = static_cast<const char*>(a.x) + n * a.in_features * item_size(a.dtype);
     if (!whole) {
-      table.pack_x[kind](from, count, a.in_features, packed + n * row_bytes);
-    } else if (!table.round_x[kind](from, *form, count, a.in_features, packed + n * row_bytes, scales + n)) {
+      table.pack_x[kind](from, count, a.in_features, to);
+    } else if (!table.round_x[kind](from, *form, count, a.in_features, to, scales + n)) {
       even = false;
     }
+  };
+  const int64_t block = turned ? kTurnRows : kRowBlock;
+  const int threads = a.rows * padded > kInlinePacking ? a.threads : 1;
+  parallel_for(threads, (a.rows + block - 1) / block, [&](int64_t b) {
+    const int64_t n = b * block, count = std::min(block, a.rows - n);
+    if (!turned) return convert(n, count, packed + n * row_bytes);
+    const char* rows = static_cast<const char*>(a.x) + n * row_bytes;
+    if (!as_it_is) {
+      auto* each = static_cast<char*>(scratch(3, kTurnRows * row_bytes));
+      if (!each) {
+        enough = false;
+        return;
+      }
+      for (int64_t i = 0; i < count; ++i) convert(n + i, 1, each + i * row_bytes);
+      rows = each;
+    }
+    table.turn_x(rows, row_bytes, count, packed + n * row_bytes);
   });
+  if (!enough) return false;
   if (*form == XForm::kInt16 && !even) {
     *form = XForm::kPlain;
     return prepare_x(table, a, form, task);
@@ -123,6 +140,7 @@ bool prepare_x(const KernelTable& table, const LinearArgs& a, XForm* form, Linea
 
 Status sparse_linear_group(const LinearArgs* args, int64_t count) {
   if (count > kMaxParts) return invalid("at most 8 weights in one dispatch");
+  const Status short_of_memory = {Code::kUnavailable, "sparse_linear: out of memory"};
   const KernelTable& table = kernels();
   Part parts[kMaxParts];
   LinearTask shared{};
@@ -137,7 +155,7 @@ Status sparse_linear_group(const LinearArgs* args, int64_t count) {
     if (const char* problem = contradiction(a, used ? parts[0].task.args : a)) return invalid(problem);
     if (used == 0) {
       form = table.x_form(kind_of(a), a.dtype);
-      if (!prepare_x(table, a, &form, &shared)) return {Code::kUnavailable, "sparse_linear: out of memory"};
+      if (!prepare_x(table, a, &form, &shared)) return short_of_memory;
     }
     const WeightKind kind = form == XForm::kInt16 ? kPackedInt8TimesInt16 : kind_of(a);
     const auto run = table.linear[kind][static_cast<int>(a.dtype)];
@@ -148,14 +166,15 @@ Status sparse_linear_group(const LinearArgs* args, int64_t count) {
     work += weights_of(a) * a.rows;
   }
   if (used == 0) return {};
+  std::atomic<bool> enough{true};
   parallel_for(work > kInlineWork ? args[0].threads : 1, chunks, [&](int64_t c) {
     const Part* part = parts;
     for (; c >= part->chunks; ++part) c -= part->chunks;
     const LinearArgs& a = part->task.args;
     const int64_t begin = first_row(a, c, part->chunks), end = first_row(a, c + 1, part->chunks);
-    if (begin < end) part->run(part->task, begin, end);
+    if (begin < end && !part->run(part->task, begin, end)) enough = false;
   });
-  return {};
+  return enough ? Status{} : short_of_memory;
 }
 
 Status sparse_linear(const LinearArgs& args) { return sparse_linear_group(&args, 1); }

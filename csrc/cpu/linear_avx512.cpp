@@ -10,8 +10,9 @@
 //
 // A block of R weight rows and N rows of x keeps R * N sums in registers and reads x, interleaved as
 // [word][N][32] by the driver, in one stream. Every sum is built the same way whatever R and N are, so
-// a row of x gives the same bits alone and in a batch, on one thread and on many.
-#include "cpu/linear_avx512.h"
+// a row of x gives the same bits alone and in a batch, on one thread and on many. From kTurnMinRows rows on it
+// is built another way, linear_tiles_avx512.h, and again the same for every row.
+#include "cpu/linear_tiles_avx512.h"
 
 namespace mosaic::MOSAIC_ISA {
 namespace {
@@ -77,19 +78,19 @@ struct Dense {
 }  // namespace
 
 template <typename T>
-void linear(const LinearTask& task, int64_t begin, int64_t end) {
+bool linear(const LinearTask& task, int64_t begin, int64_t end) {
   fetch_first_rows(task.args, begin, end, sizeof(T));
-  multiply_all<T, Packed<T>>(task, begin, first_guarded_row(task, begin, end), end);
+  return multiply_all<T, Packed<T>>(task, begin, first_guarded_row(task, begin, end), end);
 }
 
 template <typename T>
-void linear_dense(const LinearTask& task, int64_t begin, int64_t end) {
-  multiply_all<T, Dense<T>>(task, begin, end, end);
+bool linear_dense(const LinearTask& task, int64_t begin, int64_t end) {
+  return multiply_all<T, Dense<T>>(task, begin, end, end);
 }
 
 #define MOSAIC_INSTANTIATE(T)                                   \
-  template void linear<T>(const LinearTask&, int64_t, int64_t); \
-  template void linear_dense<T>(const LinearTask&, int64_t, int64_t);
+  template bool linear<T>(const LinearTask&, int64_t, int64_t); \
+  template bool linear_dense<T>(const LinearTask&, int64_t, int64_t);
 MOSAIC_INSTANTIATE(float)
 MOSAIC_INSTANTIATE(BFloat16)
 MOSAIC_INSTANTIATE(Half)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the AVX-512 kernels share: how each element type is multiplied, a block of R weight rows and N rows
-// of x, and the walk over both. A kernel adds a Form, which says where its weight rows come from:
+// What the AVX-512 kernels share: how each element type is multiplied, and a block of R weight rows and N
+// rows of x. A kernel adds a Form, which says where its weight rows come from:
 //
 //     struct Form {
 //       template <int R, bool kWithin>     // kWithin: never load past the end of the values
@@ -115,13 +115,15 @@ struct Traits<BFloat16> {
   static void store_few(BFloat16* to, __m128 sums, __mmask8 rows) {
     _mm_mask_storeu_epi16(to, rows, (__m128i)_mm_cvtneps_pbh(sums));
   }
+  static void store(BFloat16* to, __m512 sums) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(sums));
+  }
   // The first weights of a dense row, as many as `present` has bits.
   static Word load_some(const BFloat16* from, __mmask32 present) {
     return _mm512_maskz_loadu_epi16(present, from);
   }
   static Word round(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-  static Word load(const X* panel) { return _mm512_loadu_si512(panel); }
-  static void save(X* panel, Word w) { _mm512_storeu_si512(panel, w); }
+  static void save(char* to, int64_t, Word w) { _mm512_storeu_si512(to, w); }
   static __m512 dot(__m512 sum, Word w, const X* x) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
   }
@@ -150,14 +152,16 @@ struct Traits<Half> {
   static void store_few(Half* to, __m128 sums, __mmask8 rows) {
     _mm_mask_storeu_epi16(to, rows, _mm_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
   }
+  static void store(Half* to, __m512 sums) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
+  }
   static Word load_some(const Half* from, __mmask32 present) {
     return widen(_mm512_maskz_loadu_epi16(present, from));
   }
   static Word round(__m512 low, __m512 high) { return {low, high}; }
-  static Word load(const X* panel) { return {_mm512_loadu_ps(panel), _mm512_loadu_ps(panel + 16)}; }
-  static void save(X* panel, const Word& w) {
-    _mm512_storeu_ps(panel, w.low);
-    _mm512_storeu_ps(panel + 16, w.high);
+  static void save(char* to, int64_t stride, const Word& w) {
+    _mm512_storeu_ps(to, w.low);
+    _mm512_storeu_ps(to + stride, w.high);
   }
   static __m512 dot(__m512 sum, const Word& w, const X* x) {
     sum = _mm512_fmadd_ps(w.low, _mm512_loadu_ps(x), sum);
@@ -172,6 +176,7 @@ struct Traits<float> : Traits<Half> {
     return {_mm512_maskz_loadu_ps(present & 0xffff, from), _mm512_maskz_loadu_ps(present >> 16, from + 16)};
   }
   static void store_few(float* to, __m128 sums, __mmask8 rows) { _mm_mask_storeu_ps(to, rows, sums); }
+  static void store(float* to, __m512 sums) { _mm512_storeu_ps(to, sums); }
   static Word expand(uint32_t bits, const float* values) {
     const __mmask16 first = bits & 0xffff, second = bits >> 16;
     return {_mm512_maskz_expand_ps(first, in_register(_mm512_loadu_ps(values))),
@@ -195,13 +200,14 @@ __m128 horizontal_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
-// What is left to do with the sums of R weight rows and row n of x: a scale per row, the bias, rounding.
-template <typename T, int R>
-void store_sums(const LinearArgs& a, int64_t row, int64_t n, __m128 sums) {
-  constexpr __mmask8 kRows = (1 << R) - 1;
-  if (a.scales && a.scale_groups == 1) sums = _mm_mul_ps(sums, _mm_maskz_loadu_ps(kRows, a.scales + row));
-  if (a.bias) sums = _mm_add_ps(sums, Traits<T>::load_few(static_cast<const T*>(a.bias) + row, kRows));
-  Traits<T>::store_few(static_cast<T*>(a.out) + n * a.out_features + row, sums, kRows);
+// What is left to do with the sums of `count` weight rows, at most four, and row n of x: a scale per row, the
+// bias, rounding.
+template <typename T>
+void store_sums(const LinearArgs& a, int64_t row, int count, int64_t n, __m128 sums) {
+  const __mmask8 rows = static_cast<__mmask8>((1 << count) - 1);
+  if (a.scales && a.scale_groups == 1) sums = _mm_mul_ps(sums, _mm_maskz_loadu_ps(rows, a.scales + row));
+  if (a.bias) sums = _mm_add_ps(sums, Traits<T>::load_few(static_cast<const T*>(a.bias) + row, rows));
+  Traits<T>::store_few(static_cast<T*>(a.out) + n * a.out_features + row, sums, rows);
 }
 
 // R weight rows from `row` on and N rows of x from `first` on.
@@ -233,7 +239,7 @@ void multiply(const LinearTask& task, Rows weights, int64_t row, int64_t first) 
 
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    store_sums<T, R>(a, row, first + n, horizontal_sums(sum[0][n], sum[1][n], sum[2][n], sum[3][n]));
+    store_sums<T>(a, row, R, first + n, horizontal_sums(sum[0][n], sum[1][n], sum[2][n], sum[3][n]));
   }
 }
 
@@ -248,67 +254,6 @@ void multiply_rows(const LinearTask& task, int64_t begin, int64_t end, int64_t f
   for (; row < end; ++row) {
     multiply<T, 1, N>(task, typename Form::template Rows<1, kWithin>(task.args, row), row, first);
   }
-}
-
-constexpr int kPanelRows = 3;
-
-// Panel: from words expanded before, [word][R][32].
-template <typename T, int R>
-struct Panel {
-  void step(int64_t) const {}
-  typename Traits<T>::Word next(int r, int64_t w) const {
-    return Traits<T>::load(panel + (w * R + r) * kWordBits);
-  }
-  const typename Traits<T>::X* panel;
-};
-
-// `groups` groups of three weight rows and N rows of x.
-template <typename T, int N>
-void multiply_panel(const LinearTask& task, const typename Traits<T>::X* panel, int64_t row, int64_t groups,
-                    int64_t first) {
-  const int64_t stride = bitmask_words(task.args.in_features) * kPanelRows * kWordBits;
-  for (int64_t g = 0; g < groups; ++g) {
-    multiply<T, kPanelRows, N>(task, Panel<T, kPanelRows>{panel + g * stride}, row + g * kPanelRows, first);
-  }
-}
-
-template <typename T, typename Form>
-void expand_panel(const LinearTask& task, int64_t row, int64_t groups, typename Traits<T>::X* panel) {
-  const int64_t words = bitmask_words(task.args.in_features);
-  for (int64_t g = 0; g < groups; ++g) {
-    typename Form::template Rows<kPanelRows, false> weights(task.args, row + g * kPanelRows);
-    for (int64_t w = 0; w < words; ++w) {
-      weights.step(w);
-      for (int r = 0; r < kPanelRows; ++r, panel += kWordBits) Traits<T>::save(panel, weights.next(r, w));
-    }
-  }
-}
-
-constexpr int64_t kPanelBytes = 3 << 17;  // of 1 MB L2; the rest is for a block of x
-
-// All rows of x against weight rows [begin, end), of which those from `guarded` on must not be read past
-// their end.
-template <typename T, typename Form>
-void multiply_all(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
-  using X = typename Traits<T>::X;
-  const int64_t rows = task.args.rows;
-  const int64_t group_size = bitmask_words(task.args.in_features) * kWordBits * kPanelRows;
-  if (rows >= kPanelMinRows && group_size > 0 && guarded - begin >= kPanelRows) {
-    int64_t groups = kPanelBytes / (group_size * sizeof(X));
-    if (groups < 1) groups = 1;
-    X* panel = static_cast<X*>(scratch(1, groups * group_size * sizeof(X)));
-    for (; panel && begin + kPanelRows <= guarded; begin += groups * kPanelRows) {
-      if (begin + groups * kPanelRows > guarded) groups = (guarded - begin) / kPanelRows;
-      expand_panel<T, Form>(task, begin, groups, panel);
-      for_each_block(rows, [&](int64_t n, auto count) {
-        multiply_panel<T, decltype(count)::value>(task, panel, begin, groups, n);
-      });
-    }
-  }
-  for_each_block(rows, [&](int64_t n, auto count) {
-    multiply_rows<T, Form, decltype(count)::value, false>(task, begin, guarded, n);
-    multiply_rows<T, Form, decltype(count)::value, true>(task, guarded, end, n);
-  });
 }
 
 }  // namespace

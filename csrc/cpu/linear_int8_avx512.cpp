@@ -10,7 +10,7 @@
 // weights by table, 24 through fp32; Zen 4, Nov 2026). Sixteen bits hold the elements of a row as well as
 // bf16 does unless one of them dwarfs the rest; such rows, and fp16 and fp32 activations, are multiplied as
 // they are, by weights that are widened to fp32.
-#include "cpu/linear_avx512.h"
+#include "cpu/linear_tiles_avx512.h"
 
 namespace mosaic::MOSAIC_ISA {
 namespace {
@@ -93,13 +93,11 @@ struct WideRows : Bytes<R> {
 // x rounded to int8. vpdpbusd takes it unsigned, so it holds 128 too much, and 128 times the sum of the
 // weights is what that adds.
 struct X8 {
-  static constexpr int kSteps = 1 << 14;  // 4 products of up to 127 x 255 each: int32 holds 16,577
+  static constexpr int kMostSteps = 1 << 14;  // 4 products of up to 127 x 255 each: int32 holds 16,577
   static constexpr int64_t kBytes = kScaleColumns;
   using Weight = __m512i;
 
   static Weight widen(__m512i bytes) { return bytes; }
-  static Weight load(const int8_t* panel) { return _mm512_loadu_si512(panel); }
-  static void save(int8_t* panel, Weight w) { _mm512_storeu_si512(panel, w); }
   static __m512i add_plain(__m512i sum, Weight w) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), w); }
   static __m512i dot(__m512i sum, Weight w, const char* x) {
     return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(x), w);
@@ -111,7 +109,7 @@ struct X8 {
 
 // x in 16 bits.
 struct X16 {
-  static constexpr int kSteps = 127;  // 4 products of up to 127 x 32767 each
+  static constexpr int kMostSteps = 127;  // 4 products of up to 127 x 32767 each
   static constexpr int64_t kBytes = 2 * kScaleColumns;
   struct Weight {
     __m512i first, second;
@@ -121,29 +119,12 @@ struct X16 {
     return {_mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes)),
             _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes, 1))};
   }
-  static Weight load(const int8_t* panel) {
-    return {_mm512_loadu_si512(panel), _mm512_loadu_si512(panel + 64)};
-  }
-  static void save(int8_t* panel, const Weight& w) {
-    _mm512_storeu_si512(panel, w.first);
-    _mm512_storeu_si512(panel + 64, w.second);
-  }
   static __m512i add_plain(__m512i sum, const Weight&) { return sum; }
   static __m512i dot(__m512i sum, const Weight& w, const char* x) {
     sum = _mm512_dpwssd_epi32(sum, w.first, _mm512_loadu_si512(x));
     return _mm512_dpwssd_epi32(sum, w.second, _mm512_loadu_si512(x + 64));
   }
   static __m512i exact(__m512i sum, __m512i) { return sum; }
-};
-
-// Weights that were expanded and widened before, [64 columns][R].
-template <typename X, int R>
-struct WidePanel {
-  template <bool>
-  typename X::Weight next(int r, int64_t g) const {
-    return X::load(panel + (g * R + r) * X::kBytes);
-  }
-  const int8_t* panel;
 };
 
 template <typename X, int R, bool kWithin>
@@ -192,7 +173,7 @@ void multiply_wide(const LinearTask& task, Rows weights, int64_t row, int64_t fi
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sum[r][n] = zero;
     }
-    const int64_t begin = g, steps = kGrouped ? 1 : X::kSteps;
+    const int64_t begin = g, steps = kGrouped ? 1 : X::kMostSteps;
     const int64_t end = whole < g + steps ? whole : g + steps;
     for (; g < end; ++g, x += N * X::kBytes) add_products<X, R, N, true>(weights, g, x, sum, plain);
     if (g == whole && g < groups && g < begin + steps) {
@@ -211,7 +192,7 @@ void multiply_wide(const LinearTask& task, Rows weights, int64_t row, int64_t fi
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     const __m128 sums = horizontal_sums(scaled[0][n], scaled[1][n], scaled[2][n], scaled[3][n]);
-    store_sums<T, R>(a, row, first + n, _mm_mul_ps(sums, _mm_set1_ps(task.x_scales[first + n])));
+    store_sums<T>(a, row, R, first + n, _mm_mul_ps(sums, _mm_set1_ps(task.x_scales[first + n])));
   }
 }
 
@@ -228,76 +209,115 @@ void multiply_wide_rows(const LinearTask& task, int64_t begin, int64_t end, int6
   }
 }
 
-constexpr int kWidePanelRows = 2;
-
-template <typename X>
-void expand_wide_panel(const LinearArgs& a, int64_t row, int64_t pairs, int8_t* panel) {
+// Calls save(r, g, weights) for each 64 columns g of R weight rows.
+template <typename X, int R, bool kWithin, typename Save>
+void expand_wide(const LinearArgs& a, int64_t row, const Save& save) {
   const int64_t groups = scale_groups_of(a.in_features), whole = bitmask_words(a.in_features) / 2;
-  for (int64_t p = 0; p < pairs; ++p) {
-    WideValues<X, kWidePanelRows, false> weights(a, row + p * kWidePanelRows);
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int r = 0; r < kWidePanelRows; ++r, panel += X::kBytes) {
-        X::save(panel, g < whole ? weights.template next<true>(r, g) : weights.template next<false>(r, g));
-      }
+  WideValues<X, R, kWithin> weights(a, row);
+  for (int64_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      save(r, g, g < whole ? weights.template next<true>(r, g) : weights.template next<false>(r, g));
     }
   }
 }
 
-template <typename T, typename X, bool kGrouped>
-void multiply_wide_all(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
-  const int64_t rows = task.args.rows;
-  const int64_t pair_bytes = scale_groups_of(task.args.in_features) * X::kBytes * kWidePanelRows;
-  if (rows >= kPanelMinRows && pair_bytes > 0 && guarded - begin >= kWidePanelRows) {
-    int64_t pairs = kPanelBytes / pair_bytes;
-    if (pairs < 1) pairs = 1;
-    auto* panel = static_cast<int8_t*>(scratch(1, pairs * pair_bytes));
-    for (; panel && begin + kWidePanelRows <= guarded; begin += pairs * kWidePanelRows) {
-      if (begin + pairs * kWidePanelRows > guarded) pairs = (guarded - begin) / kWidePanelRows;
-      expand_wide_panel<X>(task.args, begin, pairs, panel);
-      for_each_block(rows, [&](int64_t n, auto count) {
-        for (int64_t p = 0; p < pairs; ++p) {
-          multiply_wide<T, X, kWidePanelRows, decltype(count)::value, kGrouped>(
-              task, WidePanel<X, kWidePanelRows>{panel + p * pair_bytes}, begin + p * kWidePanelRows, n);
-        }
-      });
+// x rounded to int8, many rows at a time. What the 128 too much add is known before the first product.
+struct Expanded8 {
+  struct Product {
+    static constexpr bool kWhole = true;
+    // A lane gets all 64 products of a step here, not 4 of them.
+    static constexpr int64_t kGroupSteps = 1, kMostSteps = X8::kMostSteps / 16;
+    template <typename Lanes>
+    using Sum = typename Lanes::Items;
+
+    static int32_t start(int32_t plain) { return -128 * plain; }
+    static __m512i add(__m512i sum, __m512i x, __m512i weights) {
+      return _mm512_dpbusd_epi32(sum, x, weights);
     }
+    static __m256i add(__m256i sum, __m256i x, __m256i weights) {
+      return _mm256_dpbusd_epi32(sum, x, weights);
+    }
+  };
+
+  static int64_t steps(const LinearArgs& a) { return scale_groups_of(a.in_features); }
+  template <int R, bool kWithin>
+  static void expand(const LinearArgs& a, int64_t row, int64_t stride, char* to, int32_t* plain) {
+    const Pieces pieces = pieces_of<Product>(a, steps(a));
+    expand_wide<X8, R, kWithin>(a, row, [&](int r, int64_t g, __m512i weights) {
+      _mm512_storeu_si512(to + g * stride + r * kStepBytes, weights);
+      plain[r * pieces.count + g / pieces.steps] +=
+          _mm512_reduce_add_epi32(X8::add_plain(_mm512_setzero_si512(), weights));
+    });
   }
-  for_each_block(rows, [&](int64_t n, auto count) {
+};
+
+// x in 16 bits, many rows at a time.
+struct Expanded16 {
+  struct Product {
+    static constexpr bool kWhole = true;
+    static constexpr int64_t kGroupSteps = 2, kMostSteps = 2 * X16::kMostSteps / 16;
+    template <typename Lanes>
+    using Sum = typename Lanes::Items;
+
+    static int32_t start(int32_t) { return 0; }
+    static __m512i add(__m512i sum, __m512i x, __m512i weights) {
+      return _mm512_dpwssd_epi32(sum, x, weights);
+    }
+    static __m256i add(__m256i sum, __m256i x, __m256i weights) {
+      return _mm256_dpwssd_epi32(sum, x, weights);
+    }
+  };
+
+  static int64_t steps(const LinearArgs& a) { return 2 * scale_groups_of(a.in_features); }
+  template <int R, bool kWithin>
+  static void expand(const LinearArgs& a, int64_t row, int64_t stride, char* to, int32_t*) {
+    expand_wide<X16, R, kWithin>(a, row, [&](int r, int64_t g, const X16::Weight& weights) {
+      _mm512_storeu_si512(to + 2 * g * stride + r * kStepBytes, weights.first);
+      _mm512_storeu_si512(to + (2 * g + 1) * stride + r * kStepBytes, weights.second);
+    });
+  }
+};
+
+template <typename T, typename X, typename Form, bool kGrouped>
+bool multiply_wide_all(const LinearTask& task, int64_t begin, int64_t end) {
+  const int64_t guarded = first_guarded_row(task, begin, end);
+  if (task.args.rows >= kTurnMinRows) return multiply_tiles<T, Form>(task, begin, guarded, end);
+  for_each_block(task.args.rows, [&](int64_t n, auto count) {
     multiply_wide_rows<T, X, kGrouped, decltype(count)::value, false>(task, begin, guarded, n);
     multiply_wide_rows<T, X, kGrouped, decltype(count)::value, true>(task, guarded, end, n);
   });
+  return true;
 }
 
 }  // namespace
 
 template <typename T>
-void linear_int8(const LinearTask& task, int64_t begin, int64_t end) {
-  (task.args.scale_groups > 1
-       ? multiply_all<T, PackedInt8<T, true>>
-       : multiply_all<T, PackedInt8<T, false>>)(task, begin, first_guarded_row(task, begin, end), end);
+bool linear_int8(const LinearTask& task, int64_t begin, int64_t end) {
+  return (task.args.scale_groups > 1
+              ? multiply_all<T, PackedInt8<T, true>>
+              : multiply_all<T, PackedInt8<T, false>>)(task, begin, first_guarded_row(task, begin, end), end);
 }
 
 template <typename T>
-void linear_int8_times_int16(const LinearTask& task, int64_t begin, int64_t end) {
-  (task.args.scale_groups > 1
-       ? multiply_wide_all<T, X16, true>
-       : multiply_wide_all<T, X16, false>)(task, begin, first_guarded_row(task, begin, end), end);
+bool linear_int8_times_int16(const LinearTask& task, int64_t begin, int64_t end) {
+  return (task.args.scale_groups > 1 ? multiply_wide_all<T, X16, Expanded16, true>
+                                     : multiply_wide_all<T, X16, Expanded16, false>)(task, begin, end);
 }
 
 template <typename T>
-void linear_int8_times_int8(const LinearTask& task, int64_t begin, int64_t end) {
-  (task.args.scale_groups > 1
-       ? multiply_wide_all<T, X8, true>
-       : multiply_wide_all<T, X8, false>)(task, begin, first_guarded_row(task, begin, end), end);
+bool linear_int8_times_int8(const LinearTask& task, int64_t begin, int64_t end) {
+  return (task.args.scale_groups > 1 ? multiply_wide_all<T, X8, Expanded8, true>
+                                     : multiply_wide_all<T, X8, Expanded8, false>)(task, begin, end);
 }
 
 #define MOSAIC_INSTANTIATE(T)                                        \
-  template void linear_int8<T>(const LinearTask&, int64_t, int64_t); \
-  template void linear_int8_times_int8<T>(const LinearTask&, int64_t, int64_t);
+  template bool linear_int8<T>(const LinearTask&, int64_t, int64_t); \
+  template bool linear_int8_times_int8<T>(const LinearTask&, int64_t, int64_t);
 MOSAIC_INSTANTIATE(float)
 MOSAIC_INSTANTIATE(BFloat16)
 MOSAIC_INSTANTIATE(Half)
 #undef MOSAIC_INSTANTIATE
-template void linear_int8_times_int16<BFloat16>(const LinearTask&, int64_t, int64_t);
+template bool linear_int8_times_int16<BFloat16>(const LinearTask&, int64_t, int64_t);
 
 }  // namespace mosaic::MOSAIC_ISA

@@ -46,18 +46,20 @@ void multiply_all(const LinearTask& task, int64_t begin, int64_t end) {
 }  // namespace
 
 template <typename T>
-void linear(const LinearTask& task, int64_t begin, int64_t end) {
+bool linear(const LinearTask& task, int64_t begin, int64_t end) {
   multiply_all<T, T>(task, begin, end);
+  return true;
 }
 
 template <typename T>
-void linear_int8(const LinearTask& task, int64_t begin, int64_t end) {
+bool linear_int8(const LinearTask& task, int64_t begin, int64_t end) {
   multiply_all<T, int8_t>(task, begin, end);
+  return true;
 }
 
 #define MOSAIC_INSTANTIATE(T)                                   \
-  template void linear<T>(const LinearTask&, int64_t, int64_t); \
-  template void linear_int8<T>(const LinearTask&, int64_t, int64_t);
+  template bool linear<T>(const LinearTask&, int64_t, int64_t); \
+  template bool linear_int8<T>(const LinearTask&, int64_t, int64_t);
 MOSAIC_INSTANTIATE(float)
 MOSAIC_INSTANTIATE(BFloat16)
 MOSAIC_INSTANTIATE(Half)

@@ -11,18 +11,19 @@ namespace mosaic::MOSAIC_ISA {
 using namespace mosaic::cpu;
 
 template <typename T>
-void linear(const LinearTask& task, int64_t begin, int64_t end);
+bool linear(const LinearTask& task, int64_t begin, int64_t end);
 template <typename T>
-void linear_int8(const LinearTask& task, int64_t begin, int64_t end);
+bool linear_int8(const LinearTask& task, int64_t begin, int64_t end);
 template <typename T>
-void linear_int8_times_int16(const LinearTask& task, int64_t begin, int64_t end);
+bool linear_int8_times_int16(const LinearTask& task, int64_t begin, int64_t end);
 template <typename T>
-void linear_int8_times_int8(const LinearTask& task, int64_t begin, int64_t end);
+bool linear_int8_times_int8(const LinearTask& task, int64_t begin, int64_t end);
 template <typename T>
-void linear_dense(const LinearTask& task, int64_t begin, int64_t end);
+bool linear_dense(const LinearTask& task, int64_t begin, int64_t end);
 int packed_x_size(DType dtype);
 template <typename T>
 void pack_x(const void* x, int64_t rows, int64_t in_features, void* packed);
+void turn_x(const void* from, int64_t row_bytes, int64_t rows, void* to);
 XForm x_form(WeightKind kind, DType dtype);
 template <typename T>
 bool round_x(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales);

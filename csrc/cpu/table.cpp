@@ -26,6 +26,11 @@ const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
                             x_form,
                             MOSAIC_EACH_DTYPE(round_x),
                             rounded_row_bytes,
+#if defined(__AVX512VNNI__)
+                            turn_x,
+#else
+                            nullptr,
+#endif
                             pack_bits,
                             pack_values,
                             unpack,

@@ -10,15 +10,17 @@ namespace mosaic::cpu {
 // Rows of x go through the linear kernels in blocks of this many (the last one may be smaller).
 constexpr int64_t kRowBlock = 8;
 
-// From this many rows on, expanding a weight once and reading it back beats expanding it for every
-// block of rows: 0.88x at 9 rows, 0.95x at 16, 1.03x at 24 (11008x4096, Zen 4, Nov 2026).
-constexpr int64_t kPanelMinRows = 24;
+// From so many rows on, levels that turn x (see turn_x) take it in tiles of so many rows.
+constexpr int64_t kTurnMinRows = 24, kTurnRows = 32;
+
+// The room for rows of the next tile when `rows` are left.
+constexpr int64_t turned_rows(int64_t rows) { return rows > 24 ? kTurnRows : rows > 8 ? 16 : 8; }
 
 struct LinearTask {
   LinearArgs args;
   // x interleaved block by block, [word][row of the block][32], columns past the last one zero; in the
   // element type that packed_x_size tells. Block b starts at row 8 b of 32 * bitmask_words columns each.
-  // Or what round_x made of it, where x_form tells so.
+  // Or what round_x made of it, where x_form tells so. Or tile by tile what turn_x made of either.
   const void* x;
   int64_t fast_values;    // a 64-byte load that starts below this index stays inside `values`
   const float* x_scales;  // [rows], of whole numbers; else nullptr
@@ -54,8 +56,9 @@ struct Split {
 struct KernelTable {
   const char* name;
 
-  // All rows of x against weight rows [begin, end); nullptr where the level has no such kernel.
-  void (*linear[kWeightKinds][3])(const LinearTask&, int64_t begin, int64_t end);
+  // All rows of x against weight rows [begin, end), false where memory is short; nullptr where the level has
+  // no such kernel.
+  bool (*linear[kWeightKinds][3])(const LinearTask&, int64_t begin, int64_t end);
   // Bytes of an element of LinearTask::x: 4 (fp32), or 2 where the kernel multiplies x as it is.
   int (*packed_x_size)(DType);
   // Interleaves up to kRowBlock rows of x.
@@ -66,6 +69,9 @@ struct KernelTable {
   bool (*round_x[3])(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed,
                      float* scales);
   int64_t (*rounded_row_bytes)(XForm, int64_t in_features);
+  // Up to kTurnRows rows of x, each interleaved or rounded alone, to tiles of [row_bytes / 4][turned_rows]
+  // items of 4 bytes; nullptr where the level takes blocks only.
+  void (*turn_x)(const void* from, int64_t row_bytes, int64_t rows, void* to);
 
   // Bits of one row: of what is not zero and, unless `keep` is null, kept; returns their number.
   int64_t (*pack_bits)(int item_size, const void* row, const uint8_t* keep, uint8_t* bits, int64_t columns);

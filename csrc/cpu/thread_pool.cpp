@@ -131,7 +131,7 @@ Pool* g_pool = [] {
 }();
 
 struct Buffers {
-  static constexpr int kSlots = 3;
+  static constexpr int kSlots = 4;
   void* memory[kSlots] = {};
   int64_t bytes[kSlots] = {};
   ~Buffers() {
