@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Puts rows of x into the order in which the linear kernels read them. One stream for a block of rows
 // also keeps rows that are 4 KB apart from evicting each other from L1.
+#include "cpu/lanes.h"
 #include "cpu/rows.h"
 
 #if defined(__AVX512F__)
@@ -66,39 +67,73 @@ constexpr int64_t kColumns = kWordBits;
 // Fewer steps than this hold an element less well than bf16 does.
 constexpr float kCoarse = 128;
 
+template <typename T>
+Lanes load_first(const T* from, int64_t count) {
+  if (count >= kLanes) return load_lanes(from);
+  T first[kLanes] = {};
+  std::memcpy(first, from, count * sizeof(T));
+  return load_lanes(first);
+}
+
+// To the nearest whole number, ties to even; for |v| < 2^22.
+MOSAIC_HD Lanes nearest(Lanes v) {
+  const Lanes shift = broadcast(3 << 22);
+  return (v + shift) - shift;
+}
+
+MOSAIC_HD void save(Flags whole, float* to) { store_lanes(to, __builtin_convertvector(whole, Lanes)); }
+MOSAIC_HD void save(Flags whole, uint8_t* to) {
+  const Bytes bytes = __builtin_convertvector(whole, Bytes);
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+MOSAIC_HD void save(Flags whole, int16_t* to) {
+  const auto shorts = __builtin_convertvector(whole, int16_t __attribute__((vector_size(kLanes * 2))));
+  std::memcpy(to, &shorts, sizeof shorts);
+}
+
 // kWatched: whether somebody asks if the rows are even.
 template <typename T, typename Q, bool kWatched>
 bool round_rows(const void* from, int limit, int offset, int64_t rows, int64_t in_features, void* packed,
                 float* scales) {
   bool even = true;
+  const Lanes most = broadcast(static_cast<float>(limit));
   for (int64_t n = 0; n < rows; ++n) {
     const T* x = static_cast<const T*>(from) + n * in_features;
+    Lanes largest_each = {}, strange_each = {};
+    for (int64_t i = 0; i < in_features; i += kLanes) {
+      const Lanes v = absolute(load_first(x + i, in_features - i));
+      strange_each += v - v;  // NaN where x holds one, or Inf: then so does the result
+      largest_each = v > largest_each ? v : largest_each;
+    }
     float largest = 0, strange = 0;
-    for (int64_t i = 0; i < in_features; ++i) {
-      const float v = __builtin_fabsf(to_float(x[i]));
-      strange += v - v;  // NaN where x holds one, or Inf: then so does the result
-      largest = v > largest ? v : largest;
+    for (int i = 0; i < kLanes; ++i) {
+      strange += strange_each[i];
+      largest = largest_each[i] > largest ? largest_each[i] : largest;
     }
     scales[n] = strange == 0 ? largest / static_cast<float>(limit) : strange;
     const bool usable = scales[n] > 0;  // neither zero, nor so small that it became zero, nor NaN
-    const float most = static_cast<float>(limit);
-    int64_t some = 0, coarse = 0;  // elements that are not zero
+    const Lanes scale = broadcast(usable ? scales[n] : 1);
+    Flags some = {}, coarse = {};  // elements that are not zero, counted down
     auto* to = static_cast<Q*>(packed) + n * kColumns;
     for (int64_t first = 0; first < in_features; first += kColumns, to += rows * kColumns) {
-      const int64_t count = in_features - first < kColumns ? in_features - first : kColumns;
-      for (int64_t i = 0; i < count; ++i) {
-        const float v = to_float(x[first + i]);
-        float whole = usable ? __builtin_rintf(v / scales[n]) : 0;
-        if constexpr (kWatched) {
-          some += v != 0;
-          coarse += v != 0 && __builtin_fabsf(whole) < kCoarse;
-        }
+      for (int64_t i = first; i < first + kColumns; i += kLanes) {
+        const Lanes v = i < in_features && usable ? load_first(x + i, in_features - i) : Lanes{};
+        Lanes whole = v / scale;
         whole = whole > most ? most : whole < -most ? -most : whole;  // a denormal scale is a coarse one
-        to[i] = static_cast<Q>(static_cast<int>(whole) + offset);
+        whole = nearest(whole);
+        if constexpr (kWatched) {
+          some += v != Lanes{};
+          coarse += (v != Lanes{}) & (absolute(whole) < kCoarse);
+        }
+        save(__builtin_convertvector(whole, Flags) + offset, to + (i - first));
       }
-      for (int64_t i = count; i < kColumns; ++i) to[i] = 0;
     }
-    even &= strange != 0 || 2 * coarse <= some;
+    int64_t some_all = 0, coarse_all = 0;
+    for (int i = 0; i < kLanes; ++i) {
+      some_all -= some[i];
+      coarse_all -= coarse[i];
+    }
+    even &= strange != 0 || 2 * coarse_all <= some_all;
   }
   return even;
 }

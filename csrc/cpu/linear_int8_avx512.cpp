@@ -226,17 +226,16 @@ void expand_wide(const LinearArgs& a, int64_t row, const Save& save) {
 struct Expanded8 {
   struct Product {
     static constexpr bool kWhole = true;
-    // A lane gets all 64 products of a step here, not 4 of them.
-    static constexpr int64_t kGroupSteps = 1, kMostSteps = X8::kMostSteps / 16;
     template <typename Lanes>
     using Sum = typename Lanes::Items;
+    // A lane gets all 64 products of a step here, not 4 of them.
+    static constexpr int64_t kGroupSteps = 1, kMostSteps = X8::kMostSteps / 16;
 
     static int32_t start(int32_t plain) { return -128 * plain; }
-    static __m512i add(__m512i sum, __m512i x, __m512i weights) {
-      return _mm512_dpbusd_epi32(sum, x, weights);
-    }
-    static __m256i add(__m256i sum, __m256i x, __m256i weights) {
-      return _mm256_dpbusd_epi32(sum, x, weights);
+    template <typename Items>
+    static Items add(Items sum, Items x, Items weights) {
+      __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weights));
+      return sum;
     }
   };
 
@@ -256,16 +255,15 @@ struct Expanded8 {
 struct Expanded16 {
   struct Product {
     static constexpr bool kWhole = true;
-    static constexpr int64_t kGroupSteps = 2, kMostSteps = 2 * X16::kMostSteps / 16;
     template <typename Lanes>
     using Sum = typename Lanes::Items;
+    static constexpr int64_t kGroupSteps = 2, kMostSteps = 2 * X16::kMostSteps / 16;
 
     static int32_t start(int32_t) { return 0; }
-    static __m512i add(__m512i sum, __m512i x, __m512i weights) {
-      return _mm512_dpwssd_epi32(sum, x, weights);
-    }
-    static __m256i add(__m256i sum, __m256i x, __m256i weights) {
-      return _mm256_dpwssd_epi32(sum, x, weights);
+    template <typename Items>
+    static Items add(Items sum, Items x, Items weights) {
+      __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weights));
+      return sum;
     }
   };
 

@@ -48,9 +48,10 @@ struct Lanes8 {
   static Floats to_floats(Items whole) { return _mm256_cvtepi32_ps(whole); }
 };
 
-// A product adds those of 4 bytes of a weight row and the same columns of some rows of x.
+// A product adds those of 4 bytes of a weight row and the same columns of some rows of x. Sums of whole
+// numbers go by the type of floats as well: as __m512i gcc 12 kept them in memory.
 struct Bf16Product {
-  static constexpr bool kWhole = false;
+  static constexpr bool kWhole = false;  // numbers, in int32
   template <typename Lanes>
   using Sum = typename Lanes::Floats;
 
@@ -63,7 +64,7 @@ struct Bf16Product {
 };
 
 struct FloatProduct {
-  static constexpr bool kWhole = false;
+  static constexpr bool kWhole = false;  // numbers, in int32
   template <typename Lanes>
   using Sum = typename Lanes::Floats;
 
@@ -90,7 +91,7 @@ Pieces pieces_of(const LinearArgs& a, int64_t steps) {
   return {steps, 1};
 }
 
-// A group of M weight rows times V of lanes of x, `steps` steps of each.
+// Adds the products of a group of M weight rows and V lanes of x, `steps` steps of each.
 template <typename Product, typename Lanes, int M, int V>
 MOSAIC_HD void add_products(const char* weights, const char* x, int64_t steps,
                             typename Product::template Sum<Lanes> (&sum)[M][V]) {
@@ -111,8 +112,7 @@ MOSAIC_HD void add_products(const char* weights, const char* x, int64_t steps,
   }
 }
 
-// A group of M weight rows, of which `count` are some from `row` on, times V of lanes of x:
-// sums[M][kTurnRows].
+// A group of M weight rows, of which `count` are some from `row` on, times V lanes of x: sums[M][kTurnRows].
 template <typename Product, typename Lanes, int M, int V>
 void multiply_tile(const LinearArgs& a, int64_t row, int64_t count, const char* weights, const int32_t* plain,
                    const char* x, int64_t steps, float* sums) {
@@ -123,29 +123,27 @@ void multiply_tile(const LinearArgs& a, int64_t row, int64_t count, const char* 
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        if constexpr (Product::kWhole) {
-          sum[m][v] = Lanes::spread(Product::start(plain[m * pieces.count + p]));
-        } else {
-          sum[m][v] = typename Lanes::Floats{};
-        }
+        sum[m][v] = typename Product::template Sum<Lanes>{};
+        if constexpr (Product::kWhole) sum[m][v] = Lanes::spread(Product::start(plain[m * pieces.count + p]));
       }
     const int64_t first = p * pieces.steps, left = steps - first;
     add_products<Product, Lanes, M, V>(weights + first * M * kStepBytes,
                                        x + first * kStepBytes / 4 * V * sizeof(typename Lanes::Items),
                                        left < pieces.steps ? left : pieces.steps, sum);
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m) {
+      const bool scaled = a.scale_groups > 1 && m < count;
+      const float scale = Product::kWhole && scaled ? a.scales[(row + m) * pieces.count + p] : 1;
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
         auto* to = reinterpret_cast<typename Lanes::Floats*>(sums + m * kTurnRows) + v;
         if constexpr (Product::kWhole) {
-          const bool scaled = a.scale_groups > 1 && m < count;
-          const float scale = scaled ? a.scales[(row + m) * pieces.count + p] : 1;
           *to = Lanes::to_floats(sum[m][v]) * scale + (p > 0 ? *to : typename Lanes::Floats{});
         } else {
           *to = sum[m][v];
         }
       }
+    }
   }
 }
 
