@@ -52,6 +52,29 @@ class PreparedGroup:
     def __init__(self, parts: list[tuple[int, ...]], in_features: int, quantize_x: bool) -> None: ...
     def run(self, x: int, outs: list[int], rows: int, dtype: int, threads: int) -> None: ...
 
+class PreparedBlock:
+    def __init__(
+        self,
+        layers: list[tuple[int, ...]],
+        norms: list[int],
+        epsilons: list[float],
+        head_dim: int,
+        scaling: float,
+        dtype: int,
+    ) -> None: ...
+    def input(self, x: int, cosine: int, sine: int, query: int, key: int, value: int, threads: int) -> None: ...
+    def output(
+        self,
+        x: int,
+        query: int,
+        keys: int,
+        values: int,
+        tokens: int,
+        strides: tuple[int, int, int, int],
+        out: int,
+        threads: int,
+    ) -> None: ...
+
 def pack_bits(
     weight: int, keep: int, bitmask: int, offsets: int, rows: int, columns: int, dtype: int, threads: int
 ) -> None: ...

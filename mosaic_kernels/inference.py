@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mosaic_kernels import attention as grouped_attention
-from mosaic_kernels import siblings
+from mosaic_kernels import decode, siblings
 from mosaic_kernels.dense import DenseLinear
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
@@ -57,6 +57,7 @@ def prepare_inference(
     for block in ModelAdapter.of(model).blocks:
         for names in _SAME_INPUT:
             siblings.join(block.projection(name) for name in names)
+        decode.take_tokens_natively(block.module)
     if attention and model.config._attn_implementation == "sdpa":
         grouped_attention.register_with_transformers()
         model.set_attn_implementation(grouped_attention.NAME)

@@ -108,6 +108,66 @@ PreparedGroup prepare_group(const std::vector<std::array<int64_t, 8>>& parts, in
   return group;
 }
 
+// A decoder block for one token, see BlockArgs; its caller keeps the memory alive.
+struct PreparedBlock {
+  BlockArgs args;
+
+  void input(uintptr_t x, uintptr_t cosine, uintptr_t sine, uintptr_t query, uintptr_t key, uintptr_t value,
+             int threads) const {
+    run(BlockInput{address<void>(x), address<void>(cosine), address<void>(sine), address<void>(query),
+                   address<void>(key), address<void>(value)},
+        cpu::block_input, threads);
+  }
+  void output(uintptr_t x, uintptr_t query, uintptr_t keys, uintptr_t values, int64_t tokens,
+              std::array<int64_t, 4> strides, uintptr_t out, int threads) const {
+    run(BlockOutput{address<void>(x), address<void>(query), address<void>(keys), address<void>(values),
+                    tokens, strides[0], strides[1], strides[2], strides[3], address<void>(out)},
+        cpu::block_output, threads);
+  }
+
+ private:
+  template <typename Half>
+  void run(const Half& half, Status (*function)(const BlockArgs&, const Half&), int threads) const {
+    BlockArgs now = args;
+    now.threads = threads;
+    Status status;
+    {
+      py::gil_scoped_release unlocked;
+      status = function(now, half);
+    }
+    raise_unless_ok(status, "decoder block");
+  }
+};
+
+// Each layer, from query to down: (values, words, offsets, bias, in_features, out_features, nnz, scales,
+// scale_groups, quantize_x). Norms: of attention, FFN, query and key.
+PreparedBlock prepare_block(const std::array<std::array<int64_t, 10>, 7>& layers,
+                            const std::array<uintptr_t, 4>& norms, const std::array<float, 4>& epsilons,
+                            int64_t head_dim, float scaling, int dtype) {
+  LinearArgs linear[7];
+  for (int i = 0; i < 7; ++i) {
+    const auto& p = layers[i];
+    linear[i] = {nullptr,
+                 address<void>(p[0]),
+                 address<uint32_t>(p[1]),
+                 address<int64_t>(p[2]),
+                 address<void>(p[3]),
+                 nullptr,
+                 1,
+                 p[4],
+                 p[5],
+                 p[6],
+                 DType(dtype),
+                 1,
+                 address<float>(p[7]),
+                 p[8],
+                 p[9] != 0};
+  }
+  return {{linear[0], linear[1], linear[2], linear[3], linear[4], linear[5], linear[6],
+           address<void>(norms[0]), address<void>(norms[1]), address<void>(norms[2]), address<void>(norms[3]),
+           epsilons[0], epsilons[1], epsilons[2], epsilons[3], head_dim, scaling, DType(dtype), 1}};
+}
+
 void pack_bits(uintptr_t weight, uintptr_t keep, uintptr_t bitmask, uintptr_t offsets, int64_t rows,
                int64_t columns, int dtype, int threads) {
   call("pack", cpu::pack_bits,
@@ -199,6 +259,10 @@ PYBIND11_MODULE(_C_cpu, m) {
       .def(py::init(&prepare_linear))
       .def("run", &PreparedLinear::run);
   py::class_<PreparedGroup>(m, "PreparedGroup").def(py::init(&prepare_group)).def("run", &PreparedGroup::run);
+  py::class_<PreparedBlock>(m, "PreparedBlock")
+      .def(py::init(&prepare_block))
+      .def("input", &PreparedBlock::input)
+      .def("output", &PreparedBlock::output);
   m.def("pack_bits", python::pack_bits);
   m.def("pack_values", pack_or_unpack<cpu::pack_values>);
   m.def("unpack", pack_or_unpack<cpu::unpack>);

@@ -67,20 +67,6 @@ constexpr int64_t kColumns = kWordBits;
 // Fewer steps than this hold an element less well than bf16 does.
 constexpr float kCoarse = 128;
 
-template <typename T>
-Lanes load_first(const T* from, int64_t count) {
-  if (count >= kLanes) return load_lanes(from);
-  T first[kLanes] = {};
-  std::memcpy(first, from, count * sizeof(T));
-  return load_lanes(first);
-}
-
-// To the nearest whole number, ties to even; for |v| < 2^22.
-MOSAIC_HD Lanes nearest(Lanes v) {
-  const Lanes shift = broadcast(3 << 22);
-  return (v + shift) - shift;
-}
-
 MOSAIC_HD void save(Flags whole, float* to) { store_lanes(to, __builtin_convertvector(whole, Lanes)); }
 MOSAIC_HD void save(Flags whole, uint8_t* to) {
   const Bytes bytes = __builtin_convertvector(whole, Bytes);

@@ -52,6 +52,54 @@ MOSAIC_HD Lanes load_lanes(const Half* from) {
 
 MOSAIC_HD void store_lanes(float* to, Lanes v) { std::memcpy(to, &v, sizeof v); }
 
+// Rounded to nearest even; NaN stays NaN.
+MOSAIC_HD void store_lanes(BFloat16* to, Lanes v) {
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits kept = v == v ? rounded : Bits{} + 0x7fc0u;
+  const auto narrow = __builtin_convertvector(kept, uint16_t __attribute__((vector_size(kLanes * 2))));
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+MOSAIC_HD void store_lanes(Half* to, Lanes v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) store(v[i], to + i);
+#endif
+}
+
+// The first `count` lanes; the others are zero.
+template <typename T>
+MOSAIC_HD Lanes load_first(const T* from, int64_t count) {
+  if (count >= kLanes) return load_lanes(from);
+  T first[kLanes] = {};
+  std::memcpy(first, from, count * sizeof(T));
+  return load_lanes(first);
+}
+
+template <typename T>
+MOSAIC_HD void store_first(T* to, Lanes v, int64_t count) {
+  if (count >= kLanes) return store_lanes(to, v);
+  T first[kLanes];
+  store_lanes(first, v);
+  std::memcpy(to, first, count * sizeof(T));
+}
+
+// To the nearest whole number, ties to even; for |v| < 2^22.
+MOSAIC_HD Lanes nearest(Lanes v) {
+  const Lanes shift = Lanes{} + static_cast<float>(3 << 22);
+  return (v + shift) - shift;
+}
+
+MOSAIC_HD float sum_of_lanes(Lanes v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
 MOSAIC_HD Lanes absolute(Lanes v) { return (Lanes)((Bits)v & 0x7fffffffu); }
 
 MOSAIC_HD Lanes broadcast(float v) { return v - Lanes{}; }

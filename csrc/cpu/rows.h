@@ -58,4 +58,15 @@ void admm_row(float* proposal, const uint8_t* keep, const float* gradient, float
 float cg_row(const float* image, const uint8_t* keep, float energy, int64_t columns, float* solution,
              float* residual, float* direction);
 
+template <typename T>
+void rms_norm(const void* x, const void* weight, float epsilon, int64_t columns, void* out);
+template <typename T>
+void rotate(const void* x, const void* cosine, const void* sine, int64_t heads, int64_t dim, void* out);
+template <typename T>
+void gated(const void* gate, const void* up, int64_t columns, void* out);
+template <typename T>
+void add(const void* a, const void* b, int64_t columns, void* out);
+template <typename T>
+void attend(const AttendArgs& args);
+
 }  // namespace mosaic::MOSAIC_ISA

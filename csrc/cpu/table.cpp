@@ -46,6 +46,11 @@ const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
                             mark_groups,
                             obs_rows,
                             admm_row,
-                            cg_row};
+                            cg_row,
+                            MOSAIC_EACH_DTYPE(rms_norm),
+                            MOSAIC_EACH_DTYPE(rotate),
+                            MOSAIC_EACH_DTYPE(gated),
+                            MOSAIC_EACH_DTYPE(add),
+                            MOSAIC_EACH_DTYPE(attend)};
 
 }  // namespace mosaic::MOSAIC_ISA

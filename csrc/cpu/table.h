@@ -32,6 +32,18 @@ enum class XForm { kPlain, kInt8, kInt16 };
 
 enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt16, kPackedInt8TimesInt8, kDense, kWeightKinds };
 
+// Some query heads that share a key head: query [heads, dim] . keys -> out [heads, dim], of one token.
+struct AttendArgs {
+  const void *query, *keys, *values;
+  int64_t heads, dim, tokens;
+  int64_t key_stride, value_stride;  // in elements
+  float scaling;
+  float* weights;  // room for [heads, tokens] and kAttendSlack
+  void* out;
+};
+
+constexpr int64_t kAttendSlack = 16;
+
 // What keeps exactly k scores: all from `from` on, and the first `ties` of those that equal `tie`.
 struct Cut {
   float from;
@@ -105,6 +117,14 @@ struct KernelTable {
   // Returns the row's new energy.
   float (*cg_row)(const float* image, const uint8_t* keep, float energy, int64_t columns, float* solution,
                   float* residual, float* direction);
+
+  // Of one token, rounded to the dtype wherever transformers' modules round.
+  void (*rms_norm[3])(const void* x, const void* weight, float epsilon, int64_t columns, void* out);
+  void (*rotate[3])(const void* x, const void* cosine, const void* sine, int64_t heads, int64_t dim,
+                    void* out);
+  void (*gated[3])(const void* gate, const void* up, int64_t columns, void* out);
+  void (*add[3])(const void* a, const void* b, int64_t columns, void* out);
+  void (*attend[3])(const AttendArgs&);
 };
 
 constexpr int64_t kObsLanes = 16;  // rows of a tile, at most

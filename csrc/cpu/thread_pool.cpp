@@ -131,7 +131,7 @@ Pool* g_pool = [] {
 }();
 
 struct Buffers {
-  static constexpr int kSlots = 4;
+  static constexpr int kSlots = 5;
   void* memory[kSlots] = {};
   int64_t bytes[kSlots] = {};
   ~Buffers() {

@@ -30,6 +30,7 @@ __all__ = [
     "dense_linear_raw",
     "holds",
     "linear_at",
+    "prepared_block",
     "sparse_linear_int8_raw",
     "sparse_linear_raw",
     "threads",
@@ -215,6 +216,18 @@ class Group:
         results = [x.new_empty(*lead, size) for size in self._sizes]
         self._run(x.data_ptr(), [out.data_ptr() for out in results], math.prod(lead), _DTYPES[dtype], threads())
         return results
+
+
+def prepared_block(
+    layers: list[tuple[int, ...]],
+    norms: list[int],
+    epsilons: list[float],
+    head_dim: int,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Any:
+    """Native calls of a decoder block, see :mod:`mosaic_kernels.decode`; every address has to stay good."""
+    return _C_cpu.PreparedBlock(layers, norms, epsilons, head_dim, scaling, _DTYPES[dtype])
 
 
 def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

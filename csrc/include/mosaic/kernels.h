@@ -131,6 +131,38 @@ struct CgArgs {
   int threads;
 };
 
+// A decoder block of Llama's kind for one token, in two halves: between them its caller adds the token's key
+// and value to the others'. What each linear layer reads, writes and multiplies with how many threads is
+// filled in.
+struct BlockArgs {
+  LinearArgs query, key, value, output, gate, up, down;
+  const void* attention_norm;  // [hidden]
+  const void* ffn_norm;        // [hidden]
+  const void* query_norm;      // [head_dim], for each head; nullptr: none
+  const void* key_norm;
+  float attention_epsilon, ffn_epsilon, query_epsilon, key_epsilon;
+  int64_t head_dim;
+  float scaling;
+  DType dtype;  // of everything but values and scales
+  int threads;
+};
+
+// x [hidden], cosine and sine [head_dim] -> query [query heads, head_dim], key and value [key heads,
+// head_dim]
+struct BlockInput {
+  const void *x, *cosine, *sine;
+  void *query, *key, *value;
+};
+
+// x [hidden], query, keys and values [key heads, tokens, head_dim] -> out [hidden]
+struct BlockOutput {
+  const void *x, *query, *keys, *values;
+  int64_t tokens;
+  int64_t key_head_stride, key_stride;  // in elements, from one head and one token to the next
+  int64_t value_head_stride, value_stride;
+  void* out;
+};
+
 namespace cpu {
 
 Status sparse_linear(const LinearArgs&);
@@ -146,6 +178,8 @@ Status select(const SelectArgs&);
 Status obs_block(const ObsArgs&);
 Status admm_step(const AdmmArgs&);
 Status cg_step(const CgArgs&);
+Status block_input(const BlockArgs&, const BlockInput&);
+Status block_output(const BlockArgs&, const BlockOutput&);
 
 const char* isa();                  // the level in use: "scalar", "avx2" or "avx512"
 const char* features();             // what the processor offers, for `python -m mosaic_kernels.info`
