@@ -55,12 +55,12 @@ class PreparedGroup:
 class PreparedBlock:
     def __init__(
         self,
+        dtype: int,
         layers: list[tuple[int, ...]],
         norms: list[int],
         epsilons: list[float],
         head_dim: int,
         scaling: float,
-        dtype: int,
     ) -> None: ...
     def input(self, x: int, cosine: int, sine: int, query: int, key: int, value: int, threads: int) -> None: ...
     def output(

@@ -11,7 +11,7 @@ hooks, gradients, a compiler or another attention implementation want to see wha
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from mosaic_kernels import attention
 from mosaic_kernels.dense import DenseLinear
+from mosaic_kernels.errors import KernelError
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import PROJECTIONS, SUPPORTED_MODEL_TYPES
 from mosaic_kernels.ops import cpu
@@ -36,18 +37,23 @@ class _Token:
 
     Attributes:
         native: the calls; they read the parameters' memory by address.
+        hidden, query_heads, key_heads, head_dim: its sizes.
         parameters: each one's place in its module, itself, and its address.
         modules: each one's place in its parent, and itself.
+        rounded: packed layers, and whether they round their input.
         index: what the bits were made into, kept for as long as it is read.
     """
 
     native: Any
     dtype: torch.dtype
-    sizes: tuple[int, int]  # query and key heads
+    hidden: int
+    query_heads: int
+    key_heads: int
     head_dim: int
     parameters: list[tuple[dict[str, nn.Parameter | None], str, Tensor | None, int]]
     modules: list[tuple[dict[str, nn.Module | None], str, nn.Module]]
-    index: list[object]
+    rounded: list[tuple[MosaicLinear, bool]]
+    index: Sequence[object]
 
     def is_watched(self) -> bool:
         """Whether somebody wants to see what goes in or out of a module."""
@@ -66,32 +72,37 @@ class _Token:
             now = held.get(name)
             if now is not parameter or (now is not None and now.data_ptr() != place):
                 return False
-        return True
+        return all(layer.quantize_activations is rounds for layer, rounds in self.rounded)
+
+    def takes(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> bool:
+        if x.shape[-1] != self.hidden:
+            return False
+        return all(each.dtype is self.dtype and each.shape == (1, 1, self.head_dim) for each in rotation)
 
     def trains(self) -> bool:
         return any(parameter is not None and parameter.requires_grad for _, _, parameter, _ in self.parameters)
 
     def run(self, x: Tensor, rotation: tuple[Tensor, Tensor], update: Callable[[Tensor, Tensor], Any]) -> Tensor:
+        """``x`` after the block; ``update`` adds a key and a value ``[1, heads, 1, head_dim]`` to all before."""
         threads, x = cpu.threads(), x.contiguous()
         cosine, sine = (each.contiguous() for each in rotation)
-        queries, keys = self.sizes
-        query = x.new_empty(queries, self.head_dim)
-        key, value = x.new_empty(1, keys, 1, self.head_dim), x.new_empty(1, keys, 1, self.head_dim)
+        query = x.new_empty(self.query_heads, self.head_dim)
+        key, value = (x.new_empty(1, self.key_heads, 1, self.head_dim) for _ in range(2))
         self.native.input(
-            x.data_ptr(),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
+            x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(),
             threads,
-        )
-        all_keys, all_values = (_readable(found, self.dtype) for found in update(key, value))
+        )  # fmt: skip
+        keys, values = (_readable(found, self.dtype) for found in update(key, value))
+        if keys.shape != values.shape or keys.shape[:2] != (1, self.key_heads) or keys.shape[3] != self.head_dim:
+            raise KernelError(
+                f"the cache returned keys {list(keys.shape)} and values {list(values.shape)} "
+                f"for {list(key.shape)}: a block with {self.key_heads} key heads cannot read these"
+            )
         out = torch.empty_like(x)
-        strides = (all_keys.stride(1), all_keys.stride(2), all_values.stride(1), all_values.stride(2))
+        strides = (keys.stride(1), keys.stride(2), values.stride(1), values.stride(2))
         self.native.output(
-            x.data_ptr(), query.data_ptr(), all_keys.data_ptr(), all_values.data_ptr(), all_keys.shape[2], strides,
-            out.data_ptr(), threads,
+            x.data_ptr(), query.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.shape[2], strides, out.data_ptr(),
+            threads,
         )  # fmt: skip
         return out
 
@@ -102,70 +113,92 @@ def _readable(cached: Tensor, dtype: torch.dtype) -> Tensor:
     return cached if cached.stride(-1) == 1 else cached.contiguous()
 
 
-def _made_for(block: nn.Module, x: Tensor) -> _Token | None:
+def _made_for(block: Any, x: Tensor) -> _Token | None:
     """``None`` where some part of ``block`` is none that the native calls know."""
-    home, attn, mlp = type(block).__bases__[0].__module__, block.self_attn, block.mlp
+    attn, mlp = block.self_attn, block.mlp
     norms = [block.input_layernorm, block.post_attention_layernorm]
-    norms += [norm for norm in (getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)) if norm is not None]
-    layers = [block.get_submodule(name) for name in PROJECTIONS]
-    if any(type(module).__module__ != home for module in (attn, mlp, *norms)) or len(norms) == 3:
-        return None
-    if not all(isinstance(norm, nn.Module) and hasattr(norm, "variance_epsilon") for norm in norms):
-        return None
+    if getattr(attn, "q_norm", None) is not None:
+        norms += [attn.q_norm, attn.k_norm]
+    home = type(block).__bases__[0].__module__
+    if any(type(part).__module__ != home for part in (attn, mlp, *norms)):
+        return None  # somebody's own
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return None
-    takes_dense = cpu.DENSE_ROWS and x.dtype is torch.bfloat16
-    if not all(type(layer) is MosaicLinear or (takes_dense and type(layer) is DenseLinear) for layer in layers):
+    layers = [block.get_submodule(name) for name in PROJECTIONS]
+    if not _fit(layers, norms, attn.head_dim, x) or not all(_is_readable(layer, x.dtype) for layer in layers):
         return None
-    head_dim = attn.head_dim
-    queries, keys = (layer.out_features // head_dim for layer in layers[:2])
-    if not queries or not keys or queries % keys or not layers[4].out_features or head_dim % 2:
-        return None
-    modules, index = [(block._modules, name, module) for name, module in block.named_children()], []
-    for parent in (attn, mlp):
-        modules += [(parent._modules, name, module) for name, module in parent.named_children()]
-    described = []
-    for layer in layers:
-        found = _described(layer, x.dtype)
-        if found is None:
-            return None
-        described.append(found[0])
-        index.append(found[1])
-    if not all(norm.weight.dtype is x.dtype and norm.weight.is_cpu and norm.weight.is_contiguous() for norm in norms):
-        return None
-    places = [
+    tensors = [layer.operands if isinstance(layer, MosaicLinear) else None for layer in layers]
+    unused = 4 - len(norms)
+    native = cpu.prepared_block(
+        x.dtype,
+        [_addresses(layer, found) for layer, found in zip(layers, tensors, strict=True)],
+        [cpu.address(norm.weight) for norm in norms] + [0] * unused,
+        [norm.variance_epsilon for norm in norms] + [0.0] * unused,
+        attn.head_dim, attn.scaling,
+    )  # fmt: skip
+    parameters = [
         (module._parameters, name, parameter, cpu.address(parameter))
         for module in (*layers, *norms)
         for name, parameter in module._parameters.items()
     ]
-    unused = 4 - len(norms)
-    native = cpu.prepared_block(
-        described,
-        [cpu.address(norm.weight) for norm in norms] + [0] * unused,
-        [norm.variance_epsilon for norm in norms] + [0.0] * unused,
-        head_dim, attn.scaling, x.dtype,
-    )  # fmt: skip
-    return _Token(native, x.dtype, (queries, keys), head_dim, places, modules, index)
+    modules = [(parent._modules, name, part) for parent in (block, attn, mlp) for name, part in parent._modules.items()]
+    rounded = [(layer, layer.quantize_activations) for layer in layers if isinstance(layer, MosaicLinear)]
+    query_heads, key_heads = (layer.out_features // attn.head_dim for layer in layers[:2])
+    return _Token(
+        native, x.dtype, x.shape[-1], query_heads, key_heads, attn.head_dim, parameters, modules, rounded, tensors
+    )
 
 
-def _described(layer: Any, dtype: torch.dtype) -> tuple[tuple[int, ...], object] | None:
-    """A layer's addresses and sizes, and the tensors among these that no parameter holds."""
-    values, scales, words, offsets = layer.weight, None, None, None
-    if isinstance(layer, MosaicLinear):
-        if not layer.bitmask.is_cpu:
-            return None
-        values, scales, words, offsets, _ = layer.operands
-    tensors = [tensor for tensor in (values, scales, layer.bias) if tensor is not None]
-    if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):
-        return None
-    kinds = {tensor.dtype for tensor in (values, layer.bias) if tensor is not None} - {torch.int8}
-    if kinds - {dtype}:
-        return None
+def _fit(layers: list[Any], norms: list[Any], head_dim: int, x: Tensor) -> bool:
+    """Whether sizes are a decoder block's and norms those of ``x``."""
+    hidden = x.shape[-1]
+    query, key, value, output, gate, up, down = ((layer.in_features, layer.out_features) for layer in layers)
+    fit = query[0] == key[0] == value[0] == gate[0] == up[0] == output[1] == down[1] == hidden
+    fit = fit and key[1] == value[1] > 0 and output[0] == query[1] > 0 and gate[1] == up[1] == down[0] > 0
+    fit = fit and head_dim % 2 == key[1] % head_dim == query[1] % key[1] == 0
+    for norm, size in zip(norms, (hidden, hidden, head_dim, head_dim), strict=False):
+        weight = getattr(norm, "weight", None)
+        if not hasattr(norm, "variance_epsilon") or weight is None or weight.shape != (size,):
+            return False
+        if weight.dtype is not x.dtype or not weight.is_cpu or not weight.is_contiguous():
+            return False
+    return fit and all(_alike(layers[first:last]) for first, last in ((0, 3), (4, 6)))
+
+
+def _alike(layers: list[Any]) -> bool:
+    """Whether layers round their common input alike."""
     return (
-        cpu.address(values), cpu.address(words), cpu.address(offsets), cpu.address(layer.bias), layer.in_features,
-        layer.out_features, values.numel() if words is not None else 0, cpu.address(scales),
+        len(
+            {
+                (getattr(layer, "scales", None) is None, getattr(layer, "quantize_activations", False))
+                for layer in layers
+            }
+        )
+        == 1
+    )
+
+
+def _is_readable(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether native code may read a layer for an input of ``dtype``."""
+    if type(layer) is DenseLinear:
+        kinds = {dtype} if cpu.DENSE_ROWS else set()
+    elif type(layer) is MosaicLinear:
+        kinds = {dtype, torch.int8} if layer.scales is not None else {dtype}
+    else:
+        return False
+    if any(not held.is_cpu or not held.is_contiguous() for held in layer._parameters.values() if held is not None):
+        return False
+    return layer.weight.dtype in kinds and (layer.bias is None or layer.bias.dtype is dtype)
+
+
+def _addresses(layer: Any, operands: cpu.Operands | None) -> tuple[int, ...]:
+    """What :func:`~mosaic_kernels.ops.cpu.prepared_block` takes of a layer."""
+    values, scales, words, offsets, bias = operands or (layer.weight, None, None, None, layer.bias)
+    return (
+        cpu.address(values), cpu.address(words), cpu.address(offsets), cpu.address(bias), layer.in_features,
+        layer.out_features, 0 if words is None else values.numel(), cpu.address(scales),
         0 if scales is None else scales.shape[1], int(getattr(layer, "quantize_activations", False)),
-    ), (words, offsets)  # fmt: skip
+    )  # fmt: skip
 
 
 def _token_of(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], options: dict[str, Any]) -> _Token | None:
@@ -178,15 +211,14 @@ def _token_of(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], options: d
         return None
     if kernel_for("sparse_linear", x) is not cpu.KERNELS["sparse_linear"]:
         return None
+    token: _Token | None
     dtype, token = block.__dict__.get("_token") or (None, None)
     if dtype is not x.dtype or (token is not None and not token.is_current()):
         token = _made_for(block, x)
         block.__dict__["_token"] = x.dtype, token
-    if token is None or token.is_watched() or (torch.is_grad_enabled() and token.trains()):
+    if token is None or token.is_watched() or not token.takes(x, rotation):
         return None
-    if any(each.dtype is not x.dtype or each.shape != (1, 1, token.head_dim) for each in rotation):
-        return None
-    return token
+    return None if torch.is_grad_enabled() and token.trains() else token
 
 
 def _one_token_class(base: type[nn.Module]) -> type[nn.Module]:

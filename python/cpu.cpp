@@ -141,9 +141,9 @@ struct PreparedBlock {
 
 // Each layer, from query to down: (values, words, offsets, bias, in_features, out_features, nnz, scales,
 // scale_groups, quantize_x). Norms: of attention, FFN, query and key.
-PreparedBlock prepare_block(const std::array<std::array<int64_t, 10>, 7>& layers,
+PreparedBlock prepare_block(int dtype, const std::array<std::array<int64_t, 10>, 7>& layers,
                             const std::array<uintptr_t, 4>& norms, const std::array<float, 4>& epsilons,
-                            int64_t head_dim, float scaling, int dtype) {
+                            int64_t head_dim, float scaling) {
   LinearArgs linear[7];
   for (int i = 0; i < 7; ++i) {
     const auto& p = layers[i];

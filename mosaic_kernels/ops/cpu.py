@@ -218,16 +218,9 @@ class Group:
         return results
 
 
-def prepared_block(
-    layers: list[tuple[int, ...]],
-    norms: list[int],
-    epsilons: list[float],
-    head_dim: int,
-    scaling: float,
-    dtype: torch.dtype,
-) -> Any:
-    """Native calls of a decoder block, see :mod:`mosaic_kernels.decode`; every address has to stay good."""
-    return _C_cpu.PreparedBlock(layers, norms, epsilons, head_dim, scaling, _DTYPES[dtype])
+def prepared_block(dtype: torch.dtype, *described: Any) -> Any:
+    """Native calls of a decoder block, of layers, norms, epsilons, head_dim and scaling; every address stays good."""
+    return _C_cpu.PreparedBlock(_DTYPES[dtype], *described)
 
 
 def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
