@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     """Up to how many rows of x each kernel is meant for; from there on the weight is expanded for cuBLAS."""
 
     decode: int  # linear_decode, linear_2to4: read the weight once for every 64 rows
-    prefill: int  # linear_prefill, of compute capability 9.0 alone
+    prefill: int  # linear_prefill, where there is one: on compute capability 9.0, if built for it
 
 
 # By torch's name of the device, where both were measured (benchmarks/gpu). None was yet: the default follows the
@@ -44,7 +44,7 @@ def rows_of(device: int) -> Rows:
     found = _rows.get(device)
     if found is None:
         found = MEASURED.get(torch.cuda.get_device_name(device), DEFAULT)
-        if torch.cuda.get_device_capability(device) != (9, 0):
+        if not _C_cuda.has_linear_prefill(device):
             found = found._replace(prefill=0)
         _rows[device] = found
     return found
