@@ -137,7 +137,7 @@ def _aligned(x: Tensor) -> Tensor:
     """``x`` with rows that begin at multiples of 16 bytes, which the copies need; zeros behind the last feature."""
     spare = -x.shape[-1] % UNIT
     if spare:
-        return F.pad(x, (0, spare))
+        return F.pad(x, (0, spare)).contiguous()  # it keeps an input channels_last that looks like one
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
