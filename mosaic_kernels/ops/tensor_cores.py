@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,20 @@ def _workspace(device: int, stream: int) -> Tensor:
 
 
 def _new_workspace(device: int) -> Tensor:
-    return torch.zeros(_C_cuda.linear_workspace_bytes(device), dtype=torch.uint8, device=torch.device("cuda", device))
+    """Zeros, ready on the current stream, in memory of no graph's pool.
+
+    What runs before a capture (``torch.compile(mode="reduce-overhead")``) allocates from the pool of its graphs, which
+    hand out all of it anew in the next run, whoever holds a tensor there. Pools are those of a thread.
+    """
+    stream = torch.cuda.current_stream(device)
+
+    def make() -> Tensor:
+        with torch.cuda.stream(stream):
+            size = _C_cuda.linear_workspace_bytes(device)
+            return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(make).result()
 
 
 def make_spare_workspace(device: int) -> None:
