@@ -183,6 +183,23 @@ def test_a_stage_that_fails_does_not_stop_the_next_but_is_told(tmp_path: Path) -
     assert "failed: micro (out of time) ranking (out of time)" in done.stdout
 
 
+def test_tests_that_do_not_end_in_time_say_what_failed(tmp_path: Path) -> None:
+    """A kernel may never end: pytest is interrupted early enough to name the failures so far."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *"-m pytest "*) ;; *) exit 1 ;; esac\n'  # nothing to import, no figures to sum up
+        'echo "$@"; trap "echo 1 failed; exit 2" INT; sleep 60 & wait\n'
+    )
+    python.chmod(0o755)
+    done = run_gpu("tests", out=tmp_path / "out", SECONDS_IN_ALL="12", PYTHON=str(python))
+    assert "-m cuda and not slow" in done.stdout
+    assert "tests/test_cuda_linear.py" in done.stdout
+    assert "test_gpu_report" not in done.stdout  # only files with such tests are collected
+    assert "1 failed\n--- tests: " in done.stdout
+    assert "failed: tests (out of time) summary" in done.stdout
+
+
 def test_errors_of_ours_fail_a_stage() -> None:
     rows = [
         {"shape": "a", "rows": 1, "errors": {"torch 2:4": "no"}, "deterministic": {"mosaic": True}},
