@@ -64,8 +64,7 @@ __device__ __forceinline__ ValueRanges ranges_of_step(const StreamArgs& a, int64
 
 // One warp copies all steps of a block. The memory needs 700 to 1100 cycles of a multiprocessor of an H200
 // for the bytes of a block's step (by accounting; not measured), and an instruction of a lone warp takes five
-// or more of them: so nothing is worked out anew that the step before had, one instruction makes all bulk
-// copies, a lane each, and rows of x, 128 bytes at a time, do not take that way, on which they would queue.
+// or more of them. So rows of x, 128 bytes at a time, are no bulk copies, which a warp starts one by one.
 template <typename Format, int kBlocks>
 struct Producer {
   const StreamArgs& a;
@@ -73,17 +72,21 @@ struct Producer {
   int64_t first, last;
   int lane;
   int group, column_step, stage = 0;  // of the next step
-  // Lane 2 t knows tile t of the group, lane 2 t + 1 the values of its weight.
-  int tiles;
-  const char* own;
-  ValueRanges now = {}, ahead = {};
+  WeightCopies<Format> weights;
+  ValueRanges ahead = {};  // of the next 32 steps
 
   __device__ Producer(const StreamArgs& args, uint32_t barriers_, uint32_t stages_, int64_t first_,
                       int64_t last_, int lane_)
-      : a(args), barriers(barriers_), stages(stages_), first(first_), last(last_), lane(lane_) {
+      : a(args),
+        barriers(barriers_),
+        stages(stages_),
+        first(first_),
+        last(last_),
+        lane(lane_),
+        weights(lane_) {
     group = static_cast<int>(first / a.list.column_steps);
     column_step = static_cast<int>(first % a.list.column_steps);
-    enter_group();
+    weights.enter_group(a.list, group, column_step);
     if constexpr (Format::kHasValues) ahead = ranges_of_step(a, first + lane, last);
   }
 
@@ -92,18 +95,9 @@ struct Producer {
   }
   __device__ uint32_t full(int s) const { return barriers + 8 * static_cast<uint32_t>(s); }
   __device__ uint32_t empty(int s) const { return full(kMaxStages + s); }
-  __device__ bool has_values() const { return lane % 2 != 0; }
-
-  __device__ void enter_group() {
-    const StepTiles found = tiles_of(a.list, group, column_step);
-    tiles = found.count;
-    own = static_cast<const char*>(has_values() ? found.part->values : found.part->tiles);
-    if (!has_values() && lane / 2 < tiles)
-      own += (found.first + static_cast<int64_t>(lane / 2) * a.list.column_steps) * Format::kTileBytes;
-  }
 
   __device__ void advance() {
-    if (!has_values()) own += Format::kTileBytes;
+    weights.next_step();
     if (++stage == a.stages) stage = 0;
     if (++column_step == a.list.column_steps) {
       column_step = 0;
@@ -112,43 +106,16 @@ struct Producer {
   }
 
   __device__ void copy_weights(int64_t i) {
-    if (column_step == 0) enter_group();
-    using Shape = StageShape<Format, kBlocks>;
-    const int tile = lane / 2;
-    uint32_t to = memory(stage) + Shape::kX + tile * Format::kTileBytes;
-    uint32_t bytes = has_values() ? 0 : Format::kTileBytes;
-    const char* from = own;
+    if (column_step == 0) weights.enter_group(a.list, group, 0);
+    const int batch_lane = static_cast<int>(i % kWarpLanes);
     if constexpr (Format::kHasValues) {
-      const int batch_lane = static_cast<int>(i % kWarpLanes);
       if (batch_lane == 0) {
-        now = ahead;
+        weights.now = ahead;
         ahead = ranges_of_step(a, first + i + kWarpLanes + lane, last);
       }
-#pragma unroll
-      for (int t = 0; t < kGroup; ++t) {
-        const uint32_t begin = __shfl_sync(kFullWarp, now.first[t], batch_lane);
-        const uint32_t end = __shfl_sync(kFullWarp, now.end[t], batch_lane);
-        if (lane == 2 * t + 1) {
-          to = memory(stage) + Shape::kX + Shape::kTiles + t * a.tile_value_bytes;
-          from += 16 * static_cast<int64_t>(begin);
-          bytes = 16 * (end - begin);
-        }
-      }
     }
-    if (tile >= tiles) bytes = 0;
-    if constexpr (kBulkCopies) {
-      if (tile < kGroup) {
-        barrier_arrive_expect(full(stage), bytes);
-        if (bytes > 0) copy_bulk(to, from, bytes, full(stage));
-      }
-    } else {
-      for (int piece = 0; piece < 2 * kGroup; ++piece) {
-        const uint32_t size = __shfl_sync(kFullWarp, bytes, piece), start = __shfl_sync(kFullWarp, to, piece);
-        const auto source = __shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(from), piece);
-        for (uint32_t at = 16u * lane; at < size; at += 16u * kWarpLanes)
-          copy_16(start + at, reinterpret_cast<const char*>(source) + at);
-      }
-    }
+    weights.copy(memory(stage) + StageShape<Format, kBlocks>::kX, a.tile_value_bytes, batch_lane,
+                 full(stage));
   }
 
   // The 128 bytes of a row are 8 pieces, a lane each.
@@ -312,7 +279,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_linear(const __grid_
             lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {
-      barrier_init(barriers + 8 * i, kWarpLanes + (kBulkCopies ? 2 * kGroup : 0));
+      barrier_init(barriers + 8 * i, kWarpLanes + (kBulkCopies ? WeightCopies<Format>::kLanes : 0));
       barrier_init(barriers + 8 * (kMaxStages + i), kConsumerWarps);
     }
     barrier_init_fence();
