@@ -30,7 +30,7 @@ build() {
   local capability
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
   MOSAIC_CUDA=on MOSAIC_CUDA_ARCHS=${MOSAIC_CUDA_ARCHS:-$capability} NVCC_APPEND_FLAGS=-Xptxas=-v \
-    "$python" -m pip install -v --no-build-isolation --no-deps -e .
+    "$python" -m pip --disable-pip-version-check install -v --no-build-isolation --no-deps -e .
   echo "$(grep -c 'Used .* registers' "$log") kernels, spills: $(grep -cE '[1-9][0-9]* bytes spill' "$log" || true)"
   "$python" -m mosaic_kernels.info
 }

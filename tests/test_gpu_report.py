@@ -150,6 +150,18 @@ def test_tables_show_what_was_measured(tmp_path: Path) -> None:
 # --- commands
 
 
+def test_its_modules_stand_for_no_packages(tmp_path: Path) -> None:
+    code = (
+        "import contextlib, importlib.util, runpy, sys\n"
+        f"sys.path[0], sys.argv[1:] = 'benchmarks/gpu', ['summary', '--output', {str(tmp_path)!r}]\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    runpy.run_path('benchmarks/gpu/__main__.py', run_name='__main__')\n"
+        "found = importlib.util.find_spec('kernels')\n"
+        "assert found is None or 'benchmarks' not in found.origin, found\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_command_needs_a_gpu_or_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
