@@ -80,6 +80,7 @@ def linear_prefill(
     device: int,
     stream: int,
 ) -> None: ...
+def has_linear_prefill(device: int) -> bool: ...
 def linear_2to4(
     parts: list[_Part],
     x: int,

@@ -123,8 +123,8 @@ PYBIND11_MODULE(MOSAIC_CUDA_MODULE, m) {
   m.def("linear_rows", python::linear_rows);
   m.def("linear_decode", tile_linear<cuda::linear_decode>);
   m.def("linear_prefill", tile_linear<cuda::linear_prefill>);
+  m.def("has_linear_prefill", cuda::has_linear_prefill);
   m.def("expand_tiles", python::expand_tiles);
-
   m.def("linear_2to4", tile_linear<cuda::linear_2to4>);
   m.def("expand_2to4", python::expand_2to4);
   m.def("linear_workspace_bytes", cuda::linear_workspace_bytes);

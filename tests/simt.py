@@ -67,9 +67,11 @@ class Gpu:
         self._controls.mosaic_simt_probe.restype = ctypes.c_char_p
         self.limits()
 
-    def limits(self, multiprocessors: int = 4, shared_bytes: int = 164 * 1024, resident_blocks: int = 3) -> None:
-        """What the device has, and how many blocks of a launch run at once."""
-        self._controls.mosaic_simt_device(DEVICE, multiprocessors, shared_bytes, self.arch // 10)
+    def limits(
+        self, multiprocessors: int = 4, shared_bytes: int = 164 * 1024, resident_blocks: int = 3, major: int = 0
+    ) -> None:
+        """What the device has, and how many blocks of a launch run at once; ``major`` as the code's if it is 0."""
+        self._controls.mosaic_simt_device(DEVICE, multiprocessors, shared_bytes, major or self.arch // 10)
         self._controls.mosaic_simt_resident_blocks(resident_blocks)
 
     def seed(self, seed: int) -> None:

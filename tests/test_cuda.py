@@ -166,7 +166,7 @@ def launch_prefill(x: Tensor, parts: list[tuple[TileBitmap, Tensor]], found: lis
 def test_prefill(shape: tuple[int, int, tuple[int, ...]], dtype: torch.dtype, density: float) -> None:
     from mosaic_kernels import _C_cuda
 
-    if torch.cuda.get_device_capability() != (9, 0):
+    if not _C_cuda.has_linear_prefill(0):
         pytest.skip("linear_prefill runs on compute capability 9.0 alone")
     rows, columns, outs = shape
     x = torch.randn(rows, columns).to(dtype).cuda()
@@ -188,7 +188,7 @@ def test_prefill(shape: tuple[int, int, tuple[int, ...]], dtype: torch.dtype, de
 def test_prefill_in_a_graph() -> None:
     from mosaic_kernels import _C_cuda
 
-    if torch.cuda.get_device_capability() != (9, 0):
+    if not _C_cuda.has_linear_prefill(0):
         pytest.skip("linear_prefill runs on compute capability 9.0 alone")
     x, weight = torch.randn(200, 4096).bfloat16().cuda(), sparse(256, 4096, 0.5, torch.bfloat16)
     parts = [(TileBitmap.from_dense(weight), torch.zeros(256, dtype=torch.bfloat16, device="cuda:0"))]

@@ -160,6 +160,13 @@ def test_the_order_of_the_blocks_changes_nothing(gpu: Gpu, rows: int) -> None:
     assert_product(results[0], x, weight, None)
 
 
+def test_code_that_does_not_wait_is_not_launched_early(gpu: Gpu) -> None:
+    """Code for sm_80, which a later device compiles anew: launching it refuses what lets it start early."""
+    gpu.limits(major=9)
+    x, weight = torch.randn(3, 520).bfloat16(), sparse(70, 520, 0.5)
+    assert_product(linear_decode(gpu, x, [(weight, None)])[0], x, weight, None)
+
+
 def test_what_a_decode_launch_refuses(gpu: Gpu) -> None:
     x, weight = torch.randn(1, 64).bfloat16(), sparse(64, 64, 0.5)
     with pytest.raises(KernelError, match="pad its features to a multiple of 8"):

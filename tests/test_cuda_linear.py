@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -68,8 +69,18 @@ def test_tiles_are_those_of_the_reference(shape: tuple[int, int]) -> None:
         assert torch.equal(torch.ops.mosaic.expand_tiles(*found, *shape), weight if mask is None else weight * mask)
 
 
+@pytest.fixture
+def cublas_sums_in_fp32() -> Iterator[None]:
+    """By default it may add partial sums in bf16; it takes 2:4 weights for more than 64 rows."""
+    options = torch.backends.cuda.matmul
+    before = options.allow_bf16_reduced_precision_reduction
+    options.allow_bf16_reduced_precision_reduction = False
+    yield
+    options.allow_bf16_reduced_precision_reduction = before
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_2_of_4(shape: tuple[int, int]) -> None:
+def test_2_of_4(shape: tuple[int, int], cublas_sums_in_fp32: None) -> None:
     linear = dense(*shape, 1.0)
     linear.weight[:, 0::4] = linear.weight[:, 3::4] = 0
     layer = mk.MosaicLinear.from_linear(linear)
@@ -170,6 +181,23 @@ def test_compiled() -> None:
     compiled = torch.compile(lambda x: torch.relu(layer(x)) + 1, fullgraph=True)
     x = torch.randn(3, 512, device="cuda").bfloat16()
     assert torch.allclose(compiled(x), torch.relu(layer(x)) + 1, atol=1e-2)
+
+
+def test_compiled_into_graphs() -> None:
+    """Runs before the capture, the capture and replays; what each allocates, the next one's pool hands out again."""
+    linear = dense(1000, 8192)
+    layer = mk.MosaicLinear.from_linear(linear)
+    factors = torch.randn(8192, 2048, device="cuda").bfloat16() / 64
+
+    def run(x: Tensor) -> Tensor:
+        return layer((x @ factors @ factors.T).relu())
+
+    compiled = torch.compile(run, mode="reduce-overhead", fullgraph=True)
+    for rows in (1, 300):
+        for _ in range(5):
+            x = torch.randn(rows, 8192, device="cuda").bfloat16()
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.allclose(compiled(x), run(x), rtol=0.05, atol=0.05)
 
 
 def test_gradients_of_the_input() -> None:

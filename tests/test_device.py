@@ -229,6 +229,7 @@ def test_a_gram_of_the_gpu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["admm", "sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("category", ["unstructured", "structured", "composite"])
 def test_a_run_on_the_gpu_is_a_run_on_the_cpu(

@@ -150,6 +150,18 @@ def test_tables_show_what_was_measured(tmp_path: Path) -> None:
 # --- commands
 
 
+def test_its_modules_stand_for_no_packages(tmp_path: Path) -> None:
+    code = (
+        "import contextlib, importlib.util, runpy, sys\n"
+        f"sys.path[0], sys.argv[1:] = 'benchmarks/gpu', ['summary', '--output', {str(tmp_path)!r}]\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    runpy.run_path('benchmarks/gpu/__main__.py', run_name='__main__')\n"
+        "found = importlib.util.find_spec('kernels')\n"
+        "assert found is None or 'benchmarks' not in found.origin, found\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_command_needs_a_gpu_or_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -181,6 +193,23 @@ def test_a_stage_that_fails_does_not_stop_the_next_but_is_told(tmp_path: Path) -
     assert done.returncode == 1
     assert "--- micro: 0s, status 124" in done.stdout
     assert "failed: micro (out of time) ranking (out of time)" in done.stdout
+
+
+def test_tests_that_do_not_end_in_time_say_what_failed(tmp_path: Path) -> None:
+    """A kernel may never end: pytest is interrupted early enough to name the failures so far."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *"-m pytest "*) ;; *) exit 1 ;; esac\n'  # nothing to import, no figures to sum up
+        'echo "$@"; trap "echo 1 failed; exit 2" INT; sleep 60 & wait\n'
+    )
+    python.chmod(0o755)
+    done = run_gpu("tests", out=tmp_path / "out", SECONDS_IN_ALL="12", PYTHON=str(python))
+    assert "-m cuda and not slow" in done.stdout
+    assert "tests/test_cuda_linear.py" in done.stdout
+    assert "test_gpu_report" not in done.stdout  # only files with such tests are collected
+    assert "1 failed\n--- tests: " in done.stdout
+    assert "failed: tests (out of time) summary" in done.stdout
 
 
 def test_errors_of_ours_fail_a_stage() -> None:

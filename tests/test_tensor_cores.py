@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -133,6 +136,43 @@ def test_inputs_of_every_layout() -> None:
     assert shifted.data_ptr() % 16
     for x in (transposed, shifted, torch.randn(72).bfloat16(), torch.randn(0, 72).bfloat16()):
         assert_close(group(x)[0], x, weight, None)
+
+
+def test_padding_does_not_keep_channels_last() -> None:
+    weight = sparse(70, 20)
+    x = torch.randn(2, 3, 5, 20).bfloat16().contiguous(memory_format=torch.channels_last)
+    assert_close(tensor_cores.Group([(TileBitmap.from_dense(weight), None)])(x)[0], x, weight, None)
+
+
+def test_a_workspace_is_made_by_another_thread_on_the_same_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of graphs, which takes all memory of the thread that captures, must not take this."""
+    made, real = [], torch.zeros
+    current = threading.local()
+
+    @contextlib.contextmanager
+    def on(stream: str) -> Iterator[None]:
+        current.stream = stream
+        yield
+
+    def zeros(size: int, *, device: torch.device, **options: Any) -> Tensor:
+        made.append((threading.get_ident() == here, current.stream, device))
+        return real(size, **options)
+
+    here = threading.get_ident()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    found = tensor_cores._new_workspace(simt.DEVICE)
+    assert len(found) == tensor_cores._C_cuda.linear_workspace_bytes(simt.DEVICE)
+    assert made == [(False, f"current of {simt.DEVICE}", torch.device("cuda", simt.DEVICE))]
+
+
+def test_the_module_says_where_many_rows_have_a_kernel(gpu: simt.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(tensor_cores, "_C_cuda", gpu.module, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "of no table")
+    monkeypatch.setattr(tensor_cores, "_rows", {})
+    assert tensor_cores.rows_of(simt.DEVICE) == (64, 1024 if gpu.arch == 90 else 0)
 
 
 def test_what_does_not_fit_is_refused() -> None:

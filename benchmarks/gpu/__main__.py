@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 
+# Python puts this folder first where it starts here, and transformers would take kernels.py for a package.
+if __name__ == "__main__":
+    sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).parents[1]))  # ``gpu``, ``measure`` and ``models`` are siblings there
 
 from gpu import decode, dispatch, goals, kernels, micro, pruning, ranking, report

@@ -63,6 +63,22 @@ inline Status status_of(cudaError_t error) {
   return {Code::kUnavailable, cudaGetErrorString(error)};
 }
 
+// Whether the kernel's code for the current device, whose number is `device`, waits for the kernel before it
+// (wait_for_previous_kernel): a later device runs code for an earlier one, too, and that does not.
+template <auto kKernel>
+bool waits_itself(int device) {
+  static std::atomic<int> known[kMaxDevices];
+  const bool kept = device >= 0 && device < kMaxDevices;
+  int version = kept ? known[device].load(std::memory_order_relaxed) : 0;
+  if (version == 0) {
+    cudaFuncAttributes attributes = {};
+    cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel));
+    version = attributes.ptxVersion;  // 90: compiled for compute capability 9.0
+    if (kept) known[device].store(version, std::memory_order_relaxed);
+  }
+  return version >= 90;
+}
+
 struct Shape {
   dim3 grid;
   int threads;
@@ -94,7 +110,7 @@ Status launch(const Shape& shape, Launch where, const Args&... args) {
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = shape.overlaps && device_limits(where.device).major >= 9 ? 1 : 0;
+  config.numAttrs = shape.overlaps && waits_itself<kKernel>(where.device) ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, args...);
   cudaGetLastError();
   return status_of(error);

@@ -6,10 +6,7 @@
 namespace mosaic::cuda {
 namespace {
 
-struct Bitmap {
-  static constexpr int kTileBytes = mosaic::kTileBytes;
-  static constexpr bool kHasValues = true;
-
+struct Bitmap : BitmapTiles {
   // sums += strip . x^T; `area` is kAreaBytes of this warp's own.
   template <typename T, int kBlocks>
   static __device__ __forceinline__ void multiply(float (&sums)[kBlocks][4], uint32_t tile, uint32_t values,

@@ -9,6 +9,8 @@ mosaic::Status mosaic::cuda::linear_prefill(const TileLinearArgs&, Launch) {
   return {Code::kUnavailable, "linear_prefill was not built: MOSAIC_CUDA_ARCHS has no 90"};
 }
 
+bool mosaic::cuda::has_linear_prefill(int) { return false; }
+
 #else
 
 #include "cuda/prefill.cuh"
@@ -106,8 +108,10 @@ Status launch_prefill(PrefillArgs& a, DType dtype, const TileLinearArgs& given, 
 
 }  // namespace
 
+bool has_linear_prefill(int device) { return device_limits(device).major == 9; }
+
 Status linear_prefill(const TileLinearArgs& given, Launch where) {
-  if (device_limits(where.device).major != 9)
+  if (!has_linear_prefill(where.device))
     return {Code::kUnavailable, "linear_prefill runs on compute capability 9.0 alone"};
   if (given.rows == 0) return {};
   PrefillArgs a = {};

@@ -66,6 +66,75 @@ __device__ __forceinline__ ValueRanges fetch_ranges(const PartList& list, int gr
   return r;
 }
 
+// What each lane of a producer warp copies of a step, whose bytes have as little time as some hundred of its
+// instructions: nothing is worked out anew that the step before had, and one instruction makes all bulk
+// copies. Lane 2 t takes tile t of the group and lane 2 t + 1 its values; each announces its own at the
+// barrier.
+template <typename Format>
+struct WeightCopies {
+  static constexpr int kLanes = 2 * kGroup;
+  static constexpr int kTiles = kGroup * Format::kTileBytes;  // of a stage; values lie behind
+
+  int lane, tiles = 0;
+  const char* own = nullptr;  // the lane's tile at the next step; or the weight's values
+  ValueRanges now = {};       // of 32 steps, a lane each
+
+  __device__ explicit WeightCopies(int lane_) : lane(lane_) {}
+  __device__ bool takes_values() const { return lane % 2 != 0; }
+
+  __device__ void enter_group(const PartList& list, int group, int column_step) {
+    const StepTiles found = tiles_of(list, group, column_step);
+    tiles = found.count;
+    own = static_cast<const char*>(takes_values() ? found.part->values : found.part->tiles);
+    if (!takes_values() && lane / 2 < tiles)
+      own += (found.first + static_cast<int64_t>(lane / 2) * list.column_steps) * Format::kTileBytes;
+  }
+
+  __device__ void next_step() {
+    if (!takes_values()) own += Format::kTileBytes;
+  }
+
+  // Copies the step whose ranges lane `batch_lane` has.
+  __device__ void copy(uint32_t stage, int tile_value_bytes, int batch_lane, uint32_t barrier) const {
+    const int tile = lane / 2;
+    uint32_t to = stage + tile * Format::kTileBytes;
+    uint32_t bytes = takes_values() ? 0 : Format::kTileBytes;
+    const char* from = own;
+    if constexpr (Format::kHasValues) {
+#pragma unroll
+      for (int t = 0; t < kGroup; ++t) {
+        const uint32_t begin = __shfl_sync(kFullWarp, now.first[t], batch_lane);
+        const uint32_t end = __shfl_sync(kFullWarp, now.end[t], batch_lane);
+        if (lane == 2 * t + 1) {
+          to = stage + kTiles + t * tile_value_bytes;
+          from += 16 * static_cast<int64_t>(begin);
+          bytes = 16 * (end - begin);
+        }
+      }
+    }
+    if (tile >= tiles) bytes = 0;
+    if constexpr (kBulkCopies) {
+      if (lane < kLanes) {
+        barrier_arrive_expect(barrier, bytes);
+        if (bytes > 0) copy_bulk(to, from, bytes, barrier);
+      }
+    } else {
+      for (int piece = 0; piece < kLanes; ++piece) {
+        const uint32_t size = __shfl_sync(kFullWarp, bytes, piece), start = __shfl_sync(kFullWarp, to, piece);
+        const auto source = __shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(from), piece);
+        for (uint32_t at = 16u * lane; at < size; at += 16u * kWarpLanes)
+          copy_16(start + at, reinterpret_cast<const char*>(source) + at);
+      }
+    }
+  }
+};
+
+// The tile bitmap as a Format.
+struct BitmapTiles {
+  static constexpr int kTileBytes = mosaic::kTileBytes;
+  static constexpr bool kHasValues = true;
+};
+
 // How many groups of rows the weights have, and the units of their largest tile.
 struct ListSize {
   int64_t groups, largest_tile;

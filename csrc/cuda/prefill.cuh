@@ -122,7 +122,9 @@ struct Ring {
   }
 };
 
-// One warp copies all steps of all items.
+// One warp copies all steps of all items: its first lanes the weights, the next one x.
+constexpr int kXLane = WeightCopies<BitmapTiles>::kLanes;
+
 template <int kRows>
 __device__ void produce(const PrefillArgs& a, uint32_t memory, int lane) {
   Ring<kRows> ring(a, memory);
@@ -136,44 +138,28 @@ __device__ void produce(const PrefillArgs& a, uint32_t memory, int lane) {
     const Item item = item_at<kRows>(a, static_cast<int>(number));
     return fetch_ranges(a.list, item.group, item.first_step + static_cast<int>(step % item_steps));
   };
-  ValueRanges now = {}, ahead = ranges_at(lane);
+  WeightCopies<BitmapTiles> weights(lane);
+  ValueRanges ahead = ranges_at(lane);
   int64_t done = 0;
   wait_for_previous_kernel();
   for (int number = block; number < items; number += blocks) {
     const Item item = item_at<kRows>(a, number);
+    weights.enter_group(a.list, item.group, item.first_step);
     for (int step = item.first_step; step < item.first_step + item.steps; ++step, ++done) {
       const int batch_lane = static_cast<int>(done % kWarpLanes);
       if (batch_lane == 0) {
-        now = ahead;
+        weights.now = ahead;
         ahead = ranges_at(done + kWarpLanes + lane);
       }
-      const StepTiles tiles = tiles_of(a.list, item.group, step);
-      const uint32_t full = ring.full(ring.stage), to = ring.weights();
-      uint32_t units[kGroup], begin[kGroup];
-      uint32_t total = Ring<kRows>::kXBytes + tiles.count * kTileBytes;
-#pragma unroll
-      for (int t = 0; t < kGroup; ++t) {
-        begin[t] = __shfl_sync(kFullWarp, now.first[t], batch_lane);
-        units[t] = __shfl_sync(kFullWarp, now.end[t], batch_lane) - begin[t];
-        total += 16 * units[t];
-      }
+      const uint32_t full = ring.full(ring.stage);
       if (done >= a.stages) barrier_wait(ring.empty(ring.stage), ring.parity ^ 1);
-      if (lane == 0) {
-        barrier_arrive_expect(full, total);
+      if (lane == kXLane) {
+        barrier_arrive_expect(full, Ring<kRows>::kXBytes);
         copy_box(ring.x(), a.x, item.x_row, step * kTileColumns, full);
       }
       __syncwarp();
-#pragma unroll
-      for (int t = 0; t < kGroup; ++t) {
-        const int64_t tile = tiles.first + static_cast<int64_t>(t) * a.list.column_steps;
-        if (t < tiles.count && lane == 2 * t + 1)
-          copy_bulk(to + t * kTileBytes, static_cast<const char*>(tiles.part->tiles) + tile * kTileBytes,
-                    kTileBytes, full);
-        if (units[t] > 0 && lane == 2 * t + 2)
-          copy_bulk(to + kWeightBytes + t * a.tile_value_bytes,
-                    static_cast<const char*>(tiles.part->values) + 16 * static_cast<int64_t>(begin[t]),
-                    16 * units[t], full);
-      }
+      weights.copy(ring.weights(), a.tile_value_bytes, batch_lane, full);
+      weights.next_step();
       ring.advance();
     }
   }
@@ -351,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill(const __grid_constant__ P
   if (threadIdx.x == 0) {
     const Ring<kRows> ring(a, shared_address(shared));
     for (int s = 0; s < a.stages; ++s) {
-      barrier_init(ring.full(s), 1);
+      barrier_init(ring.full(s), kXLane + 1);
       barrier_init(ring.empty(s), kConsumerWarps);
     }
     barrier_init_fence();

@@ -114,7 +114,7 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
 #endif
 }
 
-// Below sm_90: an arrival of this thread that counts once its earlier copy_16 have landed.
+// An arrival of this thread that counts once its earlier copy_16 have landed.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -144,18 +144,14 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
 #endif
 }
 
-// Orders this thread's ordinary stores to shared memory before bulk copies to the same place.
-__device__ __forceinline__ void fence_before_bulk_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // 16 bytes, past the first level of cache.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from))
                : "memory");
 }
+
+// Until this thread's copy_16 have landed.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t address) {

@@ -62,118 +62,101 @@ __device__ __forceinline__ ValueRanges ranges_of_step(const StreamArgs& a, int64
                       static_cast<int>(step % a.list.column_steps));
 }
 
-// Copies `bytes`, a multiple of 16, with one thread where there are bulk copies and with 32 elsewhere.
-__device__ __forceinline__ void copy_piece(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
-                                           int lane, bool mine) {
-  if constexpr (kBulkCopies) {
-    if (mine && bytes > 0) copy_bulk(to, from, bytes, barrier);
-  } else {
-    for (uint32_t at = 16u * lane; at < bytes; at += 16u * kWarpLanes) {
-      copy_16(to + at, static_cast<const char*>(from) + at);
-    }
-  }
-}
-
+// One warp copies all steps of a block. The memory needs 700 to 1100 cycles of a multiprocessor of an H200
+// for the bytes of a block's step (by accounting; not measured), and an instruction of a lone warp takes five
+// or more of them. So rows of x, 128 bytes at a time, are no bulk copies, which a warp starts one by one.
 template <typename Format, int kBlocks>
 struct Producer {
   const StreamArgs& a;
   uint32_t barriers, stages;
   int64_t first, last;
   int lane;
-  int group, column_step;  // of the next step whose weights are copied
-  int x_column_step;       // of the next step whose activations are
-  ValueRanges now = {}, ahead = {};
+  int group, column_step, stage = 0;  // of the next step
+  WeightCopies<Format> weights;
+  ValueRanges ahead = {};  // of the next 32 steps
 
   __device__ Producer(const StreamArgs& args, uint32_t barriers_, uint32_t stages_, int64_t first_,
                       int64_t last_, int lane_)
-      : a(args), barriers(barriers_), stages(stages_), first(first_), last(last_), lane(lane_) {
+      : a(args),
+        barriers(barriers_),
+        stages(stages_),
+        first(first_),
+        last(last_),
+        lane(lane_),
+        weights(lane_) {
     group = static_cast<int>(first / a.list.column_steps);
-    x_column_step = column_step = static_cast<int>(first % a.list.column_steps);
+    column_step = static_cast<int>(first % a.list.column_steps);
+    weights.enter_group(a.list, group, column_step);
     if constexpr (Format::kHasValues) ahead = ranges_of_step(a, first + lane, last);
   }
 
-  __device__ uint32_t stage(int64_t i) const {
-    return stages +
-           static_cast<uint32_t>(i % a.stages) * StageShape<Format, kBlocks>::bytes(a.tile_value_bytes);
+  __device__ uint32_t memory(int s) const {
+    return stages + static_cast<uint32_t>(s * StageShape<Format, kBlocks>::bytes(a.tile_value_bytes));
   }
-  __device__ uint32_t full(int64_t i) const { return barriers + 8 * static_cast<uint32_t>(i % a.stages); }
-  __device__ uint32_t x_bytes(int step) const {
-    return 2 * min(kTileColumns, a.in_features - step * kTileColumns);
-  }
+  __device__ uint32_t full(int s) const { return barriers + 8 * static_cast<uint32_t>(s); }
+  __device__ uint32_t empty(int s) const { return full(kMaxStages + s); }
 
-  __device__ void copy_weights(int64_t i) {
-    const int batch_lane = static_cast<int>(i % kWarpLanes);
-    if constexpr (Format::kHasValues) {
-      if (batch_lane == 0) {
-        now = ahead;
-        ahead = ranges_of_step(a, first + i + kWarpLanes + lane, last);
-      }
-    }
-    const StepTiles tiles = tiles_of(a.list, group, column_step);
-    const uint32_t to = stage(i) + StageShape<Format, kBlocks>::kX;
-    uint32_t units[kGroup] = {}, begin[kGroup] = {};
-    uint32_t total = tiles.count * Format::kTileBytes + a.rows * x_bytes(column_step);
-    if constexpr (Format::kHasValues) {
-#pragma unroll
-      for (int t = 0; t < kGroup; ++t) {
-        begin[t] = __shfl_sync(kFullWarp, now.first[t], batch_lane);
-        units[t] = __shfl_sync(kFullWarp, now.end[t], batch_lane) - begin[t];
-        total += 16 * units[t];
-      }
-    }
-    if constexpr (kBulkCopies) {
-      if (lane == 0) barrier_arrive_expect(full(i), total);
-      __syncwarp();
-    }
-#pragma unroll
-    for (int t = 0; t < kGroup; ++t) {
-      if (t < tiles.count) {
-        const int64_t tile = tiles.first + static_cast<int64_t>(t) * a.list.column_steps;
-        copy_piece(to + t * Format::kTileBytes,
-                   static_cast<const char*>(tiles.part->tiles) + tile * Format::kTileBytes,
-                   Format::kTileBytes, full(i), lane, lane == 2 * t);
-        if constexpr (Format::kHasValues) {
-          copy_piece(to + StageShape<Format, kBlocks>::kTiles + t * a.tile_value_bytes,
-                     static_cast<const char*>(tiles.part->values) + 16 * static_cast<int64_t>(begin[t]),
-                     16 * units[t], full(i), lane, lane == 2 * t + 1);
-        }
-      }
-    }
+  __device__ void advance() {
+    weights.next_step();
+    if (++stage == a.stages) stage = 0;
     if (++column_step == a.list.column_steps) {
       column_step = 0;
       ++group;
     }
   }
 
-  __device__ void copy_x(int64_t i) {
-    const uint32_t bytes = x_bytes(x_column_step);
-    const char* from = static_cast<const char*>(a.x) + static_cast<int64_t>(x_column_step) * kTileColumns * 2;
-    const int64_t row_bytes = static_cast<int64_t>(a.in_features) * 2;
-    if constexpr (kBulkCopies) {
-      for (int n = lane; n < a.rows; n += kWarpLanes)
-        copy_bulk(stage(i) + n * kXStride, from + n * row_bytes, bytes, full(i));
-    } else {
-      for (int piece = lane; piece < 8 * a.rows; piece += kWarpLanes) {  // 128 bytes of a row are 8 pieces
-        const int n = piece / 8;
-        const uint32_t at = 16u * (piece % 8);
-        if (at < bytes) copy_16(stage(i) + n * kXStride + at, from + n * row_bytes + at);
+  __device__ void copy_weights(int64_t i) {
+    if (column_step == 0) weights.enter_group(a.list, group, 0);
+    const int batch_lane = static_cast<int>(i % kWarpLanes);
+    if constexpr (Format::kHasValues) {
+      if (batch_lane == 0) {
+        weights.now = ahead;
+        ahead = ranges_of_step(a, first + i + kWarpLanes + lane, last);
       }
-      barrier_arrive_after_copies(full(i));
     }
-    if (++x_column_step == a.list.column_steps) x_column_step = 0;
+    weights.copy(memory(stage) + StageShape<Format, kBlocks>::kX, a.tile_value_bytes, batch_lane,
+                 full(stage));
+  }
+
+  // The 128 bytes of a row are 8 pieces, a lane each.
+  __device__ void copy_x(int s, int step) {
+    constexpr int kLanes = kTileColumns / kUnitValues, kRows = kWarpLanes / kLanes;
+    const int row = lane / kLanes, column = step * kTileColumns + lane % kLanes * kUnitValues;
+    if (column < a.in_features) {
+      const char* from =
+          static_cast<const char*>(a.x) + 2 * (static_cast<int64_t>(row) * a.in_features + column);
+      uint32_t to = memory(s) + row * kXStride + lane % kLanes * 16;
+      for (int n = row; n < a.rows; n += kRows) {
+        copy_16(to, from);
+        to += kRows * kXStride;
+        from += 2 * kRows * static_cast<int64_t>(a.in_features);
+      }
+    }
+    barrier_arrive_after_copies(full(s));
   }
 
   __device__ void run() {
     const int64_t count = last - first;
-    const int64_t filled = min(static_cast<int64_t>(a.stages), count);
-    for (int64_t i = 0; i < filled; ++i) copy_weights(i);
-    wait_for_previous_kernel();
-    for (int64_t i = 0; i < filled; ++i) copy_x(i);
-    for (int64_t i = filled; i < count; ++i) {
-      barrier_wait(full(i) + 8 * kMaxStages, static_cast<uint32_t>((i / a.stages - 1) & 1));
+    const int filled = static_cast<int>(min(static_cast<int64_t>(a.stages), count));
+    int x_step = column_step;
+    for (int i = 0; i < filled; ++i) {
       copy_weights(i);
-      copy_x(i);
+      advance();
     }
+    wait_for_previous_kernel();
+    for (int i = 0; i < filled; ++i) {
+      copy_x(i, x_step);
+      if (++x_step == a.list.column_steps) x_step = 0;
+    }
+    uint32_t parity = 0;
+    for (int64_t i = filled; i < count; ++i) {
+      barrier_wait(empty(stage), parity);
+      copy_weights(i);
+      copy_x(stage, column_step);
+      advance();
+      if (stage == 0) parity ^= 1;
+    }
+    wait_for_copies();
   }
 };
 
@@ -296,7 +279,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_linear(const __grid_
             lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {
-      barrier_init(barriers + 8 * i, kBulkCopies ? 1 : kWarpLanes);
+      barrier_init(barriers + 8 * i, kWarpLanes + (kBulkCopies ? WeightCopies<Format>::kLanes : 0));
       barrier_init(barriers + 8 * (kMaxStages + i), kConsumerWarps);
     }
     barrier_init_fence();
@@ -310,7 +293,6 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_linear(const __grid_
                 at = i % (StageShape<Format, kBlocks>::kX / 16);
       store_shared_zero_16(stages + stage * bytes + 16 * at);
     }
-    fence_before_bulk_copies();
   }
   __syncthreads();
   allow_next_kernel();

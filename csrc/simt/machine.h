@@ -61,7 +61,7 @@ struct Fiber {
   uint64_t copies = 0;                                      // issued without a barrier
   std::set<uint64_t> flying;                                // of those, in flight
   std::deque<std::pair<uint64_t, uint32_t>> arrivals = {};  // (copies before it, barrier)
-  std::vector<uint32_t> unfenced;                           // units that it stored to since its last fence
+  std::vector<Fiber*> waiting = {};                         // this one, until `flying` is empty
 };
 
 struct Meeting {
@@ -92,8 +92,8 @@ struct Block {
   std::unique_ptr<GuardedMemory> memory;
   unsigned char* shared;
   uint32_t shared_bytes;
-  std::vector<unsigned char> in_flight;  // for each 16 bytes: a copy to them is
-  std::vector<uint16_t> unfenced;        // the same: the thread that stored to them and did not fence, + 1
+  std::vector<unsigned char> in_flight;        // for each 16 bytes: a copy to them is
+  std::vector<uint16_t> unfenced;              // the same: the thread that stored to them, + 1
   std::vector<std::vector<Meeting>> meetings;  // by the warp they begin with
   std::map<int, NamedBarrier> named;
   std::map<uint32_t, TransactionBarrier> barriers;

@@ -59,8 +59,8 @@ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
   if (kBulkCopies) simt::copy_later(to, from, bytes, barrier);
 }
 
-inline void fence_before_bulk_copies() { simt::fence_async_proxy(); }
 inline void copy_16(uint32_t to, const void* from) { simt::copy_later(to, from, 16, 0); }
+inline void wait_for_copies() { simt::wait_for_copies(); }
 
 inline void load_matrices(uint32_t (&v)[4], uint32_t address) {
   struct Lane {

@@ -45,6 +45,8 @@ cudaError_t run_kernel(const cudaLaunchConfig_t& config, const void* kernel,
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (block.x == 0 || block.x > 1024 || block.y != 1 || block.z != 1) return cudaErrorInvalidConfiguration;
+  // Such a launch may begin before the kernel ahead of it has ended; code for sm_80 does not wait for that.
+  if (config.numAttrs > 0 && MOSAIC_SIMT_ARCH < 90) return cudaErrorInvalidConfiguration;
   const auto shared = static_cast<int>(config.dynamicSmemBytes);
   const auto more = allowed.find({current_device, kernel});
   if (shared > (more == allowed.end() ? kDefaultShared : more->second)) return cudaErrorInvalidValue;

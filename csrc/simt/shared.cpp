@@ -69,25 +69,11 @@ uint32_t shared_address_of(const void* p) {
 void store_shared(uint32_t address, const void* from, uint32_t bytes) {
   step();
   Block& block = own_block();
-  Fiber* self = machine->current;
   unsigned char* to = shared_bytes_at(address, bytes, bytes);
   const uint32_t unit = (address - kSharedBase) / kCopyUnit;
   if (block.in_flight[unit]) fail("a store to shared address %u, to which a copy is in flight", address);
-  const auto mark = static_cast<uint16_t>(self->thread + 1);
-  if (block.unfenced[unit] != mark) {
-    block.unfenced[unit] = mark;
-    self->unfenced.push_back(unit);
-  }
+  block.unfenced[unit] = static_cast<uint16_t>(machine->current->thread + 1);
   std::memcpy(to, from, bytes);
-}
-
-void fence_async_proxy() {
-  Fiber* self = machine->current;
-  for (const uint32_t unit : self->unfenced) {
-    uint16_t& mark = self->block->unfenced[unit];
-    if (mark == self->thread + 1) mark = 0;
-  }
-  self->unfenced.clear();
 }
 
 void need_fence(uint32_t address, uint32_t bytes) {
@@ -149,6 +135,7 @@ void copy_later(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier)
   later([self, to, from, bytes, number] {
     land(*self->block, to, from, bytes, 0);
     self->flying.erase(number);
+    if (self->flying.empty()) make_runnable(self->waiting);
     while (!self->arrivals.empty() &&
            (self->flying.empty() || *self->flying.begin() >= self->arrivals.front().first)) {
       arrive_on(*self->block, self->arrivals.front().second, 0);
@@ -156,6 +143,14 @@ void copy_later(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier)
       --self->block->effects;
     }
   });
+}
+
+void wait_for_copies() {
+  step();
+  Fiber* self = machine->current;
+  while (!self->flying.empty())
+    wait_for(self->waiting, "%u copies of thread %u", static_cast<unsigned>(self->flying.size()),
+             static_cast<unsigned>(self->thread));
 }
 
 void barrier_arrive_after_copies(uint32_t barrier) {

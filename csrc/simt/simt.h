@@ -62,9 +62,9 @@ T load_shared(uint32_t address) {
 
 void store_shared(uint32_t address, const void* from, uint32_t bytes);
 
-// The copy engine and the tensor cores of sm_90 see a store to shared memory only after its thread's fence.
-void fence_async_proxy();
-void need_fence(uint32_t address, uint32_t bytes);  // fails where one is missing
+// The copy engine and the tensor cores of sm_90 see a store to shared memory only after its thread's fence
+// (fence.proxy.async), for which no kernel has had a use: fails where a thread has stored.
+void need_fence(uint32_t address, uint32_t bytes);
 
 // Waits until all `count` threads from `first` on (a warp: those of `mask`) have come with `lane`. The last
 // one is given everybody's, by place in the group, and lets the others go with `depart`; they get nullptr.
@@ -106,6 +106,8 @@ void barrier_wait(uint32_t barrier,
 void copy_later(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 // An arrival as soon as all earlier copies of this thread that told no barrier have landed.
 void barrier_arrive_after_copies(uint32_t barrier);
+// Waits until they have.
+void wait_for_copies();
 
 // Runs `effect` at a later step of the block's life, on no thread; a block may not end before.
 void later(std::function<void()> effect);

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Rows(NamedTuple):
     """Up to how many rows of x each kernel is meant for; from there on the weight is expanded for cuBLAS."""
 
     decode: int  # linear_decode, linear_2to4: read the weight once for every 64 rows
-    prefill: int  # linear_prefill, of compute capability 9.0 alone
+    prefill: int  # linear_prefill, where there is one: on compute capability 9.0, if built for it
 
 
 # By torch's name of the device, where both were measured (benchmarks/gpu). None was yet: the default follows the
@@ -44,7 +45,7 @@ def rows_of(device: int) -> Rows:
     found = _rows.get(device)
     if found is None:
         found = MEASURED.get(torch.cuda.get_device_name(device), DEFAULT)
-        if torch.cuda.get_device_capability(device) != (9, 0):
+        if not _C_cuda.has_linear_prefill(device):
             found = found._replace(prefill=0)
         _rows[device] = found
     return found
@@ -66,7 +67,20 @@ def _workspace(device: int, stream: int) -> Tensor:
 
 
 def _new_workspace(device: int) -> Tensor:
-    return torch.zeros(_C_cuda.linear_workspace_bytes(device), dtype=torch.uint8, device=torch.device("cuda", device))
+    """Zeros, ready on the current stream, in memory of no graph's pool.
+
+    What runs before a capture (``torch.compile(mode="reduce-overhead")``) allocates from the pool of its graphs, which
+    hand out all of it anew in the next run, whoever holds a tensor there. Pools are those of a thread.
+    """
+    stream = torch.cuda.current_stream(device)
+
+    def make() -> Tensor:
+        with torch.cuda.stream(stream):
+            size = _C_cuda.linear_workspace_bytes(device)
+            return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(make).result()
 
 
 def make_spare_workspace(device: int) -> None:
@@ -137,7 +151,7 @@ def _aligned(x: Tensor) -> Tensor:
     """``x`` with rows that begin at multiples of 16 bytes, which the copies need; zeros behind the last feature."""
     spare = -x.shape[-1] % UNIT
     if spare:
-        return F.pad(x, (0, spare))
+        return F.pad(x, (0, spare)).contiguous()  # it keeps an input channels_last that looks like one
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 

@@ -228,8 +228,10 @@ struct TileLinearArgs {
 Status linear_decode(const TileLinearArgs&, Launch);
 int64_t linear_workspace_bytes(int device);
 
-// The same product for many rows, on compute capability 9.0 alone; kUnavailable elsewhere.
+// The same product for many rows, on compute capability 9.0 alone; kUnavailable elsewhere, and where the
+// module was not built for it.
 Status linear_prefill(const TileLinearArgs&, Launch);
+bool has_linear_prefill(int device);
 
 // Tile bitmap -> its row tiles [first_row_tile, last_row_tile) in dense form, for a dense product with many
 // rows of x. bf16 and fp16 alike.
