@@ -69,6 +69,7 @@ class PreparedBlock:
         query: int,
         keys: int,
         values: int,
+        mask: int,
         tokens: int,
         strides: tuple[int, int, int, int],
         out: int,

@@ -28,7 +28,8 @@ def prepare_inference(
     Query, key and value projections run in one dispatch where they are packed, and so do gate and up
     (:mod:`mosaic_kernels.siblings`); every plain ``nn.Linear`` becomes a
     :class:`~mosaic_kernels.dense.DenseLinear`; one new token attends to shared key/value heads in one
-    product (:mod:`mosaic_kernels.attention`). Gradients, ``state_dict`` and ``save_pretrained`` are as
+    product (:mod:`mosaic_kernels.attention`); on a CPU a decoder block takes one token of one sequence in two
+    native calls (:mod:`mosaic_kernels.decode`). Gradients, ``state_dict`` and ``save_pretrained`` are as
     before, and dense models gain as well. Call it again after replacing layers.
 
     Args:

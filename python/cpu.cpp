@@ -118,10 +118,11 @@ struct PreparedBlock {
                    address<void>(key), address<void>(value)},
         cpu::block_input, threads);
   }
-  void output(uintptr_t x, uintptr_t query, uintptr_t keys, uintptr_t values, int64_t tokens,
+  void output(uintptr_t x, uintptr_t query, uintptr_t keys, uintptr_t values, uintptr_t mask, int64_t tokens,
               std::array<int64_t, 4> strides, uintptr_t out, int threads) const {
     run(BlockOutput{address<void>(x), address<void>(query), address<void>(keys), address<void>(values),
-                    tokens, strides[0], strides[1], strides[2], strides[3], address<void>(out)},
+                    address<uint8_t>(mask), tokens, strides[0], strides[1], strides[2], strides[3],
+                    address<void>(out)},
         cpu::block_output, threads);
   }
 

@@ -137,17 +137,31 @@ def test_generate_with_every_cache_and_beams(natively: list[int], modules: Any) 
     for options in ({}, {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}):
         natively.clear()
         found = model.generate(prompt(), max_new_tokens=12, do_sample=False, **options)
-        assert bool(natively) is (not options)
+        assert bool(natively) is not bool({"num_beams", "use_cache"} & options.keys())
         assert torch.equal(found, modules(model.generate, prompt(), max_new_tokens=12, do_sample=False, **options))
 
 
-def test_padding_and_batches_take_the_modules(natively: list[int]) -> None:
+def test_batches_take_the_modules_and_padding_is_not_attended_to(natively: list[int], modules: Any) -> None:
+    from transformers import StaticCache
+
     model, ids = made(), torch.cat([prompt(), prompt()])
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
-    model.generate(ids[:1], attention_mask=mask[:1], max_new_tokens=3, do_sample=False)
     assert not natively
+
+    @torch.no_grad()
+    def after_padding(cache: Any) -> Tensor:
+        seen = model(input_ids=ids[:1, :-1], attention_mask=mask[:1, :-1], past_key_values=cache, use_cache=True)
+        step = {"attention_mask": mask[:1], "past_key_values": seen.past_key_values}
+        logits: Tensor = model(input_ids=ids[:1, -1:], position_ids=torch.tensor([[5]]), **step).logits
+        return logits
+
+    for made_cache in (lambda: None, lambda: StaticCache(config=model.config, max_cache_len=40)):
+        found = after_padding(made_cache())
+        assert len(natively) == 3
+        assert distance(found, modules(after_padding, made_cache())) <= 1e-5
+        natively.clear()
 
 
 @torch.no_grad()

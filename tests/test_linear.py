@@ -191,3 +191,20 @@ def test_runs_in_a_cuda_graph() -> None:
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(out, layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func's own
+@pytest.mark.parametrize("weights", ["float", "int8", "int8-group"])
+def test_forward_mode_derivatives_are_the_dense_layers(weights: Any) -> None:
+    layer = mk.MosaicLinear.from_linear(_dense((40, 7), 0.5), weights=weights)
+    dense, x, direction = layer.to_dense(), torch.randn(3, 40), torch.randn(3, 40)
+    for run in (layer, lambda x: mk.sparse_linear(x, layer.packed, layer.bias)):
+        found, tangent = torch.func.jvp(run, (x,), (direction,))
+        wanted, wanted_tangent = torch.func.jvp(dense, (x,), (direction,))
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(tangent, wanted_tangent)
+        # and backward through it: what a Hessian's product with a vector is made of
+        point = x.clone().requires_grad_()
+        product = torch.func.jvp(lambda x, run=run: run(x).square().sum(), (point,), (direction,))[1]
+        expected = torch.func.jvp(lambda x: dense(x).square().sum(), (point,), (direction,))[1]
+        torch.testing.assert_close(torch.autograd.grad(product, point)[0], torch.autograd.grad(expected, point)[0])

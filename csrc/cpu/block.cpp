@@ -82,10 +82,13 @@ Status block_output(const BlockArgs& a, const BlockOutput& io) {
   void *normed = room.take(hidden), *gate = room.take(channels), *up = room.take(channels);
 
   const int64_t share = queries / a.head_dim / key_heads;
+  int64_t tokens = io.tokens;
+  while (io.mask && tokens > 1 && !io.mask[tokens - 1])
+    --tokens;  // a static cache is longer than what it holds
   std::atomic<bool> enough{true};
-  const int threads = io.tokens * key_heads * a.head_dim > kInlineAttention ? a.threads : 1;
+  const int threads = tokens * key_heads * a.head_dim > kInlineAttention ? a.threads : 1;
   parallel_for(threads, key_heads, [&](int64_t head) {
-    auto* weights = static_cast<float*>(scratch(3, (share * io.tokens + kAttendSlack) * sizeof(float)));
+    auto* weights = static_cast<float*>(scratch(3, (share * tokens + kAttendSlack) * sizeof(float)));
     if (!weights) {
       enough = false;
       return;
@@ -93,8 +96,8 @@ Status block_output(const BlockArgs& a, const BlockOutput& io) {
     const int64_t first = head * share * a.head_dim * item;
     table.attend[kind]({static_cast<const char*>(io.query) + first,
                         static_cast<const char*>(io.keys) + head * io.key_head_stride * item,
-                        static_cast<const char*>(io.values) + head * io.value_head_stride * item, share,
-                        a.head_dim, io.tokens, io.key_stride, io.value_stride, a.scaling, weights,
+                        static_cast<const char*>(io.values) + head * io.value_head_stride * item, io.mask,
+                        share, a.head_dim, tokens, io.key_stride, io.value_stride, a.scaling, weights,
                         static_cast<char*>(attended) + first});
   });
   if (!enough) return kShortOfMemory;

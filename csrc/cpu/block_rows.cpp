@@ -101,7 +101,8 @@ void attend(const AttendArgs& a) {
       for (int64_t i = 0; i < a.dim; i += kLanes) {
         sum += load_first(queries + h * a.dim + i, a.dim - i) * load_first(key + i, a.dim - i);
       }
-      a.weights[h * a.tokens + t] = sum_of_lanes(sum) * a.scaling;
+      const bool seen = !a.mask || a.mask[t];
+      a.weights[h * a.tokens + t] = seen ? sum_of_lanes(sum) * a.scaling : -__builtin_inff();
     }
   }
   for (int64_t h = 0; h < a.heads; ++h) {
@@ -111,7 +112,8 @@ void attend(const AttendArgs& a) {
       most = weights[t] > most || weights[t] != weights[t] ? weights[t] : most;
     Lanes total = {};
     for (int64_t t = 0; t < a.tokens; t += kLanes) {
-      const Lanes weight = exponential(load_first(weights + t, a.tokens - t) - most);
+      const Lanes score = load_first(weights + t, a.tokens - t) - most;
+      const Lanes weight = score < -87.0f ? Lanes{} : exponential(score);
       store_first(weights + t, weight, a.tokens - t);
       total += load_first(weights + t, a.tokens - t);
     }

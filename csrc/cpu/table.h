@@ -35,6 +35,7 @@ enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt16, kPackedInt8TimesI
 // Some query heads that share a key head: query [heads, dim] . keys -> out [heads, dim], of one token.
 struct AttendArgs {
   const void *query, *keys, *values;
+  const uint8_t* mask;  // [tokens], or nullptr
   int64_t heads, dim, tokens;
   int64_t key_stride, value_stride;  // in elements
   float scaling;

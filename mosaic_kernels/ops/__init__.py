@@ -14,7 +14,7 @@ from torch import Tensor
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import VALUE_DTYPES, PackedWeight, dequantize
 from mosaic_kernels.ops import library as library  # registers the operators with torch
-from mosaic_kernels.ops.select import use_backend
+from mosaic_kernels.ops.select import recorded, use_backend
 
 __all__ = [
     "admm_step",
@@ -129,12 +129,9 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
     packed.validate()
     index = packed.index()
     where = (index.words, index.offsets, bias, columns)
-    out: Tensor
     if packed.scales is None:
-        out = torch.ops.mosaic.sparse_linear(x, packed.values, *where)
-    else:
-        out = torch.ops.mosaic.sparse_linear_int8(x, packed.values, packed.scales, *where, quantize_x)
-    return out
+        return recorded(torch.ops.mosaic.sparse_linear, x, packed.values, *where)
+    return recorded(torch.ops.mosaic.sparse_linear_int8, x, packed.values, packed.scales, *where, quantize_x)
 
 
 def _require_scored(weight: Tensor, column_norms: Tensor) -> None:

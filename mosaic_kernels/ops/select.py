@@ -155,8 +155,7 @@ def fast_sparse_linear(
     such calls. The kernels check their arguments themselves, so nothing is lost.
     """
     if is_recorded(x):
-        out: torch.Tensor = torch.ops.mosaic.sparse_linear(x, values, words, offsets, bias, in_features)
-        return out
+        return recorded(torch.ops.mosaic.sparse_linear, x, values, words, offsets, bias, in_features)
     direct: torch.Tensor = kernel_for("sparse_linear", x)(x, values, words, offsets, bias, in_features)
     return direct
 
@@ -174,8 +173,7 @@ def fast_sparse_linear_int8(
     """``torch.ops.mosaic.sparse_linear_int8``, as directly as :func:`fast_sparse_linear`."""
     arguments = (x, values, scales, words, offsets, bias, in_features, quantize_x)
     if is_recorded(x):
-        out: torch.Tensor = torch.ops.mosaic.sparse_linear_int8(*arguments)
-        return out
+        return recorded(torch.ops.mosaic.sparse_linear_int8, *arguments)
     direct: torch.Tensor = kernel_for("sparse_linear_int8", x)(*arguments)
     return direct
 
@@ -186,9 +184,27 @@ def fast_tile_linear(x: torch.Tensor, weight: TileBitmap | TwoOfFour, bias: torc
     if isinstance(weight, TileBitmap):
         arguments = (x, weight.tiles, weight.offsets, weight.values, bias, *weight.shape, weight.largest_tile)
     name = "tile_linear" if isinstance(weight, TileBitmap) else "two_of_four_linear"
-    run = getattr(torch.ops.mosaic, name) if is_recorded(x) else kernel_for(name, x)
-    out: torch.Tensor = run(*arguments)
+    if is_recorded(x):
+        return recorded(getattr(torch.ops.mosaic, name), *arguments)
+    out: torch.Tensor = kernel_for(name, x)(*arguments)
     return out
+
+
+def recorded(op: Callable[..., Any], x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """A linear operator where something sees the call.
+
+    Forward-mode derivatives (``torch.func.jvp``) pass through it as ``x`` does, without the bias: torch gives
+    operators of a library no rule for them, and would drop them in silence.
+    """
+    primal, tangent = forward_ad.unpack_dual(x) if forward_ad._current_level >= 0 else (x, None)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = op(primal, *rest)
+    if tangent is None:
+        return out
+    names = [argument.name for argument in op.default._schema.arguments]  # type: ignore[attr-defined]
+    own = {"bias": None, "quantize_x": False}  # no offset, and as backward: as if x were not rounded
+    moved = op(tangent, *(own.get(name, value) for name, value in zip(names[1:], rest, strict=True)))
+    dual: torch.Tensor = forward_ad.make_dual(out, moved)  # type: ignore[no-untyped-call]
+    return dual
 
 
 def is_recorded(x: torch.Tensor) -> bool:

@@ -157,6 +157,7 @@ struct BlockInput {
 // x [hidden], query, keys and values [key heads, tokens, head_dim] -> out [hidden]
 struct BlockOutput {
   const void *x, *query, *keys, *values;
+  const uint8_t* mask;  // [tokens], 0 where one is not attended to; nullptr: to all
   int64_t tokens;
   int64_t key_head_stride, key_stride;  // in elements, from one head and one token to the next
   int64_t value_head_stride, value_stride;
