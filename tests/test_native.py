@@ -65,7 +65,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(l
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("out", "columns"), [(701, 600), (13, 1), (5, 2000), (48, 64)])
-def test_many_rows_have_the_same_bits_whatever_stands_beside_them(
+def test_a_row_of_many_has_the_same_bits_whatever_stands_beside_it(
     level: str, dtype: torch.dtype, out: int, columns: int
 ) -> None:
     # tiles of 32, 16 and 8 rows of x, groups of 12, 8 and 4 weight rows, and what is left of each
