@@ -184,16 +184,10 @@ def _fit(layers: list[Any], norms: list[Any], head_dim: int, x: Tensor) -> bool:
 
 
 def _alike(layers: list[Any]) -> bool:
-    """Whether layers round their common input alike."""
-    return (
-        len(
-            {
-                (getattr(layer, "scales", None) is None, getattr(layer, "quantize_activations", False))
-                for layer in layers
-            }
-        )
-        == 1
-    )
+    """Whether layers round their common input alike, and read it in the same order."""
+    packed = [layer for layer in layers if isinstance(layer, MosaicLinear)]
+    kinds = {(layer.packed.weights, layer.quantize_activations) for layer in packed}
+    return len(kinds | {("float", False)} if len(packed) < len(layers) else kinds) == 1
 
 
 def _is_readable(layer: Any, dtype: torch.dtype) -> bool:

@@ -126,7 +126,7 @@ def test_the_product_is_that_of_the_dequantised_weight(
 ) -> None:
     packed = mk.quantize(sparse(shape, density), group)
     weight, bias = exact(packed), torch.randn(shape[0]).to(dtype)
-    for leading in ((), (0,), (5,), (2, 3), (43,)):  # 43: expanded once for all, tiles of 32 and 16
+    for leading in ((), (0,), (5,), (2, 3), (13,), (43,)):  # expanded once for all, tiles of 16, 32 and 8
         x = torch.randn(*leading, shape[1]).to(dtype)
         found, shifted = mk.sparse_linear(x, packed), mk.sparse_linear(x, packed, bias)
         assert found.dtype == shifted.dtype == dtype

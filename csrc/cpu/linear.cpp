@@ -46,7 +46,7 @@ int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
       high = middle;
     }
   }
-  const int64_t multiple = a.rows < kTurnMinRows ? kRowMultiple : kTurnMultiple;
+  const int64_t multiple = has_turned_rows(a) ? kTurnMultiple : kRowMultiple;
   return low / multiple * multiple;
 }
 
@@ -80,7 +80,8 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
     return "int8 values have one scale per row, or one per row and 64 columns";
   if (a.x != first.x || a.rows != first.rows || a.in_features != first.in_features ||
       a.dtype != first.dtype ||
-      kernels().x_form(kind_of(a), a.dtype) != kernels().x_form(kind_of(first), a.dtype))
+      kernels().x_form(kind_of(a), a.dtype) != kernels().x_form(kind_of(first), a.dtype) ||
+      has_turned_rows(a) != has_turned_rows(first))
     return "weights of one dispatch must take the same x, rounded alike";
   return nullptr;
 }
@@ -89,7 +90,7 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
 bool prepare_x(const KernelTable& table, const LinearArgs& a, XForm* form, LinearTask* task) {
   const int kind = static_cast<int>(a.dtype);
   const int64_t padded = bitmask_words(a.in_features) * kWordBits;
-  const bool whole = *form != XForm::kPlain, turned = table.turn_x && a.rows >= kTurnMinRows;
+  const bool whole = *form != XForm::kPlain, turned = table.turn_x && has_turned_rows(a);
   const int x_size = table.packed_x_size(a.dtype);
   task->x = a.x;
   task->x_scales = nullptr;

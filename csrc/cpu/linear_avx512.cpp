@@ -10,7 +10,7 @@
 //
 // A block of R weight rows and N rows of x keeps R * N sums in registers and reads x, interleaved as
 // [word][N][32] by the driver, in one stream. Every sum is built the same way whatever R and N are, so
-// a row of x gives the same bits alone and in a batch, on one thread and on many. From kTurnMinRows rows on
+// a row of x gives the same bits alone and in a batch, on one thread and on many. From 24 rows on
 // it is built another way, linear_tiles_avx512.h, and again the same for every row.
 #include "cpu/linear_tiles_avx512.h"
 

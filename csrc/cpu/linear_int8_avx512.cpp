@@ -280,7 +280,7 @@ struct Expanded16 {
 template <typename T, typename X, typename Form, bool kGrouped>
 bool multiply_wide_all(const LinearTask& task, int64_t begin, int64_t end) {
   const int64_t guarded = first_guarded_row(task, begin, end);
-  if (task.args.rows >= kTurnMinRows) return multiply_tiles<T, Form>(task, begin, guarded, end);
+  if (has_turned_rows(task.args)) return multiply_tiles<T, Form>(task, begin, guarded, end);
   for_each_block(task.args.rows, [&](int64_t n, auto count) {
     multiply_wide_rows<T, X, kGrouped, decltype(count)::value, false>(task, begin, guarded, n);
     multiply_wide_rows<T, X, kGrouped, decltype(count)::value, true>(task, guarded, end, n);

@@ -289,7 +289,7 @@ struct Expanded {
 // their end. False where memory is short.
 template <typename T, typename Form>
 bool multiply_all(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
-  if (task.args.rows >= kTurnMinRows) return multiply_tiles<T, Expanded<T, Form>>(task, begin, guarded, end);
+  if (has_turned_rows(task.args)) return multiply_tiles<T, Expanded<T, Form>>(task, begin, guarded, end);
   for_each_block(task.args.rows, [&](int64_t n, auto count) {
     multiply_rows<T, Form, decltype(count)::value, false>(task, begin, guarded, n);
     multiply_rows<T, Form, decltype(count)::value, true>(task, guarded, end, n);
