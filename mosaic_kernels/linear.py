@@ -180,7 +180,7 @@ class MosaicLinear(nn.Linear):
     def _validate(self, name: str = "MosaicLinear") -> tuple[nn.Parameter, RowIndex]:
         packed = self.packed
         packed.validate(name)
-        self._index = (self.bitmask, packed.index())
+        self._index, self._prepared = (self.bitmask, packed.index()), None
         return self._index
 
     def arrange(self) -> None:
@@ -297,7 +297,7 @@ class MosaicLinear(nn.Linear):
             # another pattern has another nnz: take its size, so that the ordinary copy fits
             self.weight = _frozen(self.weight.new_empty(weight.shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._index = None
+        self._index = self._prepared = None
         if not self.bitmask.is_meta:  # now rather than in forward(), which may run inside a compiled graph
             try:
                 self.build_index(prefix.removesuffix("."))

@@ -179,9 +179,8 @@ def test_who_watches_sees_what_the_modules_do(natively: list[int]) -> None:
     assert len(natively) == 2
     handle.remove()
     natively.clear()
-    attentions = next_token(model, output_attentions=True).attentions
-    assert not natively or attentions is None
-    natively.clear()
+    next_token(model, output_attentions=True)
+    assert not natively
     model.set_attn_implementation("eager")
     next_token(model)
     assert not natively
@@ -230,6 +229,63 @@ def test_parameters_that_are_replaced_are_read_anew(natively: list[int], modules
     model.to(torch.bfloat16)
     assert distance(step_logits(model, prompt()), after) <= 0.1
     assert len(natively) == 6
+
+
+def test_another_pattern_of_as_many_weights(natively: list[int], modules: Any) -> None:
+    model, other = made(hidden_size=96), made(hidden_size=96)
+    before = step_logits(model, prompt())
+    with torch.no_grad():
+        for name, layer in other.named_modules():
+            if isinstance(layer, mk.MosaicLinear):
+                dense = layer.to_dense()
+                dense.weight.copy_(dense.weight.flatten().roll(37).view_as(dense.weight))  # as many, elsewhere
+                other.set_submodule(name, mk.MosaicLinear.from_linear(dense))
+    model.load_state_dict(other.state_dict())
+    natively.clear()
+    after = step_logits(model, prompt())
+    assert len(natively) == 3
+    assert distance(after, before) > 1e-2
+    assert distance(after, modules(step_logits, mk.prepare_inference(other), prompt())) <= 1e-5
+
+
+def test_numbers_and_methods_that_change_are_obeyed(
+    natively: list[int], modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made()
+    step_logits(model, prompt())
+    block = model.model.layers[0]
+    block.self_attn.scaling *= 3
+    block.post_attention_layernorm.variance_epsilon = 3.0
+    assert distance(step_logits(model, prompt()), modules(step_logits, model, prompt())) <= 1e-5
+    assert len(natively) == 6
+    natively.clear()
+    block.mlp.down_proj = nn.Sequential(block.mlp.down_proj)  # no layer that is known
+    step_logits(model, prompt())
+    assert len(natively) == 2
+    natively.clear()
+    kind = type(block.mlp)
+    real = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: real(self, x))
+    step_logits(made(), prompt())
+    assert not natively
+
+
+def test_long_contexts_with_shared_heads_take_the_modules(natively: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_MOST_SHARED_TOKENS", 12)
+    write(made(), prompt(), 8)
+    assert len(natively) == 3 * 4  # with 9 to 12 tokens before
+    natively.clear()
+    write(made(num_key_value_heads=6), prompt(), 8)
+    assert len(natively) == 3 * 8
+
+
+def test_autocast_and_other_dtypes_take_the_modules(natively: list[int]) -> None:
+    model = made()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(KernelError, match="the packed values are"):
+        next_token(model)  # rounds what packed layers do not
+    assert not natively
+    with pytest.raises(KernelError, match=r"torch\.float64"):
+        step_logits(made(weights="int8").double(), prompt())
 
 
 def test_a_flag_that_changes_is_obeyed(natively: list[int], modules: Any) -> None:
@@ -289,6 +345,15 @@ def test_large_scores_and_what_is_not_finite(modules: Any) -> None:
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[0] = float("nan")
     assert bool(step_logits(model, prompt(4)).isnan().all())
+
+
+def test_a_token_that_attends_to_nothing_is_finite() -> None:
+    model = made()
+    with torch.no_grad():
+        seen = model(input_ids=prompt(), use_cache=True)
+        mask = torch.zeros(1, 1, 1, 10, dtype=torch.bool)
+        out = model(input_ids=prompt(1), attention_mask=mask, past_key_values=seen.past_key_values)
+    assert bool(out.logits.isfinite().all())
 
 
 def test_a_cache_of_another_kind_is_told(natively: list[int]) -> None:

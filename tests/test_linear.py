@@ -208,3 +208,27 @@ def test_forward_mode_derivatives_are_the_dense_layers(weights: Any) -> None:
         product = torch.func.jvp(lambda x, run=run: run(x).square().sum(), (point,), (direction,))[1]
         expected = torch.func.jvp(lambda x: dense(x).square().sum(), (point,), (direction,))[1]
         torch.testing.assert_close(torch.autograd.grad(product, point)[0], torch.autograd.grad(expected, point)[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func's own
+def test_other_forward_mode_derivatives_are_refused() -> None:
+    layer = mk.MosaicLinear.from_linear(_dense((40, 7), 0.5))
+    with pytest.raises(KernelError, match="one forward-mode derivative"):
+        torch.func.jacfwd(torch.func.jacfwd(lambda x: layer(x).tanh().sum()))(torch.randn(40))
+    with torch.autograd.forward_ad.dual_level():
+        bias = torch.autograd.forward_ad.make_dual(torch.ones(7), torch.ones(7))
+        with pytest.raises(KernelError, match="one forward-mode derivative"):
+            mk.sparse_linear(torch.ones(2, 40), layer.packed, bias)
+
+
+@pytest.mark.parametrize("columns", [64, 72])
+def test_another_pattern_of_as_many_weights_is_read_right(columns: int) -> None:
+    kept = torch.zeros(32 * columns, dtype=torch.bool)
+    kept[:1000] = True
+    one, other = (_dense((columns, 32), 1.0) for _ in range(2))
+    for dense in (one, other):
+        dense.weight *= kept[torch.randperm(kept.numel())].view_as(dense.weight)
+    layer, x = mk.MosaicLinear.from_linear(one), torch.randn(1, columns)
+    layer(x)  # from now on its calls are prepared
+    layer.load_state_dict(mk.MosaicLinear.from_linear(other).state_dict())
+    torch.testing.assert_close(layer(x), other(x))

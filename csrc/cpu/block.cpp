@@ -88,7 +88,7 @@ Status block_output(const BlockArgs& a, const BlockOutput& io) {
   std::atomic<bool> enough{true};
   const int threads = tokens * key_heads * a.head_dim > kInlineAttention ? a.threads : 1;
   parallel_for(threads, key_heads, [&](int64_t head) {
-    auto* weights = static_cast<float*>(scratch(3, (share * tokens + kAttendSlack) * sizeof(float)));
+    auto* weights = static_cast<float*>(scratch(3, share * tokens * sizeof(float)));
     if (!weights) {
       enough = false;
       return;

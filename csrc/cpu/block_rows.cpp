@@ -110,6 +110,7 @@ void attend(const AttendArgs& a) {
     float most = weights[0];
     for (int64_t t = 1; t < a.tokens; ++t)
       most = weights[t] > most || weights[t] != weights[t] ? weights[t] : most;
+    if (most == -__builtin_inff()) most = 0;  // nothing is attended to: all weights are zero
     Lanes total = {};
     for (int64_t t = 0; t < a.tokens; t += kLanes) {
       const Lanes score = load_first(weights + t, a.tokens - t) - most;
@@ -117,7 +118,8 @@ void attend(const AttendArgs& a) {
       store_first(weights + t, weight, a.tokens - t);
       total += load_first(weights + t, a.tokens - t);
     }
-    const Lanes share = Lanes{} + 1 / sum_of_lanes(total);
+    const float all = sum_of_lanes(total);
+    const Lanes share = Lanes{} + (all == 0 ? 0 : 1 / all);
     for (int64_t i = 0; i < a.dim; i += kLanes) {
       Lanes sum = {};
       for (int64_t t = 0; t < a.tokens; ++t) {

@@ -46,7 +46,7 @@ int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
       high = middle;
     }
   }
-  const int64_t multiple = has_turned_rows(a) ? kTurnMultiple : kRowMultiple;
+  const int64_t multiple = kernels().turn_x && has_turned_rows(a) ? kTurnMultiple : kRowMultiple;
   return low / multiple * multiple;
 }
 

@@ -42,11 +42,9 @@ struct AttendArgs {
   int64_t heads, dim, tokens;
   int64_t key_stride, value_stride;  // in elements
   float scaling;
-  float* weights;  // room for [heads, tokens] and kAttendSlack
+  float* weights;  // room for [heads, tokens]
   void* out;
 };
-
-constexpr int64_t kAttendSlack = 16;
 
 // What keeps exactly k scores: all from `from` on, and the first `ties` of those that equal `tie`.
 struct Cut {

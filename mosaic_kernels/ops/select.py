@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-from mosaic_kernels.errors import BackendError, UsageError
+from mosaic_kernels.errors import BackendError, KernelError, UsageError
 from mosaic_kernels.semistructured import TwoOfFour
 from mosaic_kernels.tiles import TileBitmap
 
@@ -193,18 +194,37 @@ def fast_tile_linear(x: torch.Tensor, weight: TileBitmap | TwoOfFour, bias: torc
 def recorded(op: Callable[..., Any], x: torch.Tensor, *rest: Any) -> torch.Tensor:
     """A linear operator where something sees the call.
 
-    Forward-mode derivatives (``torch.func.jvp``) pass through it as ``x`` does, without the bias: torch gives
+    Forward-mode derivatives (``torch.func.jvp``) with respect to ``x`` pass through it as ``x`` does: torch gives
     operators of a library no rule for them, and would drop them in silence.
+
+    Raises:
+        KernelError: forward-mode derivatives of forward-mode derivatives, or with respect to the bias.
     """
-    primal, tangent = forward_ad.unpack_dual(x) if forward_ad._current_level >= 0 else (x, None)  # type: ignore[no-untyped-call]
-    out: torch.Tensor = op(primal, *rest)
+    if forward_ad._current_level < 0:
+        out: torch.Tensor = op(x, *rest)
+        return out
+    names = [argument.name for argument in op.default._schema.arguments][1:]  # type: ignore[attr-defined]
+    own = dict(zip(names, rest, strict=True))
+    levels = [level.key() for level in retrieve_all_functorch_interpreters()]
+    biased = own["bias"] is not None and _parts(own["bias"])[1] is not None
+    if biased or levels.count(torch._C._functorch.TransformType.Jvp) > 1:
+        raise KernelError(
+            "a packed weight passes one forward-mode derivative, of its activations: use to_dense() for derivatives "
+            "of derivatives or with respect to the bias"
+        )
+    primal, tangent = _parts(x)
+    out = op(primal, *rest)
     if tangent is None:
         return out
-    names = [argument.name for argument in op.default._schema.arguments]  # type: ignore[attr-defined]
-    own = {"bias": None, "quantize_x": False}  # no offset, and as backward: as if x were not rounded
-    moved = op(tangent, *(own.get(name, value) for name, value in zip(names[1:], rest, strict=True)))
-    dual: torch.Tensor = forward_ad.make_dual(out, moved)  # type: ignore[no-untyped-call]
+    own |= {name: value for name, value in (("bias", None), ("quantize_x", False)) if name in own}  # as in backward
+    dual: torch.Tensor = forward_ad.make_dual(out, op(tangent, *own.values()))  # type: ignore[no-untyped-call]
     return dual
+
+
+def _parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A tensor and its forward-mode derivative."""
+    found: tuple[torch.Tensor, torch.Tensor | None] = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+    return found
 
 
 def is_recorded(x: torch.Tensor) -> bool:
