@@ -77,15 +77,15 @@ struct FloatProduct {
 };
 
 // In how many pieces of how many steps the columns are added up. Sums of whole numbers are exact, and brought
-// to fp32 before they overflow, or their scale ends; sums in fp32 are more exact in pieces (one of 11008
-// positive terms: 6e-6 off, and 3e-7 in blocks of few rows).
+// to fp32 before they overflow, or their scale ends; sums in fp32 lose less in pieces: of 11008 positive
+// terms 4e-7, as torch does, and 6e-6 without.
 struct Pieces {
   int64_t steps, count;
 };
 
 template <typename Product>
 Pieces pieces_of(const LinearArgs& a, int64_t steps) {
-  int64_t piece = 16;
+  int64_t piece = 32;
   if constexpr (Product::kWhole) piece = a.scale_groups > 1 ? Product::kGroupSteps : Product::kMostSteps;
   return {piece, (steps + piece - 1) / piece};
 }
