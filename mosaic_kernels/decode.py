@@ -7,8 +7,8 @@ what they do natively (``csrc/cpu/block.cpp``), with transformers' cache updated
 one sequence is decoded on a CPU; it is the block it was made of for every other input, and where
 hooks, gradients, a compiler or another attention implementation want to see what happens inside.
 
-A token of a 1.1B model at 50 % takes 51 ms instead of 65; what is left outside our kernels is 2 ms instead of 12
-(medians in turns, two threads, Zen 4, Nov 2026; ``benchmarks/bench_generate.py``).
+In turns with transformers' modules a token of a 1.1B model at 50 % took 51 ms instead of 65 (medians of six runs,
+two threads, Zen 4, Nov 2026); what a token costs outside our kernels is in ``benchmarks/bench_generate.py``.
 """
 
 from __future__ import annotations
@@ -290,12 +290,12 @@ def _one_token_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    for family in SUPPORTED_MODEL_TYPES:
-        home = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        if name == f"{home.__name__.rpartition('.modeling_')[2].capitalize()}DecoderLayer":
-            globals()[name] = _one_token_class(getattr(home, name))
-            return globals()[name]  # type: ignore[no-any-return]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    family = {f"{each.capitalize()}DecoderLayer": each for each in SUPPORTED_MODEL_TYPES}.get(name)
+    if family is None:  # and transformers stays unread
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    made = globals()[name] = _one_token_class(getattr(home, name))
+    return made
 
 
 def take_tokens_natively(block: nn.Module) -> None:
