@@ -22,12 +22,13 @@ template <typename T>
 struct Packed {
   template <int R, bool kWithin>
   struct Rows {
-    // Ahead are the R rows after these: 4096x11008 and 11008x4096 gained nothing from two blocks ahead and
-    // lost a third when asking into L1. Small rows (2048x2048) lost 4 % with 16 KB ahead. (Zen 4, Nov 2026)
-    Rows(const LinearArgs& a, int64_t row)
-        : words(bitmask_words(a.in_features)),
-          bits(a.words + row * words),
-          ahead(values_of(a, row + R, row + 2 * R, sizeof(T), words)) {
+    // Asking into L1 instead of L2 lost 4096x11008 and 11008x4096 a third. (Zen 4, Nov 2026)
+    Rows(const LinearTask& task, int64_t row)
+        : words(bitmask_words(task.args.in_features)),
+          distance(task.rows_ahead * words),
+          bits(task.args.words + row * words),
+          ahead(values_of(task.args, row + task.rows_ahead, row + task.rows_ahead + R, sizeof(T), words)) {
+      const LinearArgs& a = task.args;
       for (int r = 0; r < R; ++r) value[r] = static_cast<const T*>(a.values) + a.offsets[row + r];
     }
     void step(int64_t w) {
@@ -35,7 +36,7 @@ struct Packed {
       if (kWithin) return;
       ahead.step();
       if (w % kWordsPerLine == 0) {
-        for (int r = 0; r < R; ++r) fetch(word + (R + r) * words);
+        for (int r = 0; r < R; ++r) fetch(word + distance + r * words);
       }
     }
     typename Traits<T>::Word next(int r, int64_t) {
@@ -46,7 +47,7 @@ struct Packed {
       return Traits<T>::expand(kept, from);
     }
 
-    int64_t words;
+    int64_t words, distance;
     const uint32_t* bits;
     const uint32_t* word;
     const T* value[R];
@@ -59,8 +60,8 @@ template <typename T>
 struct Dense {
   template <int R, bool kWithin>
   struct Rows {
-    Rows(const LinearArgs& a, int64_t row)
-        : columns(a.in_features), weight(static_cast<const T*>(a.values) + row * columns) {}
+    Rows(const LinearTask& task, int64_t row)
+        : columns(task.args.in_features), weight(static_cast<const T*>(task.args.values) + row * columns) {}
     void step(int64_t) const {}
     typename Traits<T>::Word next(int r, int64_t w) const {
       const T* from = weight + r * columns + w * kWordBits;
@@ -79,7 +80,7 @@ struct Dense {
 
 template <typename T>
 bool linear(const LinearTask& task, int64_t begin, int64_t end) {
-  fetch_first_rows(task.args, begin, end, sizeof(T));
+  fetch_first_rows(task, begin, end, sizeof(T));
   return multiply_all<T, Packed<T>>(task, begin, first_guarded_row(task, begin, end), end);
 }
 

@@ -5,7 +5,7 @@
 //     struct Form {
 //       template <int R, bool kWithin>     // kWithin: never load past the end of the values
 //       struct Rows {
-//         Rows(const LinearArgs&, int64_t row);
+//         Rows(const LinearTask&, int64_t row);
 //         void step(int64_t w);            // goes to the next word of each row
 //         Word next(int r, int64_t w);     // 32 weights of row + r
 //       };
@@ -83,12 +83,12 @@ inline Streams values_of(const LinearArgs& a, int64_t begin, int64_t end, int64_
   return {at(begin), at(end), steps};
 }
 
-constexpr int kMostRows = 4;  // weight rows in a block
 constexpr int64_t kWordsPerLine = 16;
 
 // A chunk's first rows, for which nothing asked while others were computed.
-inline void fetch_first_rows(const LinearArgs& a, int64_t begin, int64_t end, int64_t value_bytes) {
-  if (begin + kMostRows < end) end = begin + kMostRows;
+inline void fetch_first_rows(const LinearTask& task, int64_t begin, int64_t end, int64_t value_bytes) {
+  const LinearArgs& a = task.args;
+  if (begin + task.rows_ahead < end) end = begin + task.rows_ahead;
   const int64_t words = bitmask_words(a.in_features);
   Streams(a.words + begin * words, a.words + end * words).fetch_all();
   values_of(a, begin, end, value_bytes).fetch_all();
@@ -249,10 +249,10 @@ void multiply_rows(const LinearTask& task, int64_t begin, int64_t end, int64_t f
   constexpr int kRows = kWithin ? 1 : N <= 6 ? 4 : 3;
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows) {
-    multiply<T, kRows, N>(task, typename Form::template Rows<kRows, kWithin>(task.args, row), row, first);
+    multiply<T, kRows, N>(task, typename Form::template Rows<kRows, kWithin>(task, row), row, first);
   }
   for (; row < end; ++row) {
-    multiply<T, 1, N>(task, typename Form::template Rows<1, kWithin>(task.args, row), row, first);
+    multiply<T, 1, N>(task, typename Form::template Rows<1, kWithin>(task, row), row, first);
   }
 }
 

@@ -19,19 +19,24 @@ namespace {
 // bf16, made these kernels slower by 0 to 13 %: a line is asked for half as often here; Zen 4, Nov 2026.)
 template <int R>
 struct Bytes {
-  Bytes(const LinearArgs& a, int64_t row) : words(bitmask_words(a.in_features)), bits(a.words + row * words) {
+  Bytes(const LinearTask& task, int64_t row)
+      : words(bitmask_words(task.args.in_features)),
+        distance(task.rows_ahead * words),
+        bits(task.args.words + row * words) {
+    const LinearArgs& a = task.args;
     for (int r = 0; r < R; ++r) {
-      const int64_t next_block = row + R + r < a.out_features ? row + R + r : a.out_features;
+      const int64_t later = row + task.rows_ahead + r,
+                    next_block = later < a.out_features ? later : a.out_features;
       value[r] = static_cast<const int8_t*>(a.values) + a.offsets[row + r];
       ahead[r] = a.offsets[next_block] - a.offsets[row + r];
     }
   }
   void prefetch(int r, int64_t w) const {
     _mm_prefetch(reinterpret_cast<const char*>(value[r] + ahead[r]), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(bits + (R + r) * words + w), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(bits + distance + r * words + w), _MM_HINT_T1);
   }
 
-  int64_t words;
+  int64_t words, distance;
   const uint32_t* bits;
   const int8_t* value[R];
   int64_t ahead[R];
@@ -40,8 +45,8 @@ struct Bytes {
 // 32 weights of each of R rows at a time, widened by way of fp32.
 template <typename T, bool kGrouped, int R, bool kWithin>
 struct Int8Rows : Bytes<R> {
-  Int8Rows(const LinearArgs& a, int64_t row)
-      : Bytes<R>(a, row), groups(a.scale_groups), scale(a.scales + row * groups) {}
+  Int8Rows(const LinearTask& task, int64_t row)
+      : Bytes<R>(task, row), groups(task.args.scale_groups), scale(task.args.scales + row * groups) {}
   void step(int64_t) const {}
   typename Traits<T>::Word next(int r, int64_t w) {
     const uint32_t word = this->bits[r * this->words + w];
@@ -202,18 +207,19 @@ void multiply_wide_rows(const LinearTask& task, int64_t begin, int64_t end, int6
   constexpr int kRows = kWithin ? 1 : kGrouped ? (N <= 2 ? 4 : N <= 4 ? 2 : 1) : N <= 4 ? 4 : 2;
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows) {
-    multiply_wide<T, X, kRows, N, kGrouped>(task, WideValues<X, kRows, kWithin>(task.args, row), row, first);
+    multiply_wide<T, X, kRows, N, kGrouped>(task, WideValues<X, kRows, kWithin>(task, row), row, first);
   }
   for (; row < end; ++row) {
-    multiply_wide<T, X, 1, N, kGrouped>(task, WideValues<X, 1, kWithin>(task.args, row), row, first);
+    multiply_wide<T, X, 1, N, kGrouped>(task, WideValues<X, 1, kWithin>(task, row), row, first);
   }
 }
 
 // Calls save(r, g, weights) for each 64 columns g of R weight rows.
 template <typename X, int R, bool kWithin, typename Save>
-void expand_wide(const LinearArgs& a, int64_t row, const Save& save) {
+void expand_wide(const LinearTask& task, int64_t row, const Save& save) {
+  const LinearArgs& a = task.args;
   const int64_t groups = scale_groups_of(a.in_features), whole = bitmask_words(a.in_features) / 2;
-  WideValues<X, R, kWithin> weights(a, row);
+  WideValues<X, R, kWithin> weights(task, row);
   for (int64_t g = 0; g < groups; ++g) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -241,9 +247,9 @@ struct Expanded8 {
 
   static int64_t steps(const LinearArgs& a) { return scale_groups_of(a.in_features); }
   template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t row, int64_t stride, char* to, int32_t* plain) {
-    const Pieces pieces = pieces_of<Product>(a, steps(a));
-    expand_wide<X8, R, kWithin>(a, row, [&](int r, int64_t g, __m512i weights) {
+  static void expand(const LinearTask& task, int64_t row, int64_t stride, char* to, int32_t* plain) {
+    const Pieces pieces = pieces_of<Product>(task.args, steps(task.args));
+    expand_wide<X8, R, kWithin>(task, row, [&](int r, int64_t g, __m512i weights) {
       _mm512_storeu_si512(to + g * stride + r * kStepBytes, weights);
       plain[r * pieces.count + g / pieces.steps] +=
           _mm512_reduce_add_epi32(X8::add_plain(_mm512_setzero_si512(), weights));
@@ -269,8 +275,8 @@ struct Expanded16 {
 
   static int64_t steps(const LinearArgs& a) { return 2 * scale_groups_of(a.in_features); }
   template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t row, int64_t stride, char* to, int32_t*) {
-    expand_wide<X16, R, kWithin>(a, row, [&](int r, int64_t g, const X16::Weight& weights) {
+  static void expand(const LinearTask& task, int64_t row, int64_t stride, char* to, int32_t*) {
+    expand_wide<X16, R, kWithin>(task, row, [&](int r, int64_t g, const X16::Weight& weights) {
       _mm512_storeu_si512(to + 2 * g * stride + r * kStepBytes, weights.first);
       _mm512_storeu_si512(to + (2 * g + 1) * stride + r * kStepBytes, weights.second);
     });

@@ -18,7 +18,7 @@
 //       // R weight rows: step s of row r goes to `to` + s * stride + r * 64. Adds up the whole numbers of
 //       // each piece to plain[r * pieces + piece], if Product wants that.
 //       template <int R, bool kWithin>       // kWithin: never load past the end of the values
-//       static void expand(const LinearArgs&, int64_t row, int64_t stride, char* to, int32_t* plain);
+//       static void expand(const LinearTask&, int64_t row, int64_t stride, char* to, int32_t* plain);
 //     };
 #pragma once
 
@@ -220,20 +220,20 @@ inline int64_t group_rows(int64_t count) { return count > 8 ? 12 : count > 4 ? 8
 // One group: weight rows [row, end), of which those from `guarded` on must not be read past their end; zeros
 // where there are none.
 template <typename Form>
-void expand_group(const LinearArgs& a, int64_t row, int64_t guarded, int64_t end, int64_t steps, char* group,
-                  int32_t* plain) {
+void expand_group(const LinearTask& task, int64_t row, int64_t guarded, int64_t end, int64_t steps,
+                  char* group, int32_t* plain) {
   const int64_t size = group_rows(end - row), stride = size * kStepBytes;
-  const int64_t pieces = plain_sums<typename Form::Product>(a, steps);
+  const int64_t pieces = plain_sums<typename Form::Product>(task.args, steps);
   std::memset(plain, 0, size * pieces * sizeof *plain);
   for (int64_t r = 0, some; r < size; r += some) {
     char* to = group + r * kStepBytes;
     some = row + r + 4 <= guarded && row + r + 4 <= end ? 4 : 1;
     if (some == 4) {
-      Form::template expand<4, false>(a, row + r, stride, to, plain + r * pieces);
+      Form::template expand<4, false>(task, row + r, stride, to, plain + r * pieces);
     } else if (row + r < guarded) {
-      Form::template expand<1, false>(a, row + r, stride, to, plain + r * pieces);
+      Form::template expand<1, false>(task, row + r, stride, to, plain + r * pieces);
     } else if (row + r < end) {
-      Form::template expand<1, true>(a, row + r, stride, to, plain + r * pieces);
+      Form::template expand<1, true>(task, row + r, stride, to, plain + r * pieces);
     } else {
       for (int64_t s = 0; s < steps; ++s) std::memset(to + s * stride, 0, kStepBytes);
     }
@@ -257,7 +257,8 @@ bool multiply_tiles(const LinearTask& task, int64_t begin, int64_t guarded, int6
     next = end - begin < panel_rows ? end : begin + panel_rows;
     for (int64_t row = begin; row < next; row += kGroupRows) {
       const int64_t last = next - row < kGroupRows ? next : row + kGroupRows, before = row - begin;
-      expand_group<Form>(a, row, guarded, last, steps, panel + before * row_bytes, plain + before * pieces);
+      expand_group<Form>(task, row, guarded, last, steps, panel + before * row_bytes,
+                         plain + before * pieces);
     }
     for (int64_t n = 0; n < a.rows; n += turned_rows(a.rows - n)) {
       for (int64_t row = begin; row < next; row += kGroupRows) {
@@ -281,9 +282,9 @@ struct Expanded {
 
   static int64_t steps(const LinearArgs& a) { return bitmask_words(a.in_features) * kWordSteps; }
   template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t row, int64_t stride, char* to, int32_t*) {
-    typename Form::template Rows<R, kWithin> weights(a, row);
-    const int64_t words = bitmask_words(a.in_features);
+  static void expand(const LinearTask& task, int64_t row, int64_t stride, char* to, int32_t*) {
+    typename Form::template Rows<R, kWithin> weights(task, row);
+    const int64_t words = bitmask_words(task.args.in_features);
     for (int64_t w = 0; w < words; ++w, to += kWordSteps * stride) {
       weights.step(w);
 #pragma GCC unroll 4

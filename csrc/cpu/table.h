@@ -26,6 +26,7 @@ struct LinearTask {
   // Or what round_x made of it, where x_form tells so. Or tile by tile what turn_x made of either.
   const void* x;
   int64_t fast_values;    // a 64-byte load that starts below this index stays inside `values`
+  int64_t rows_ahead;     // this many weight rows before they are read, memory should be asked for them
   const float* x_scales;  // [rows], of whole numbers; else nullptr
 };
 

@@ -15,18 +15,56 @@
 namespace mosaic::cpu {
 namespace {
 
-// Lives on its caller's stack. All fields but `next` are guarded by the pool's mutex.
+// Chunks that follow each other. Their thread takes them from the front, in order, so that what it asked of
+// memory ahead of one chunk is for its next; who has nothing left to do takes them from the back.
+struct alignas(64) Share {
+  int64_t begin, size;
+  std::atomic<int64_t> taken, at_front, at_back;
+
+  void hold(int64_t from, int64_t to) {
+    begin = from;
+    size = to - from;
+    for (auto* count : {&taken, &at_front, &at_back}) count->store(0, std::memory_order_relaxed);
+  }
+  // A chunk, or -1 when all are taken.
+  int64_t take(bool own) {
+    if (taken.load(std::memory_order_relaxed) >= size) return -1;
+    if (taken.fetch_add(1, std::memory_order_relaxed) >= size) return -1;
+    if (own) return begin + at_front.fetch_add(1, std::memory_order_relaxed);
+    return begin + size - 1 - at_back.fetch_add(1, std::memory_order_relaxed);
+  }
+};
+
+// Lives on its caller's stack. What is not atomic is guarded by the pool's mutex.
 struct Job {
+  static constexpr int kMostShares = 64;
+
   ChunkBody body;
   const void* context;
-  int64_t chunks;
+  int share_count;
   int open_places;  // helpers that may still join
   int helpers = 0;  // helpers inside
   Job* following = nullptr;
-  std::atomic<int64_t> next{0};
+  std::atomic<int> joined{0};
+  std::atomic<bool> all_taken{false};
+  Share shares[kMostShares];
+
+  Job(ChunkBody body, const void* context, int64_t chunks, int threads)
+      : body(body),
+        context(context),
+        share_count(threads < kMostShares ? threads : kMostShares),
+        open_places(threads - 1) {
+    for (int s = 0; s < share_count; ++s)
+      shares[s].hold(chunks * s / share_count, chunks * (s + 1) / share_count);
+  }
 
   void work() {
-    for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) body(context, c);
+    const int mine = joined.fetch_add(1, std::memory_order_relaxed) % share_count;
+    for (int i = 0; i < share_count; ++i) {
+      Share& share = shares[(mine + i) % share_count];
+      for (int64_t c; (c = share.take(i == 0)) >= 0;) body(context, c);
+    }
+    all_taken = true;
   }
 };
 
@@ -72,7 +110,7 @@ class Pool {
 
   Job* joinable() const {
     for (Job* job = jobs_; job; job = job->following) {
-      if (job->open_places > 0 && job->next.load(std::memory_order_relaxed) < job->chunks) return job;
+      if (job->open_places > 0 && !job->all_taken) return job;
     }
     return nullptr;
   }
@@ -147,7 +185,7 @@ void run_chunks(int threads, int64_t chunks, ChunkBody body, const void* context
     for (int64_t c = 0; c < chunks; ++c) body(context, c);
     return;
   }
-  Job job{body, context, chunks, static_cast<int>(useful - 1)};
+  Job job(body, context, chunks, static_cast<int>(useful));
   const OpenMp& team = open_mp();
   // Only a team of the size that torch uses: OpenMP ends and starts threads whenever the size changes.
   if (!g_forked && team.parallel && team.max_threads && team.max_threads() == threads) {
