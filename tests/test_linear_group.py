@@ -151,7 +151,7 @@ def test_a_row_of_x_that_is_not_finite_spoils_itself_alone(level: str, bad: floa
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows", [1, 5, 40, 96])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_group_is_its_parts(level: str, dtype: torch.dtype, rows: int, threads: int) -> None:
     torch.manual_seed(rows)
@@ -173,10 +173,11 @@ def test_a_group_may_hold_a_weight_without_rows(level: str, quantize_x: bool) ->
         assert torch.equal(result, layer(x))
 
 
+@pytest.mark.parametrize("rows", [3, 96])
 @pytest.mark.parametrize("quantize_x", [False, True])
 @pytest.mark.parametrize("group", GROUPS)
-def test_a_group_of_int8_is_its_parts(level: str, group: int | None, quantize_x: bool) -> None:
-    x = torch.randn(3, 100).bfloat16()
+def test_a_group_of_int8_is_its_parts(level: str, group: int | None, quantize_x: bool, rows: int) -> None:
+    x = torch.randn(rows, 100).bfloat16()
     layers = []
     for out in (8, 24):
         layer = mk.MosaicLinear.from_packed(mk.quantize(mk.pack(sparse(out, 100, 0.4, torch.bfloat16)), group))

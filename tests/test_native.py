@@ -68,8 +68,9 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(l
 def test_a_row_of_many_has_the_same_bits_whatever_stands_beside_it(
     level: str, dtype: torch.dtype, out: int, columns: int
 ) -> None:
-    # tiles of 32, 16 and 8 rows of x, groups of 12, 8 and 4 weight rows, and what is left of each
-    weight, x = sparse(out, columns, 0.5, dtype), torch.randn(71, columns).to(dtype)
+    # tiles of 32, 16 and 8 rows of x, groups of 12, 8 and 4 weight rows, and what is left of each; threads take
+    # weights or, from 64 rows on and with few outputs, rows
+    weight, x = sparse(out, columns, 0.5, dtype), torch.randn(295, columns).to(dtype)
     together = linear(x, weight, 1)
     exact = (x.double() @ weight.double().T).to(dtype)
     torch.testing.assert_close(together, exact, rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-3)
@@ -77,8 +78,8 @@ def test_a_row_of_many_has_the_same_bits_whatever_stands_beside_it(
     positive = linear(x.abs(), weight.abs(), 1)
     exact = x.double().abs() @ weight.double().abs().T
     assert bool(((positive.double() - exact).abs() <= (torch.finfo(dtype).eps + 2e-6) * exact).all())
-    for rows in (24, 25, 32, 33, 41, 57, 64):
-        for threads in (1, 2, 5):
+    for rows in (24, 25, 32, 33, 41, 57, 64, 71, 96, 128, 295):
+        for threads in (1, 2, 3, 5):
             assert torch.equal(linear(x[:rows].contiguous(), weight, threads), together[:rows])
 
 
