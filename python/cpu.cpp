@@ -10,6 +10,7 @@
 
 #include "mosaic/kernels.h"
 #include "status.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 
@@ -277,6 +278,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("cg_step", python::cg_step);
   m.def("bytes_at", python::bytes_at);
   m.def("holds", python::holds);
+  m.def("unchanged", python::unchanged);
   m.def("isa", cpu::isa);
   m.def("features", cpu::features);
   m.def("set_isa", [](const char* level) { raise_unless_ok(cpu::set_isa(level), "set_isa"); });

@@ -20,6 +20,7 @@ except ImportError as error:
     _IMPORT_ERROR: str | None = f"the module _C_cpu did not load ({error}); build it with `pip install .`"
 else:
     _IMPORT_ERROR = None
+    unchanged = _C_cpu.unchanged
 
 __all__ = [
     "DENSE_ROWS",
@@ -34,6 +35,7 @@ __all__ = [
     "sparse_linear_int8_raw",
     "sparse_linear_raw",
     "threads",
+    "unchanged",
     "why_not",
 ]
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -49,8 +49,10 @@ def prepare(
     multiply, threads = cpu.linear_at(operands, in_features, x.dtype, quantize_x), cpu.threads
     dtype, out_features, on_cpu = x.dtype, words.shape[0], (op, "cpu")
     # Nothing here keeps a parameter in memory that its layer let go: every call asks whether it is still there.
-    at = ref(values), values.data_ptr()
-    scales_at, bias_at = (None if t is None else (ref(t), t.data_ptr()) for t in (scales, bias))
+    parameters = {"weight": values, "scales": scales, "bias": bias}
+    unchanged, names = cpu.unchanged, ("bitmask", *parameters)
+    objects = (bitmask, *(None if t is None else ref(t) for t in parameters.values()))
+    addresses = cpu.bytes_of(torch.tensor([0, *map(cpu.address, parameters.values())]))
 
     def result_of(shape: torch.Size) -> tuple[torch.Size, tuple[int, ...], int]:
         return shape, (*shape[:-1], out_features), shape[:-1].numel()
@@ -60,9 +62,7 @@ def prepare(
     def call(x: Tensor, held: Mapping[str, Tensor | None], rounded: bool) -> Tensor | None:
         if is_recorded(x) or x.dtype is not dtype or not x.is_cpu or resolved.get(on_cpu) is not kernel:
             return None
-        if not _is_at(held["weight"], at) or held["bitmask"] is not bitmask or rounded is not quantize_x:
-            return None
-        if not _is_at(held.get("bias"), bias_at) or not _is_at(held.get("scales"), scales_at):
+        if rounded is not quantize_x or not unchanged(held, names, objects, addresses):
             return None
         nonlocal seen  # shapes repeat, and to take one apart costs half as much as to allocate the result
         shape, sizes, rows = seen
@@ -78,10 +78,3 @@ def prepare(
 
     call.index = words, offsets  # type: ignore[attr-defined]  # the kernel has their addresses
     return call
-
-
-def _is_at(tensor: Tensor | None, place: tuple[ReferenceType[Tensor], int] | None) -> bool:
-    """Whether ``tensor`` is the one, in the same memory, of which ``place`` was noted; ``None``: it was none."""
-    if place is None or tensor is None:
-        return place is None and tensor is None
-    return tensor is place[0]() and tensor.data_ptr() == place[1]
