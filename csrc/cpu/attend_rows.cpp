@@ -97,7 +97,7 @@ void turn_keys(const T* keys, int64_t stride, int64_t tokens, int64_t elements, 
   for (int64_t first = 0; first < elements; first += kLanes) {
     const int64_t at = lanes_at(first, elements);
     const T* from = keys + at * E::kNumbers;
-    for (int64_t half = 0; half < kBlock; half += kLanes) {
+    for (int64_t half = 0; half < kBlock && (kWhole || half < tokens); half += kLanes) {
       Lanes rows[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
