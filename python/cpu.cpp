@@ -174,9 +174,9 @@ void attend(uintptr_t query, uintptr_t keys, uintptr_t values, uintptr_t mask, u
             int64_t query_heads, int64_t key_heads, int64_t dim, int64_t tokens,
             std::array<int64_t, 4> strides, float scaling, int dtype, int threads) {
   call("attention", cpu::attend,
-       AttentionArgs{address<void>(query), address<void>(keys), address<void>(values),
-                     address<uint8_t>(mask), address<void>(out), query_heads, key_heads, dim, tokens, strides[0],
-                     strides[1], strides[2], strides[3], scaling, DType(dtype), threads});
+       AttentionArgs{address<void>(query), address<void>(keys), address<void>(values), address<uint8_t>(mask),
+                     address<void>(out), query_heads, key_heads, dim, tokens, strides[0], strides[1],
+                     strides[2], strides[3], scaling, DType(dtype), threads});
 }
 
 void pack_bits(uintptr_t weight, uintptr_t keep, uintptr_t bitmask, uintptr_t offsets, int64_t rows,

@@ -13,6 +13,10 @@ constexpr int64_t kInline = 1 << 15;  // elements of keys that the caller reads 
 }  // namespace
 
 Status attend(const AttentionArgs& a) {
+  if (a.key_heads <= 0 || a.query_heads <= 0 || a.query_heads % a.key_heads != 0)
+    return invalid("attention: query heads must be a multiple of key heads");
+  if (a.dim <= 0 || a.dim % 2 != 0) return invalid("attention: the size of a head must be even");
+  if (a.tokens <= 0) return invalid("attention: there must be a token to attend to");
   const int kind = static_cast<int>(a.dtype);
   const KernelTable& table = kernels();
   int64_t tokens = a.tokens;

@@ -77,9 +77,10 @@ Status block_output(const BlockArgs& a, const BlockOutput& io) {
   void *attended = room.take(queries), *added = room.take(hidden), *middle = room.take(hidden);
   void *normed = room.take(hidden), *gate = room.take(channels), *up = room.take(channels);
 
-  Status status = attend({io.query, io.keys, io.values, io.mask, attended, queries / a.head_dim,
-                          a.key.out_features / a.head_dim, a.head_dim, io.tokens, io.key_head_stride,
-                          io.key_stride, io.value_head_stride, io.value_stride, a.scaling, a.dtype, a.threads});
+  Status status =
+      attend({io.query, io.keys, io.values, io.mask, attended, queries / a.head_dim,
+              a.key.out_features / a.head_dim, a.head_dim, io.tokens, io.key_head_stride, io.key_stride,
+              io.value_head_stride, io.value_stride, a.scaling, a.dtype, a.threads});
   if (!status.ok()) return status;
   status = sparse_linear(filled(a.output, a, attended, added));
   if (!status.ok()) return status;

@@ -48,10 +48,11 @@ struct AttendArgs {
   float* found;  // [heads, attend_floats(dim)]
 };
 
-constexpr int64_t kAttendTokens = 256;  // of a piece
+// Of a piece: some 10 us of work, and keys and values that stay in L2.
+constexpr int64_t kAttendTokens = 256;
 constexpr int64_t kAttendHeader = 16;
 inline int64_t attend_floats(int64_t dim) { return kAttendHeader + (dim + 15) / 16 * 16; }
-inline int64_t attend_room(int64_t dim) { return dim * 40; }  // 32 keys and 8 queries
+constexpr int64_t attend_room(int64_t dim) { return dim * 40; }  // 32 keys and 8 queries
 
 // What keeps exactly k scores: all from `from` on, and the first `ties` of those that equal `tie`.
 struct Cut {

@@ -164,8 +164,8 @@ struct BlockOutput {
   void* out;
 };
 
-// One token: softmax(query . keys * scaling) . values -> out [query_heads, dim], zero where nothing is attended
-// to. query [query_heads, dim]; keys and values [key_heads, tokens, dim]
+// One token: softmax(query . keys * scaling) . values -> out [query_heads, dim], zero where nothing is
+// attended to. query [query_heads, dim]; keys and values [key_heads, tokens, dim]
 struct AttentionArgs {
   const void *query, *keys, *values;
   const uint8_t* mask;  // [tokens], 0 where one is not attended to; nullptr: to all
