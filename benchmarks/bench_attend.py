@@ -40,8 +40,9 @@ def measured(benchmark: Any, heads: str, tokens: int, dtype: torch.dtype) -> Non
     def ours(index: int) -> torch.Tensor:
         return attend(query, *rotated[index % len(rotated)], threads=threads)
 
-    wanted = torchs(0).float()  # whose weights are rounded to the dtype, and whose result is
-    assert float((ours(0).float() - wanted).norm() / wanted.norm()) <= 4 * torch.finfo(dtype).eps
+    wanted = torchs(0).float()  # whose weights are rounded to the dtype, and whose result is; sums are in fp32
+    bound = 4 * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * (dim**0.5 + tokens**0.5)
+    assert float((ours(0).float() - wanted).norm() / wanted.norm()) <= bound
     record(benchmark, {"torch": torchs, "ours": ours}, ROUNDS, tokens=tokens, heads=heads, dtype=str(dtype), bytes=size)
     info = benchmark.extra_info
     info["gb_per_s"] = size / info["ours"]["median_us"] / 1e3
