@@ -17,6 +17,7 @@ import torch
 from measure import interleaved, summary
 from torch import Tensor
 
+from mosaic_kernels import _C_cpu
 from mosaic_kernels.ops import cpu
 
 
@@ -77,6 +78,23 @@ def step_logits(model: Any, ids: Tensor, *, cache: Any = None, step: Callable[..
     last = ids[:, -1:].clone(memory_format=torch.contiguous_format)  # a compiled step is compiled for strides too
     out = step(input_ids=last, past_key_values=out.past_key_values, use_cache=True)
     return out.logits[0, -1].float()
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, *, threads: int = 1) -> Tensor:
+    """A decoder block's attention alone.
+
+    Args:
+        query: ``[query heads, dim]``.
+        keys, values: ``[key heads, tokens, dim]``, with any strides but the last.
+        mask: bool ``[tokens]``.
+    """
+    (heads, dim), (key_heads, tokens, _) = query.shape, keys.shape
+    out = torch.empty_like(query)
+    _C_cpu.attend(
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(), cpu.address(mask), out.data_ptr(), heads, key_heads, dim,
+        tokens, (*keys.stride()[:2], *values.stride()[:2]), dim**-0.5, cpu._DTYPES[query.dtype], threads,
+    )  # fmt: skip
+    return out
 
 
 def llama_cpp(path: Path, threads: int) -> Any:

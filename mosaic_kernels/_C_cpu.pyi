@@ -78,6 +78,21 @@ class PreparedBlock:
         threads: int,
     ) -> None: ...
 
+def attend(
+    query: int,
+    keys: int,
+    values: int,
+    mask: int,
+    out: int,
+    query_heads: int,
+    key_heads: int,
+    dim: int,
+    tokens: int,
+    strides: tuple[int, int, int, int],
+    scaling: float,
+    dtype: int,
+    threads: int,
+) -> None: ...
 def pack_bits(
     weight: int, keep: int, bitmask: int, offsets: int, rows: int, columns: int, dtype: int, threads: int
 ) -> None: ...

@@ -14,6 +14,7 @@ two threads, Zen 4, Nov 2026); what a token costs outside our kernels is in ``be
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +34,8 @@ from mosaic_kernels.ops import cpu
 from mosaic_kernels.ops.select import is_recorded, kernel_for
 
 _ATTENTIONS = ("sdpa", attention.NAME)
-# Where query heads share keys torch attends faster to more tokens than this: 0.61 ms natively and 0.97 for 512 of
-# them, 1.64 and 1.00 for 2048 (a block of 32 heads over 4, one thread, Zen 4, Nov 2026).
-_MOST_SHARED_TOKENS = 1024
+# Whose hooks stay on modules once a model was asked for its hidden states or attentions.
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class _Token:
         """Whether somebody wants to see what goes in or out of a module."""
         for _, _, module in self.modules:
             state = module.__dict__
-            if "forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            if "forward" in state or state["_forward_pre_hooks"]:
+                return True
+            if not all(_captures_nothing(hook) for hook in state["_forward_hooks"].values()):
                 return True
         return bool(_global_forward_hooks or _global_forward_pre_hooks)
 
@@ -88,9 +90,6 @@ class _Token:
         if x.shape[-1] != self.hidden:
             return False
         return all(each.dtype is self.dtype and each.shape == (1, 1, self.head_dim) for each in rotation)
-
-    def attends_fast(self, cache: Any, place: int) -> bool:
-        return self.query_heads == self.key_heads or cache.get_seq_length(place) <= _MOST_SHARED_TOKENS
 
     def run(
         self,
@@ -130,6 +129,14 @@ class _Token:
             keys.shape[2], strides, out.data_ptr(), threads,
         )  # fmt: skip
         return out
+
+
+def _captures_nothing(hook: Any) -> bool:
+    """Whether a hook is transformers' own for outputs that were asked for, and returns at once: none are now."""
+    if getattr(hook, "__module__", None) != _CAPTURING or hook.__name__ != "output_capturing_hook":
+        return False
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    return collector is not None and not collector.get()
 
 
 def _readable(cached: Tensor, dtype: torch.dtype) -> Tensor:
@@ -266,9 +273,9 @@ def _one_token_class(base: type[nn.Module]) -> type[nn.Module]:
         ) -> Any:
             rotation, mask = position_embeddings, attention_mask
             if past_key_values is not None and rotation is not None and not is_dynamo_compiling():
-                place = self.self_attn.layer_idx
                 token = _token_of(self, hidden_states, rotation, mask, kwargs)
-                if token is not None and token.attends_fast(past_key_values, place):
+                if token is not None:
+                    place = self.self_attn.layer_idx
                     return token.run(
                         hidden_states, rotation, mask, lambda key, value: past_key_values.update(key, value, place)
                     )

@@ -170,6 +170,16 @@ PreparedBlock prepare_block(int dtype, const std::array<std::array<int64_t, 10>,
            epsilons[0], epsilons[1], epsilons[2], epsilons[3], head_dim, scaling, DType(dtype), 1}};
 }
 
+// strides: from one head and one token to the next, of keys and of values.
+void attend(uintptr_t query, uintptr_t keys, uintptr_t values, uintptr_t mask, uintptr_t out,
+            int64_t query_heads, int64_t key_heads, int64_t dim, int64_t tokens,
+            std::array<int64_t, 4> strides, float scaling, int dtype, int threads) {
+  call("attention", cpu::attend,
+       AttentionArgs{address<void>(query), address<void>(keys), address<void>(values), address<uint8_t>(mask),
+                     address<void>(out), query_heads, key_heads, dim, tokens, strides[0], strides[1],
+                     strides[2], strides[3], scaling, DType(dtype), threads});
+}
+
 void pack_bits(uintptr_t weight, uintptr_t keep, uintptr_t bitmask, uintptr_t offsets, int64_t rows,
                int64_t columns, int dtype, int threads) {
   call("pack", cpu::pack_bits,
@@ -265,6 +275,7 @@ PYBIND11_MODULE(_C_cpu, m) {
       .def(py::init(&prepare_block))
       .def("input", &PreparedBlock::input)
       .def("output", &PreparedBlock::output);
+  m.def("attend", python::attend);
   m.def("pack_bits", python::pack_bits);
   m.def("pack_values", pack_or_unpack<cpu::pack_values>);
   m.def("unpack", pack_or_unpack<cpu::unpack>);

@@ -87,7 +87,7 @@ def test_a_token_is_what_the_modules_make_of_it(
     natively: list[int], modules: Any, family: str, dtype: torch.dtype
 ) -> None:
     model = made(family, dtype)
-    for tokens in (3, 9, 70):
+    for tokens in (3, 9, 70, 600):
         found = step_logits(model, prompt(tokens))
         assert len(natively) == 3
         wanted = modules(step_logits, model, prompt(tokens))
@@ -195,6 +195,33 @@ def test_hidden_states_are_recorded(modules: Any) -> None:
         assert distance(one, other) <= 1e-5
 
 
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_what_was_recorded_once_is_not_for_ever(natively: list[int], modules: Any, asked: str) -> None:
+    model = made()
+    if asked == "output_attentions":
+        model.set_attn_implementation("eager")
+    next_token(model, **{asked: True})
+    model.set_attn_implementation("sdpa")
+    assert not natively
+    hooks = [block.self_attn._forward_hooks for block in model.model.layers]
+    assert all(hooks)  # transformers leaves them behind
+    found = step_logits(model, prompt())
+    assert len(natively) == 3
+    assert distance(found, modules(step_logits, model, prompt())) <= 1e-5
+    natively.clear()
+    wanted = modules(next_token, model, output_hidden_states=True).hidden_states
+    recorded = next_token(model, output_hidden_states=True).hidden_states
+    assert not natively
+    assert all(distance(one, other) <= 1e-5 for one, other in zip(recorded, wanted, strict=True))
+
+    def output_capturing_hook(*_: Any) -> None:  # somebody else's
+        natively.append(-1)
+
+    model.model.layers[0].self_attn.register_forward_hook(output_capturing_hook)
+    next_token(model)
+    assert sorted(natively) == [-1, -1, 1, 1]
+
+
 def test_gradients_and_training_take_the_modules(natively: list[int]) -> None:
     model = made()
     cache = model(input_ids=prompt(), use_cache=True).past_key_values
@@ -268,15 +295,6 @@ def test_numbers_and_methods_that_change_are_obeyed(
     monkeypatch.setattr(kind, "forward", lambda self, x: real(self, x))
     step_logits(made(), prompt())
     assert not natively
-
-
-def test_long_contexts_with_shared_heads_take_the_modules(natively: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "_MOST_SHARED_TOKENS", 12)
-    write(made(), prompt(), 8)
-    assert len(natively) == 3 * 4  # with 9 to 12 tokens before
-    natively.clear()
-    write(made(num_key_value_heads=6), prompt(), 8)
-    assert len(natively) == 3 * 8
 
 
 def test_autocast_and_other_dtypes_take_the_modules(natively: list[int]) -> None:

@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // A decoder block for one token in two calls, where Python and torch's operators take some 60. (22 blocks of
 // TinyLlama's shapes: see test_outside_kernels of benchmarks/bench_generate.py.)
-#include <atomic>
-
 #include "cpu/table.h"
 #include "cpu/thread_pool.h"
 
 namespace mosaic::cpu {
 namespace {
-
-constexpr int64_t kInlineAttention = 1 << 15;  // elements of keys that the caller reads alone
 
 LinearArgs filled(const LinearArgs& layer, const BlockArgs& a, const void* x, void* out) {
   LinearArgs now = layer;
@@ -74,35 +70,19 @@ Status block_input(const BlockArgs& a, const BlockInput& io) {
 Status block_output(const BlockArgs& a, const BlockOutput& io) {
   const int kind = static_cast<int>(a.dtype);
   const KernelTable& table = kernels();
-  const int64_t item = item_size(a.dtype), hidden = a.query.in_features, queries = a.query.out_features;
-  const int64_t channels = a.gate.out_features, key_heads = a.key.out_features / a.head_dim;
+  const int64_t hidden = a.query.in_features, queries = a.query.out_features;
+  const int64_t channels = a.gate.out_features;
   Room room(a, queries + 3 * hidden + 2 * channels);
   if (!room) return kShortOfMemory;
   void *attended = room.take(queries), *added = room.take(hidden), *middle = room.take(hidden);
   void *normed = room.take(hidden), *gate = room.take(channels), *up = room.take(channels);
 
-  const int64_t share = queries / a.head_dim / key_heads;
-  int64_t tokens = io.tokens;
-  while (io.mask && tokens > 1 && !io.mask[tokens - 1])
-    --tokens;  // a static cache is longer than what it holds
-  std::atomic<bool> enough{true};
-  const int threads = tokens * key_heads * a.head_dim > kInlineAttention ? a.threads : 1;
-  parallel_for(threads, key_heads, [&](int64_t head) {
-    auto* weights = static_cast<float*>(scratch(3, share * tokens * sizeof(float)));
-    if (!weights) {
-      enough = false;
-      return;
-    }
-    const int64_t first = head * share * a.head_dim * item;
-    table.attend[kind]({static_cast<const char*>(io.query) + first,
-                        static_cast<const char*>(io.keys) + head * io.key_head_stride * item,
-                        static_cast<const char*>(io.values) + head * io.value_head_stride * item, io.mask,
-                        share, a.head_dim, tokens, io.key_stride, io.value_stride, a.scaling, weights,
-                        static_cast<char*>(attended) + first});
-  });
-  if (!enough) return kShortOfMemory;
-
-  Status status = sparse_linear(filled(a.output, a, attended, added));
+  Status status =
+      attend({io.query, io.keys, io.values, io.mask, attended, queries / a.head_dim,
+              a.key.out_features / a.head_dim, a.head_dim, io.tokens, io.key_head_stride, io.key_stride,
+              io.value_head_stride, io.value_stride, a.scaling, a.dtype, a.threads});
+  if (!status.ok()) return status;
+  status = sparse_linear(filled(a.output, a, attended, added));
   if (!status.ok()) return status;
   table.add[kind](io.x, added, hidden, middle);
   table.rms_norm[kind](middle, a.ffn_norm, a.ffn_epsilon, hidden, normed);

@@ -3,6 +3,8 @@
 // is vector code on every instruction set. (Wider vectors than registers are taken apart lane by lane.)
 #pragma once
 
+#include <initializer_list>
+
 #include "cpu/numeric.h"
 
 #if defined(__F16C__)
@@ -33,9 +35,14 @@ MOSAIC_HD Lanes load_lanes(const float* from) {
 }
 
 MOSAIC_HD Lanes load_lanes(const BFloat16* from) {
+#if defined(__AVX512F__)  // gcc 12 widens the halves apart
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+#else
   uint16_t __attribute__((vector_size(kLanes * 2))) narrow;
   std::memcpy(&narrow, from, sizeof narrow);
   return (Lanes)(__builtin_convertvector(narrow, Bits) << 16);
+#endif
 }
 
 MOSAIC_HD Lanes load_lanes(const Half* from) {
@@ -92,6 +99,18 @@ MOSAIC_HD void store_first(T* to, Lanes v, int64_t count) {
 MOSAIC_HD Lanes nearest(Lanes v) {
   const Lanes shift = Lanes{} + static_cast<float>(3 << 22);
   return (v + shift) - shift;
+}
+
+// e^v to some 2 units in the last place: 2^n by its exponent, the rest, at most ln(2) / 2, by Taylor's
+// series.
+MOSAIC_HD Lanes exponential(Lanes v) {
+  v = v < -87.0f ? Lanes{} - 87.0f : v > 88.0f ? Lanes{} + 88.0f : v;
+  const Lanes n = nearest(v * 1.44269504f);
+  const Lanes r =
+      (v - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts, the first exact in products
+  Lanes sum = Lanes{} + 1.0f / 5040;
+  for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = sum * r + factor;
+  return sum * (Lanes)((__builtin_convertvector(n, Flags) + 127) << 23);
 }
 
 MOSAIC_HD float sum_of_lanes(Lanes v) {

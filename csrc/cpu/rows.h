@@ -68,5 +68,7 @@ template <typename T>
 void add(const void* a, const void* b, int64_t columns, void* out);
 template <typename T>
 void attend(const AttendArgs& args);
+template <typename T>
+void attend_join(float* found, int64_t pieces, int64_t stride, int64_t heads, int64_t dim, void* out);
 
 }  // namespace mosaic::MOSAIC_ISA

@@ -51,6 +51,7 @@ const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
                             MOSAIC_EACH_DTYPE(rotate),
                             MOSAIC_EACH_DTYPE(gated),
                             MOSAIC_EACH_DTYPE(add),
-                            MOSAIC_EACH_DTYPE(attend)};
+                            MOSAIC_EACH_DTYPE(attend),
+                            MOSAIC_EACH_DTYPE(attend_join)};
 
 }  // namespace mosaic::MOSAIC_ISA

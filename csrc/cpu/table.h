@@ -36,16 +36,24 @@ enum class XForm { kPlain, kInt8, kInt16 };
 
 enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt16, kPackedInt8TimesInt8, kDense, kWeightKinds };
 
-// Some query heads that share a key head: query [heads, dim] . keys -> out [heads, dim], of one token.
+// Some query heads that share a key head, over a piece of its tokens. What is found of a head: the greatest
+// score, the sum of the weights e^(score - greatest), and from kAttendHeader on the sums of weighted values.
 struct AttendArgs {
-  const void *query, *keys, *values;
-  const uint8_t* mask;  // [tokens], or nullptr
-  int64_t heads, dim, tokens;
-  int64_t key_stride, value_stride;  // in elements
+  const void *query, *keys, *values;  // [heads, dim], [tokens, dim]
+  const void* next_keys;              // of the piece that follows: in L2 when this one is done
+  const uint8_t* mask;                // [tokens], or nullptr
+  int64_t heads, dim, tokens;         // at most kAttendTokens
+  int64_t key_stride, value_stride;   // in elements
   float scaling;
-  float* weights;  // room for [heads, tokens]
-  void* out;
+  float* room;   // of attend_room(dim) floats
+  float* found;  // [heads, attend_floats(dim)]
 };
+
+// Of a piece: some 10 us of work, and keys and values that stay in L2.
+constexpr int64_t kAttendTokens = 256;
+constexpr int64_t kAttendHeader = 16;
+inline int64_t attend_floats(int64_t dim) { return kAttendHeader + (dim + 15) / 16 * 16; }
+constexpr int64_t attend_room(int64_t dim) { return dim * 40; }  // 32 keys and 8 queries
 
 // What keeps exactly k scores: all from `from` on, and the first `ties` of those that equal `tie`.
 struct Cut {
@@ -128,6 +136,8 @@ struct KernelTable {
   void (*gated[3])(const void* gate, const void* up, int64_t columns, void* out);
   void (*add[3])(const void* a, const void* b, int64_t columns, void* out);
   void (*attend[3])(const AttendArgs&);
+  // What pieces, `stride` floats apart, found of each head to out [heads, dim]; overwrites what they found.
+  void (*attend_join[3])(float* found, int64_t pieces, int64_t stride, int64_t heads, int64_t dim, void* out);
 };
 
 constexpr int64_t kObsLanes = 16;  // rows of a tile, at most

@@ -164,6 +164,20 @@ struct BlockOutput {
   void* out;
 };
 
+// One token: softmax(query . keys * scaling) . values -> out [query_heads, dim], zero where nothing is
+// attended to. query [query_heads, dim]; keys and values [key_heads, tokens, dim]
+struct AttentionArgs {
+  const void *query, *keys, *values;
+  const uint8_t* mask;  // [tokens], 0 where one is not attended to; nullptr: to all
+  void* out;
+  int64_t query_heads, key_heads, dim, tokens;  // dim is even, and query_heads a multiple of key_heads
+  int64_t key_head_stride, key_stride;          // in elements, from one head and one token to the next
+  int64_t value_head_stride, value_stride;
+  float scaling;
+  DType dtype;
+  int threads;
+};
+
 namespace cpu {
 
 Status sparse_linear(const LinearArgs&);
@@ -179,6 +193,7 @@ Status select(const SelectArgs&);
 Status obs_block(const ObsArgs&);
 Status admm_step(const AdmmArgs&);
 Status cg_step(const CgArgs&);
+Status attend(const AttentionArgs&);
 Status block_input(const BlockArgs&, const BlockInput&);
 Status block_output(const BlockArgs&, const BlockOutput&);
 
