@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,23 @@ from mosaic_kernels.ops import cpu
 from mosaic_kernels.ops.select import is_recorded, kernel_for
 
 _ATTENTIONS = ("sdpa", attention.NAME)
+# Where a config holds what it answers for _attn_implementation, after four calls of Python.
+_ATTENTION = "_attn_implementation_internal"
 # Whose hooks stay on modules once a model was asked for its hidden states or attentions.
 _CAPTURING = "transformers.utils.output_capturing"
+
+
+class _Contents:
+    """What dictionaries hold by some names, ``None`` where there is no such name; of tensors also where they are."""
+
+    def __init__(self, found: Iterable[tuple[dict[str, Any], str]]) -> None:
+        holders, names = zip(*found, strict=True)
+        objects = tuple(holder.get(name) for holder, name in zip(holders, names, strict=True))
+        places = [cpu.address(each) if isinstance(each, Tensor) else 0 for each in objects]
+        self._asked = holders, names, objects, cpu.bytes_of(torch.tensor(places))
+
+    def are_there(self) -> bool:
+        return cpu.unchanged(*self._asked)
 
 
 @dataclass(frozen=True)
@@ -45,10 +60,9 @@ class _Token:
     Attributes:
         native: the calls; they read the parameters' memory by address.
         hidden, query_heads, key_heads, head_dim: its sizes.
-        parameters: each one's place in its module, itself, and its address.
-        modules: each one's place in its parent, and itself.
-        packed: packed layers, what their bits were made into, and whether they round their input.
-        numbers: of modules, what is no parameter.
+        made_of: modules, parameters, numbers and the kind of attention.
+        methods: that modules have no ``forward`` but their class's.
+        hooks: of modules, by when they are called: before and after.
     """
 
     native: Any
@@ -57,34 +71,18 @@ class _Token:
     query_heads: int
     key_heads: int
     head_dim: int
-    parameters: list[tuple[dict[str, nn.Parameter | None], str, Tensor | None, int]]
-    modules: list[tuple[dict[str, nn.Module | None], str, nn.Module]]
-    packed: Sequence[tuple[MosaicLinear, object, bool]]
-    numbers: list[tuple[nn.Module, str, float]]
+    made_of: _Contents
+    methods: _Contents
+    hooks: tuple[Sequence[Mapping[int, Any]], Sequence[Mapping[int, Any]]]
 
     def is_watched(self) -> bool:
         """Whether somebody wants to see what goes in or out of a module."""
-        for _, _, module in self.modules:
-            state = module.__dict__
-            if "forward" in state or state["_forward_pre_hooks"]:
-                return True
-            if not all(_captures_nothing(hook) for hook in state["_forward_hooks"].values()):
-                return True
-        return bool(_global_forward_hooks or _global_forward_pre_hooks)
-
-    def is_current(self) -> bool:
-        """Whether every parameter and module is the one, and where it was."""
-        for parents, name, module in self.modules:
-            if parents.get(name) is not module:
-                return False
-        for held, name, parameter, place in self.parameters:
-            now = held.get(name)
-            if now is not parameter or (now is not None and now.data_ptr() != place):
-                return False
-        for layer, index, rounds in self.packed:
-            if layer._index is not index or layer.quantize_activations is not rounds:
-                return False
-        return all(getattr(module, name) == number for module, name, number in self.numbers)
+        before, after = self.hooks
+        if any(before) or _global_forward_hooks or _global_forward_pre_hooks:
+            return True
+        if any(after) and not all(_captures_nothing(hook) for hooks in after for hook in hooks.values()):
+            return True
+        return not self.methods.are_there()
 
     def takes(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> bool:
         if x.shape[-1] != self.hidden:
@@ -115,18 +113,19 @@ class _Token:
             threads,
         )  # fmt: skip
         keys, values = (_readable(found, self.dtype) for found in update(key, value))
-        if keys.shape != values.shape or keys.shape[:2] != (1, self.key_heads) or keys.shape[3] != self.head_dim:
+        shape = keys.shape
+        if values.shape != shape or shape != (1, self.key_heads, tokens := shape[2], self.head_dim):
             raise KernelError(
-                f"the cache returned keys {list(keys.shape)} and values {list(values.shape)} "
+                f"the cache returned keys {list(shape)} and values {list(values.shape)} "
                 f"for {list(key.shape)}: a block with {self.key_heads} key heads cannot read these"
             )
-        if mask is not None and mask.shape[-1] != keys.shape[2]:
-            raise KernelError(f"the mask is of {mask.shape[-1]} tokens, and the cache returned {keys.shape[2]}")
+        if mask is not None and mask.shape[-1] != tokens:
+            raise KernelError(f"the mask is of {mask.shape[-1]} tokens, and the cache returned {tokens}")
         out = torch.empty_like(x)
         strides = (keys.stride(1), keys.stride(2), values.stride(1), values.stride(2))
         self.native.output(
             x.data_ptr(), query.data_ptr(), keys.data_ptr(), values.data_ptr(), cpu.address(mask),
-            keys.shape[2], strides, out.data_ptr(), threads,
+            tokens, strides, out.data_ptr(), threads,
         )  # fmt: skip
         return out
 
@@ -141,7 +140,8 @@ def _captures_nothing(hook: Any) -> bool:
 
 def _readable(cached: Tensor, dtype: torch.dtype) -> Tensor:
     """Keys or values of a cache, which may hold them in another form."""
-    cached = cached.to(dtype)
+    if cached.dtype is not dtype:
+        cached = cached.to(dtype)
     return cached if cached.stride(-1) == 1 else cached.contiguous()
 
 
@@ -157,6 +157,9 @@ def _made_for(block: Any, x: Tensor) -> _Token | None:
             return None  # somebody's own
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return None
+    settings = object.__getattribute__(attn.config, "__dict__")
+    if settings.get(_ATTENTION) != attn.config._attn_implementation:
+        return None  # whether it changes, nobody would see
     layers = [block.get_submodule(name) for name in PROJECTIONS]
     if not all(_is_readable(layer, x.dtype) for layer in layers) or not _fit(layers, norms, attn.head_dim, x):
         return None
@@ -169,19 +172,24 @@ def _made_for(block: Any, x: Tensor) -> _Token | None:
         [norm.variance_epsilon for norm in norms] + [0.0] * unused,
         attn.head_dim, attn.scaling,
     )  # fmt: skip
-    parameters = [
-        (module._parameters, name, parameter, cpu.address(parameter))
-        for module in (*layers, *norms)
-        for name, parameter in module._parameters.items()
+    parents = (block, attn, mlp)
+    parts = [part for parent in parents for part in parent._modules.values()]
+    made_of = [(parent._modules, name) for parent in parents for name in parent._modules]
+    made_of += [(module._parameters, name) for module in (*layers, *norms) for name in module._parameters]
+    packed = [layer.__dict__ for layer in layers if isinstance(layer, MosaicLinear)]
+    made_of += [(state, name) for state in packed for name in ("_index", "quantize_activations")]
+    made_of += [(norm.__dict__, "variance_epsilon") for norm in norms]
+    made_of += [
+        (attn.__dict__, "scaling"),
+        (attn.__dict__, "config"),
+        (settings, _ATTENTION),
     ]
-    modules = [(parent._modules, name, part) for parent in (block, attn, mlp) for name, part in parent._modules.items()]
-    packed = [(each, each._index, each.quantize_activations) for each in layers if isinstance(each, MosaicLinear)]
-    numbers = [(norm, "variance_epsilon", norm.variance_epsilon) for norm in norms]
-    numbers.append((attn, "scaling", attn.scaling))
+    hooks = [part._forward_pre_hooks for part in parts], [part._forward_hooks for part in parts]
     query_heads, key_heads = (layer.out_features // attn.head_dim for layer in layers[:2])
     return _Token(
-        native, x.dtype, x.shape[-1], query_heads, key_heads, attn.head_dim, parameters, modules, packed, numbers
-    )
+        native, x.dtype, x.shape[-1], query_heads, key_heads, attn.head_dim,
+        _Contents(made_of), _Contents([(part.__dict__, "forward") for part in parts]), hooks,
+    )  # fmt: skip
 
 
 def _fit(layers: list[Any], norms: list[Any], head_dim: int, x: Tensor) -> bool:
@@ -238,18 +246,19 @@ def _token_of(
         return None
     if torch.is_grad_enabled() or is_recorded(x) or torch.is_autocast_enabled("cpu"):
         return None  # a cache may want gradients, too
-    if any(option is not None and option is not False for option in options.values()):
-        return None
+    for option in options.values():
+        if option is not None and option is not False:
+            return None
     if mask is not None and not (mask.dtype is torch.bool and mask.shape[:3] == (1, 1, 1) and mask.is_contiguous()):
-        return None
-    if block.self_attn.config._attn_implementation not in _ATTENTIONS:
         return None
     if kernel_for("sparse_linear", x) is not cpu.KERNELS["sparse_linear"]:
         return None
     token: _Token | None
     dtype, token = block.__dict__.get("_token") or (None, None)
-    if dtype is not x.dtype or (token is not None and not token.is_current()):
+    if dtype is not x.dtype or (token is not None and not token.made_of.are_there()):
         block.__dict__.pop("_token", None)  # and with it what the block itself let go
+        if block.self_attn.config._attn_implementation not in _ATTENTIONS:
+            return None
         token = _made_for(block, x)
         block.__dict__["_token"] = x.dtype, token
     if token is None or token.is_watched() or not token.takes(x, rotation):

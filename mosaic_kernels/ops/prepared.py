@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 from weakref import ref
 
 import torch
@@ -13,7 +14,7 @@ from mosaic_kernels.ops import cpu
 from mosaic_kernels.ops.select import is_recorded, kernel_for, resolved
 
 # The result, or None where the ordinary way has to be taken; of x, the layer's parameters by name and quantize_x.
-PreparedCall = Callable[[Tensor, Mapping[str, Tensor | None], bool], Tensor | None]
+PreparedCall = Callable[[Tensor, dict[str, Any], bool], Tensor | None]
 
 
 def prepare(
@@ -59,7 +60,7 @@ def prepare(
 
     seen = result_of(x.shape)
 
-    def call(x: Tensor, held: Mapping[str, Tensor | None], rounded: bool) -> Tensor | None:
+    def call(x: Tensor, held: dict[str, Any], rounded: bool) -> Tensor | None:
         if is_recorded(x) or x.dtype is not dtype or not x.is_cpu or resolved.get(on_cpu) is not kernel:
             return None
         if rounded is not quantize_x or not unchanged(held, names, objects, addresses):
