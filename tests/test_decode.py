@@ -209,9 +209,10 @@ def test_what_was_recorded_once_is_not_for_ever(natively: list[int], modules: An
     assert len(natively) == 3
     assert distance(found, modules(step_logits, model, prompt())) <= 1e-5
     natively.clear()
-    wanted = modules(next_token, model, output_hidden_states=True).hidden_states
-    recorded = next_token(model, output_hidden_states=True).hidden_states
+    model.config.output_hidden_states = True  # which blocks are not told
+    wanted, recorded = modules(next_token, model).hidden_states, next_token(model).hidden_states
     assert not natively
+    model.config.output_hidden_states = False
     assert all(distance(one, other) <= 1e-5 for one, other in zip(recorded, wanted, strict=True))
 
     def output_capturing_hook(*_: Any) -> None:  # somebody else's
