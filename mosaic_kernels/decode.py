@@ -46,7 +46,9 @@ class _Contents:
     def __init__(self, found: Iterable[tuple[dict[str, Any], str]]) -> None:
         holders, names = zip(*found, strict=True)
         objects = tuple(holder.get(name) for holder, name in zip(holders, names, strict=True))
-        places = [cpu.address(each) if isinstance(each, Tensor) else 0 for each in objects]
+        # a layer reads a bitmask once, for its index
+        at = [name != "bitmask" and isinstance(each, Tensor) for name, each in zip(names, objects, strict=True)]
+        places = [cpu.address(each) if is_read else 0 for is_read, each in zip(at, objects, strict=True)]
         self._asked = holders, names, objects, cpu.bytes_of(torch.tensor(places))
 
     def are_there(self) -> bool:

@@ -32,28 +32,6 @@ bool is_at(PyObject* tensor, uint64_t address) {
   return PyLong_AsUnsignedLongLong(place.ptr()) == address;
 }
 
-// Asks memory for all that the questions will read at once: one by one the answers for a decoder block took
-// 46 us after its weights were read, now NN. What is read here are objects' own fields; where a pointer leads
-// is but a hint. (Zen 4, Nov 2026)
-void fetch(const py::object& holders, const py::tuple& objects, size_t count, bool one) {
-  for (size_t i = 0; i < count; ++i) {
-    if (!one) __builtin_prefetch(PyTuple_GET_ITEM(holders.ptr(), i));
-    const auto* object = reinterpret_cast<const char*>(PyTuple_GET_ITEM(objects.ptr(), i));
-    __builtin_prefetch(object);
-  }
-  for (size_t i = 0; i < count; ++i) {
-    PyObject* holder = one ? holders.ptr() : PyTuple_GET_ITEM(holders.ptr(), i);
-    const auto* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(holder)->ma_keys);
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(keys + 64 * line);
-    PyObject* object = PyTuple_GET_ITEM(objects.ptr(), i);
-    if (Py_TYPE(object)->tp_basicsize < static_cast<Py_ssize_t>(sizeof(PyObject) + 2 * sizeof(void*)))
-      continue;
-    void* inside[2];
-    std::memcpy(inside, object + 1, sizeof inside);
-    for (void* found : inside) __builtin_prefetch(found);
-  }
-}
-
 }  // namespace
 
 bool unchanged(const py::object& holders, const py::tuple& names, const py::tuple& objects,
@@ -64,7 +42,6 @@ bool unchanged(const py::object& holders, const py::tuple& names, const py::tupl
       !(one || (PyTuple_Check(holders.ptr()) && py::len(holders) == count))) {
     raise_invalid("unchanged: as many holders, objects and addresses as names are needed");
   }
-  fetch(holders, objects, count, one);
   const char* places = PyBytes_AS_STRING(addresses.ptr());
   for (size_t i = 0; i < count; ++i) {
     PyObject* holder = one ? holders.ptr() : PyTuple_GET_ITEM(holders.ptr(), i);
