@@ -217,3 +217,36 @@ def test_the_native_call_refuses_values_that_do_not_fit() -> None:
     call = _C_cpu.PreparedLinear(*addresses, 3, 3, 2, 0, 0, 0, False)
     with pytest.raises(KernelError, match="offsets end at another number"):
         call.run(x.data_ptr(), out.data_ptr(), 1, 1)
+
+
+def asked(holders: Any, names: tuple[str, ...], objects: tuple[object, ...], *addresses: int) -> bool:
+    return _C_cpu.unchanged(holders, names, objects, b"".join(each.to_bytes(8, "little") for each in addresses))
+
+
+def test_what_is_unchanged() -> None:
+    weight, held = torch.ones(3), {}
+    held["weight"] = weight
+    for known in (weight, weakref.ref(weight)):
+        assert asked(held, ("weight", "bias"), (known, None), weight.data_ptr(), 0)
+        assert asked((held, {}), ("weight", "bias"), (known, None), weight.data_ptr(), 0)
+        assert not asked(({}, held), ("weight", "bias"), (known, None), 0, 0)
+        assert not asked(held, ("weight",), (known,), weight.data_ptr() + 4)
+        assert not asked({"weight": weight.clone()}, ("weight",), (known,), 0)
+    held["weight"] = None
+    assert asked(held, ("weight",), (None,), 0)
+    gone = weakref.ref(torch.ones(3))
+    gc.collect()
+    assert gone() is None
+    assert not asked(held, ("weight",), (gone,), 0)  # the None that is there is not the tensor that was
+    assert not asked({}, ("weight",), (gone,), 0)
+    assert asked((), (), ())
+
+
+@pytest.mark.parametrize("holders", [({},), ({}, {}, {}), 3, None])
+def test_a_question_that_does_not_fit_itself_is_refused(holders: Any) -> None:
+    with pytest.raises(KernelError, match="as many"):
+        asked(holders, ("a", "b"), (None, None), 0, 0)
+    with pytest.raises(KernelError, match="as many"):
+        asked({}, ("a", "b"), (None,), 0, 0)
+    with pytest.raises(KernelError, match="as many"):
+        asked({}, ("a", "b"), (None, None), 0)
