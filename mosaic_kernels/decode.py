@@ -14,6 +14,7 @@ two threads, Zen 4, Nov 2026); what a token costs outside our kernels is in ``be
 from __future__ import annotations
 
 import importlib
+import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class _Contents:
         # a layer reads a bitmask once, for its index
         at = [name != "bitmask" and isinstance(each, Tensor) for name, each in zip(names, objects, strict=True)]
         places = [cpu.address(each) if is_read else 0 for is_read, each in zip(at, objects, strict=True)]
-        self._asked = holders, names, objects, cpu.bytes_of(torch.tensor(places))
+        self._asked = holders, names, objects, struct.pack(f"{len(places)}Q", *places)
 
     def are_there(self) -> bool:
         return cpu.unchanged(*self._asked)
@@ -178,6 +179,7 @@ def _made_for(block: Any, x: Tensor) -> _Token | None:
     parts = [part for parent in parents for part in parent._modules.values()]
     made_of = [(parent._modules, name) for parent in parents for name in parent._modules]
     made_of += [(module._parameters, name) for module in (*layers, *norms) for name in module._parameters]
+    made_of += [(part.__dict__, name) for part in parts for name in ("_forward_pre_hooks", "_forward_hooks")]
     packed = [layer.__dict__ for layer in layers if isinstance(layer, MosaicLinear)]
     made_of += [(state, name) for state in packed for name in ("_index", "quantize_activations")]
     made_of += [(norm.__dict__, "variance_epsilon") for norm in norms]

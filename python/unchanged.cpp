@@ -45,12 +45,13 @@ bool unchanged(const py::object& holders, const py::tuple& names, const py::tupl
   const char* places = PyBytes_AS_STRING(addresses.ptr());
   for (size_t i = 0; i < count; ++i) {
     PyObject* holder = one ? holders.ptr() : PyTuple_GET_ITEM(holders.ptr(), i);
+    if (!PyDict_Check(holder)) raise_invalid("unchanged: a holder must be a dict");
     PyObject* found = PyDict_GetItemWithError(holder, PyTuple_GET_ITEM(names.ptr(), i));
     if (!found && PyErr_Occurred()) throw py::error_already_set();
     if ((found ? found : Py_None) != referred(PyTuple_GET_ITEM(objects.ptr(), i))) return false;
     uint64_t place;
     std::memcpy(&place, places + 8 * i, sizeof place);
-    if (place != 0 && !is_at(found, place)) return false;
+    if (place != 0 && (!found || found == Py_None || !is_at(found, place))) return false;
   }
   return true;
 }

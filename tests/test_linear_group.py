@@ -187,6 +187,22 @@ def test_a_group_of_int8_is_its_parts(level: str, group: int | None, quantize_x:
         assert torch.equal(result, layer(x))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("groups", [(64, None), (None, 64)])
+def test_a_group_may_mix_scales(level: str, groups: tuple[int | None, ...], threads: int) -> None:
+    # of 48 rows threads would take 32 and 16, which one of the two has kernels for
+    x = torch.randn(48, 640)
+    weights = [mk.quantize(mk.pack(sparse(64, 640, 0.5, torch.float32, seed=seed)), g) for seed, g in enumerate(groups)]
+    layers = [mk.MosaicLinear.from_packed(weight) for weight in weights]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for layer, result in zip(layers, group_of(x, layers), strict=True):
+            assert torch.equal(result, layer(x))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (24, 0, 8)], ids=str)
 def test_dense_rows(level: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:

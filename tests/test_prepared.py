@@ -250,3 +250,18 @@ def test_a_question_that_does_not_fit_itself_is_refused(holders: Any) -> None:
         asked({}, ("a", "b"), (None,), 0, 0)
     with pytest.raises(KernelError, match="as many"):
         asked({}, ("a", "b"), (None, None), 0)
+    with pytest.raises(KernelError, match="must be a dict"):
+        asked((3,), ("a",), (None,), 0)
+
+
+def test_nothing_has_no_address() -> None:
+    assert not asked({}, ("a",), (None,), 8)
+    assert not asked({"a": None}, ("a",), (None,), 8)
+
+
+def test_another_default_device(quick: list[bool]) -> None:
+    layer, x = made(), torch.randn(2, 70)
+    with torch.device("meta"):
+        found = [layer(x) for _ in range(2)]
+    assert quick == [True]
+    assert all(torch.equal(each, expected(layer, x)) for each in found)

@@ -201,3 +201,17 @@ def test_the_operators_keep_torchs_contract() -> None:
     torch.library.opcheck(torch.ops.mosaic.score_select, (weight, torch.rand(8), torch.tensor([5]), "matrix"))
     torch.library.opcheck(torch.ops.mosaic.score_pack, (weight, torch.rand(8), torch.tensor([5]), "matrix"))
     torch.library.opcheck(torch.ops.mosaic.pack, (weight, weight > 0))
+
+
+def test_another_default_device_changes_nothing() -> None:
+    weight, norms, x = torch.randn(16, 40), torch.rand(40), torch.randn(3, 40)
+
+    def found() -> tuple[list[Tensor], object]:
+        mask = ops.score_select(weight, norms, torch.tensor(300, device="cpu"), "matrix")
+        return [mask, ops.column_square_sums(x)], ops.outlier_stats(weight, norms, [3.0, 5.0])
+
+    wanted = found()
+    with torch.device("meta"):
+        again = found()
+    assert all(torch.equal(one, other) for one, other in zip(wanted[0], again[0], strict=True))
+    assert str(wanted[1]) == str(again[1])

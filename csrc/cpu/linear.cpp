@@ -209,17 +209,18 @@ bool shares_rows(const LinearArgs* args, int64_t count) {
   const int64_t tiles = (first.rows + kTurnRows - 1) / kTurnRows;
   if (first.threads < 2 || !kernels().turn_x || tiles < first.threads) return false;
   if (tiles % first.threads != 0 && tiles < kEvenTiles * first.threads) return false;
-  LinearArgs last = first;
-  last.rows -= rows_before(first, first.threads - 1);
-  if (!has_turned_rows(last)) return false;  // other sums than its neighbours'
-  int64_t outputs = 0;
+  int64_t outputs = 0, work = 0;
   for (int64_t i = 0; i < count; ++i) {
     // Whether x is rounded to 16 bits is for all its rows to say, and not for those of a thread.
     if (kernels().x_form(kind_of(args[i]), args[i].dtype) == XForm::kInt16) return false;
-    if (args[i].rows != first.rows) return false;  // refused there
+    LinearArgs last = args[i];
+    last.rows -= rows_before(first, first.threads - 1);
+    // Other sums than its neighbours', or weights that by_weights refuses.
+    if (!has_turned_rows(last) || args[i].rows != first.rows) return false;
     outputs += args[i].out_features;
+    work += weights_of(args[i]) * first.rows;
   }
-  return outputs <= kOutputsPerRow * first.rows;
+  return work > kInlineWork && outputs <= kOutputsPerRow * first.rows;
 }
 
 // Every thread takes some rows of x and all weights.

@@ -150,7 +150,7 @@ def linear_at(
     """
     values, scales, words, offsets, bias = operands
     out_features = words.shape[0]
-    _fitting(torch.empty(0, in_features, dtype=dtype), values, words, bias, in_features, out_features)
+    _fitting(torch.empty(0, in_features, dtype=dtype, device="cpu"), values, words, bias, in_features, out_features)
     return _C_cpu.PreparedLinear(
         values.data_ptr(), words.data_ptr(), offsets.data_ptr(), address(bias), in_features, out_features,
         values.numel(), _DTYPES[dtype], address(scales), 0 if scales is None else scales.shape[1], quantize_x,
@@ -189,7 +189,7 @@ class Group:
         kinds = {bias.dtype for *_, bias in parts if bias is not None} if rounded else {parts[0][0].dtype}
         self.dtype = next(iter(kinds), None)  # int8 without biases takes any x
         self.in_features, self.quantize_x = in_features, quantize_x
-        like = torch.empty(0, in_features, dtype=self.dtype)
+        like = torch.empty(0, in_features, dtype=self.dtype, device="cpu")
         # What the addresses below point to, as tensors of their own: a parameter's storage may be replaced.
         self._held: list[tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]] = []
         self._sizes: list[int] = []
@@ -300,8 +300,8 @@ def _unpack(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
 
 def _outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
     weight, norms = weight.contiguous(), column_norms.float().contiguous()
-    thresholds = torch.tensor(alphas, dtype=torch.float64)
-    total, counts = torch.empty((), dtype=torch.float64), torch.empty(len(alphas), dtype=torch.int64)
+    thresholds = torch.tensor(alphas, dtype=torch.float64, device="cpu")
+    total, counts = thresholds.new_empty(()), thresholds.new_empty(len(alphas), dtype=torch.int64)
     _C_cpu.outlier_stats(
         weight.data_ptr(),
         norms.data_ptr(),
@@ -319,7 +319,7 @@ def _outlier_stats(weight: Tensor, column_norms: Tensor, alphas: Sequence[float]
 
 def _column_square_sums(x: Tensor) -> Tensor:
     flat = x.flatten(0, -2).contiguous()
-    sums = torch.empty(flat.shape[1], dtype=torch.float64)
+    sums = flat.new_empty(flat.shape[1], dtype=torch.float64)
     _C_cpu.column_square_sums(
         flat.data_ptr(), sums.data_ptr(), flat.shape[0], flat.shape[1], _DTYPES[flat.dtype], threads()
     )
@@ -328,7 +328,7 @@ def _column_square_sums(x: Tensor) -> Tensor:
 
 def _select(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
     scores, keep = scores.contiguous(), keep.contiguous()
-    mask = torch.empty(scores.shape, dtype=torch.bool)
+    mask = torch.empty_like(scores, dtype=torch.bool)
     rows, columns = scores.shape
     _C_cpu.select(scores.data_ptr(), keep.data_ptr(), mask.data_ptr(), rows, columns, _SCOPES[scope], threads())
     return mask
@@ -336,7 +336,7 @@ def _select(scores: Tensor, keep: Tensor, scope: str) -> Tensor:
 
 def _score_select(weight: Tensor, column_norms: Tensor, keep: Tensor, scope: str) -> Tensor:
     weight, norms, keep = weight.contiguous(), column_norms.float().contiguous(), keep.contiguous()
-    mask = torch.empty(weight.shape, dtype=torch.bool)
+    mask = torch.empty_like(weight, dtype=torch.bool)
     _C_cpu.score_select(
         weight.data_ptr(),
         norms.data_ptr(),

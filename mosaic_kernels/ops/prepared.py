@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 from weakref import ref
@@ -55,7 +56,7 @@ def prepare(
     parameters = {"weight": values, "scales": scales, "bias": bias}
     unchanged, names = cpu.unchanged, ("bitmask", *parameters)
     objects = (bitmask, *(None if t is None else ref(t) for t in parameters.values()))
-    addresses = cpu.bytes_of(torch.tensor([0, *map(cpu.address, parameters.values())]))
+    addresses = struct.pack("4Q", 0, *map(cpu.address, parameters.values()))
 
     def result_of(shape: torch.Size) -> tuple[torch.Size, tuple[int, ...], int]:
         return shape, (*shape[:-1], out_features), shape[:-1].numel()
