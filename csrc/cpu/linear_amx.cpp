@@ -29,7 +29,7 @@ using namespace mosaic::cpu;
 
 namespace {
 
-constexpr int64_t kLeastRows = 8;
+const int64_t kLeastRows = getenv("AMX_L") ? atoi(getenv("AMX_L")) : 8;
 constexpr int64_t kSide = 16;           // rows of a tile
 constexpr int64_t kTileBytes = 1024;    // of a full tile
 constexpr int64_t kBlock = 2 * kSide;   // rows of weights, and of x, that four tiles of sums are for
@@ -74,7 +74,6 @@ MOSAIC_HD void clear_tile() {
 }
 
 struct Bf16Tiles {
-  static constexpr bool kWhole = false;
   template <int kSum, int kWeights, int kX>
   MOSAIC_HD void add() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kWeights), "i"(kX));
@@ -82,7 +81,6 @@ struct Bf16Tiles {
 };
 
 struct Int8Tiles {
-  static constexpr bool kWhole = true;
   template <int kSum, int kWeights, int kX>
   MOSAIC_HD void add() {
     __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kWeights), "i"(kX));
@@ -95,6 +93,7 @@ struct Int8Tiles {
 // Kept values of bf16.
 struct Bf16Values {
   using Tiles = Bf16Tiles;
+  static constexpr bool kWhole = false, kScaled = false;
   static constexpr int64_t kStepWords = 1, kValueBytes = 2;
 
   static const char* row(const LinearArgs& a, int64_t row) {
@@ -123,6 +122,7 @@ struct Bf16Values {
 // Dense rows of bf16. They are copied, because tiles of rows that are a multiple of 4 KB apart evict each other.
 struct DenseBf16 {
   using Tiles = Bf16Tiles;
+  static constexpr bool kWhole = false, kScaled = false;
   static constexpr int64_t kStepWords = 1, kValueBytes = 2;
 
   static const char* row(const LinearArgs& a, int64_t row) {
@@ -147,6 +147,7 @@ struct DenseBf16 {
 template <bool kGrouped>
 struct WidenedInt8 {
   using Tiles = Bf16Tiles;
+  static constexpr bool kWhole = false, kScaled = false;
   static constexpr int64_t kStepWords = 1, kValueBytes = 1;
 
   static const char* row(const LinearArgs& a, int64_t row) {
@@ -184,8 +185,11 @@ struct WidenedInt8 {
 };
 
 // Kept values of int8 as they are, for x rounded to int8.
+template <bool kGrouped>
 struct Int8Values {
   using Tiles = Int8Tiles;
+  static constexpr bool kWhole = !kGrouped;  // sums are whole numbers, in int32
+  static constexpr bool kScaled = kGrouped;  // a step's sums are scaled before they are added up
   static constexpr int64_t kStepWords = 2, kValueBytes = 1;
 
   static const char* row(const LinearArgs& a, int64_t row) {
@@ -216,39 +220,97 @@ struct Int8Values {
   }
 };
 
-// Some steps of M tiles of weight rows and N of x, added to sums[32][kTurnRows].
+// Up to 32 weight rows times up to 32 rows of x.
+struct Block {
+  const char* weights;   // of the first 16 rows, in the panel
+  int64_t next_weights;  // bytes from there to the next 16
+  const char* x;
+  int64_t x_items;  // rows of the tile of x
+  int64_t steps;
+  bool fresh;           // the sums are still zero
+  const float* scales;  // with scales for 64 columns: of the first step and row
+  int64_t scale_groups, rows;
+  float* sums;  // [32][kTurnRows], int32 where Values::kWhole
+};
+
+constexpr int64_t kSumsRow = kTurnRows * sizeof(float), kDown = kSide * kSumsRow, kRight = kSide * sizeof(float);
+
+template <int M, int N>
+MOSAIC_HD void load_sums(const char* from) {
+  load_tile<0>(from, kSumsRow);
+  if constexpr (N > 1) load_tile<1>(from + kRight, kSumsRow);
+  if constexpr (M > 1) load_tile<2>(from + kDown, kSumsRow);
+  if constexpr (M > 1 && N > 1) load_tile<3>(from + kDown + kRight, kSumsRow);
+}
+
+template <int M, int N>
+MOSAIC_HD void store_sums_to(char* to) {
+  store_tile<0>(to, kSumsRow);
+  if constexpr (N > 1) store_tile<1>(to + kRight, kSumsRow);
+  if constexpr (M > 1) store_tile<2>(to + kDown, kSumsRow);
+  if constexpr (M > 1 && N > 1) store_tile<3>(to + kDown + kRight, kSumsRow);
+}
+
+MOSAIC_HD void clear_sums() { clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>(); }
+
 template <typename Tiles, int M, int N>
-void add_products(const char* weights, int64_t next_weights, const char* x, int64_t x_items, int64_t steps,
-                  bool first, void* sums) {
-  constexpr int64_t kRow = kTurnRows * 4, kDown = kSide * kRow, kRight = kSide * 4;
-  const int64_t stride = x_items * 4;
-  char* to = static_cast<char*>(sums);
-  if (first) {
-    clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+MOSAIC_HD void add_step(const Block& block, int64_t s) {
+  const int64_t stride = block.x_items * 4;
+  const char* weights = block.weights + s * kTileBytes;
+  const char* x = block.x + s * kSide * stride;
+  load_tile<6>(x, stride);
+  load_tile<4>(weights, kStepBytes);
+  Tiles::template add<0, 4, 6>();
+  if constexpr (N > 1) {
+    load_tile<7>(x + kRight, stride);
+    Tiles::template add<1, 4, 7>();
+  }
+  if constexpr (M > 1) {
+    load_tile<5>(weights + block.next_weights, kStepBytes);
+    Tiles::template add<2, 5, 6>();
+    if constexpr (N > 1) Tiles::template add<3, 5, 7>();
+  }
+}
+
+template <typename Values, int M, int N>
+void add_products(const Block& block) {
+  char* sums = reinterpret_cast<char*>(block.sums);
+  if (block.fresh) {
+    clear_sums();
   } else {
-    load_tile<0>(to, kRow);
-    if constexpr (N > 1) load_tile<1>(to + kRight, kRow);
-    if constexpr (M > 1) load_tile<2>(to + kDown, kRow);
-    if constexpr (M > 1 && N > 1) load_tile<3>(to + kDown + kRight, kRow);
+    load_sums<M, N>(sums);
   }
-  for (int64_t s = 0; s < steps; ++s, weights += kTileBytes, x += kSide * stride) {
-    load_tile<6>(x, stride);
-    load_tile<4>(weights, kStepBytes);
-    Tiles::template add<0, 4, 6>();
-    if constexpr (N > 1) {
-      load_tile<7>(x + kRight, stride);
-      Tiles::template add<1, 4, 7>();
-    }
-    if constexpr (M > 1) {
-      load_tile<5>(weights + next_weights, kStepBytes);
-      Tiles::template add<2, 5, 6>();
-      if constexpr (N > 1) Tiles::template add<3, 5, 7>();
+  for (int64_t s = 0; s < block.steps; ++s) add_step<typename Values::Tiles, M, N>(block, s);
+  store_sums_to<M, N>(sums);
+}
+
+// With a scale for every 64 columns each step's whole numbers are scaled before they are added up. The vector unit
+// does that while the tiles' unit computes the next step.
+template <typename Values, int M, int N>
+void add_scaled_products(const Block& block) {
+  alignas(64) int32_t found[2][kBlockSums];
+  const int64_t rows = block.rows < M * kSide ? block.rows : M * kSide;
+  if (block.fresh) std::memset(block.sums, 0, kBlockSums * sizeof(float));
+  for (int64_t s = 0; s < block.steps; ++s) {
+    clear_sums();
+    add_step<typename Values::Tiles, M, N>(block, s);
+    const int32_t* from = found[s % 2];
+    store_sums_to<M, N>(reinterpret_cast<char*>(found[s % 2]));
+    for (int64_t m = 0; m < rows; ++m) {
+      const __m512 scale = _mm512_set1_ps(block.scales[m * block.scale_groups + s]);
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) {
+        const int64_t at = m * kTurnRows + n * kSide;
+        const __m512 products = _mm512_cvtepi32_ps(_mm512_load_si512(from + at));
+        _mm512_store_ps(block.sums + at, _mm512_fmadd_ps(products, scale, _mm512_load_ps(block.sums + at)));
+      }
     }
   }
-  store_tile<0>(to, kRow);
-  if constexpr (N > 1) store_tile<1>(to + kRight, kRow);
-  if constexpr (M > 1) store_tile<2>(to + kDown, kRow);
-  if constexpr (M > 1 && N > 1) store_tile<3>(to + kDown + kRight, kRow);
+}
+
+template <typename Values, int M, int N>
+void multiply_block(const Block& block) {
+  (Values::kScaled ? add_scaled_products<Values, M, N> : add_products<Values, M, N>)(block);
 }
 
 // Sums of 16 weight rows and 16 rows of x to bf16, turned: 16 stores of 32 bytes.
@@ -364,7 +426,6 @@ int64_t steps_of(const LinearArgs& a) {
 template <typename T, typename Values>
 void multiply_panel(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end, int64_t from, int64_t to,
                     const Panel& panel, const Room& room) {
-  using Tiles = typename Values::Tiles;
   const LinearArgs& a = task.args;
   const int64_t steps = steps_of<Values>(a);
   const int64_t next_tile = panel.steps * kTileBytes;
@@ -374,19 +435,18 @@ void multiply_panel(const LinearTask& task, int64_t begin, int64_t guarded, int6
     expand_piece<Values>(a, begin, guarded, end, first, some, panel, room);
     float* sums = room.sums;
     for (int64_t n = from, items; n < to; n += items) {
-      const int64_t rows = a.rows - n;
-      items = turned_rows(rows);
+      items = turned_rows(a.rows - n);
       if (items < kSide) use_shapes(kNarrowShapes);
       const char* x = static_cast<const char*>(task.x) + (n * steps + first * items) * kStepBytes;
       const char* weights = room.panel;
       for (int64_t row = begin; row < end; row += kBlock, sums += kBlockSums, weights += 2 * next_tile) {
-        const bool two = end - row > kSide;
-        const auto run = items > kSide ? (two ? add_products<Tiles, 2, 2> : add_products<Tiles, 1, 2>)
-                                       : (two ? add_products<Tiles, 2, 1> : add_products<Tiles, 1, 1>);
-        run(weights, next_tile, x, items, some, first == 0, sums);
-        if (first + some == steps) {
-          store_block<T, Tiles::kWhole>(task, sums, row, end - row < kBlock ? end - row : kBlock, n, rows);
-        }
+        const int64_t rows = end - row < kBlock ? end - row : kBlock;
+        const float* scales = Values::kScaled ? a.scales + row * a.scale_groups + first : nullptr;
+        const bool two = rows > kSide;
+        (items > kSide ? (two ? multiply_block<Values, 2, 2> : multiply_block<Values, 1, 2>)
+                       : (two ? multiply_block<Values, 2, 1> : multiply_block<Values, 1, 1>))(
+            {weights, next_tile, x, items, some, first == 0, scales, a.scale_groups, rows, sums});
+        if (first + some == steps) store_block<T, Values::kWhole>(task, sums, row, rows, n, a.rows - n);
       }
       if (items < kSide) use_shapes(kShapes);
     }
@@ -422,7 +482,7 @@ bool multiply_all_tiles(const LinearTask& task, int64_t begin, int64_t guarded, 
 
 bool takes(WeightKind kind, const LinearArgs& a) {
   if (a.rows < kLeastRows) return false;
-  if (kind == kPackedInt8TimesInt8) return a.scale_groups == 1 && a.in_features <= kMostWholeColumns;
+  if (kind == kPackedInt8TimesInt8) return a.in_features <= kMostWholeColumns;
   return a.dtype == DType::kBFloat16 && kind != kPackedInt8TimesInt16;
 }
 
@@ -436,9 +496,10 @@ bool linear_amx(const LinearTask& task, int64_t begin, int64_t end) {
   return multiply_all_tiles<T, Values>(task, begin, guarded, end);
 }
 
+template <WeightKind kind, typename T, template <bool> typename Values>
 bool linear_int8_amx(const LinearTask& task, int64_t begin, int64_t end) {
-  return task.args.scale_groups > 1 ? linear_amx<kPackedInt8, BFloat16, WidenedInt8<true>>(task, begin, end)
-                                    : linear_amx<kPackedInt8, BFloat16, WidenedInt8<false>>(task, begin, end);
+  return (task.args.scale_groups > 1 ? linear_amx<kind, T, Values<true>>
+                                     : linear_amx<kind, T, Values<false>>)(task, begin, end);
 }
 
 Turned turned(WeightKind kind, const LinearArgs& a) {
@@ -478,10 +539,10 @@ KernelTable with_amx() {
   table.name = "amx";
   table.linear[kPacked][kBf16] = linear_amx<kPacked, BFloat16, Bf16Values>;
   table.linear[kDense][kBf16] = linear_amx<kDense, BFloat16, DenseBf16>;
-  table.linear[kPackedInt8][kBf16] = linear_int8_amx;
-  table.linear[kPackedInt8TimesInt8][0] = linear_amx<kPackedInt8TimesInt8, float, Int8Values>;
-  table.linear[kPackedInt8TimesInt8][1] = linear_amx<kPackedInt8TimesInt8, BFloat16, Int8Values>;
-  table.linear[kPackedInt8TimesInt8][2] = linear_amx<kPackedInt8TimesInt8, Half, Int8Values>;
+  table.linear[kPackedInt8][kBf16] = linear_int8_amx<kPackedInt8, BFloat16, WidenedInt8>;
+  table.linear[kPackedInt8TimesInt8][0] = linear_int8_amx<kPackedInt8TimesInt8, float, Int8Values>;
+  table.linear[kPackedInt8TimesInt8][1] = linear_int8_amx<kPackedInt8TimesInt8, BFloat16, Int8Values>;
+  table.linear[kPackedInt8TimesInt8][2] = linear_int8_amx<kPackedInt8TimesInt8, Half, Int8Values>;
   table.x_form = x_form;
   table.round_x[0] = round_x<DType::kFloat32>;
   table.round_x[1] = round_x<DType::kBFloat16>;
