@@ -192,9 +192,11 @@ void turn_few(const char* from, int64_t row_bytes, int64_t rows, int64_t room, c
 
 }  // namespace
 
-// Chunks are multiples of 4 weight rows: of 12 they would give two threads 120 and 136 rows of 256. Several blocks
-// of rows read a chunk one after the other: it should stay in L2 meanwhile.
-Turned turned(WeightKind, const LinearArgs& a) { return {has_turned_rows(a) ? 4 : 0, 1 << 18, has_turned_rows(a)}; }
+// Chunks are multiples of 4 weight rows: of 12 they would give two threads 120 and 136 rows of 256. Several
+// blocks of rows read a chunk one after the other: it should stay in L2 meanwhile.
+Turned turned(WeightKind, const LinearArgs& a) {
+  return {has_turned_rows(a) ? 4 : 0, 1 << 18, has_turned_rows(a)};
+}
 
 void turn_x(const void* from, int64_t row_bytes, int64_t rows, void* to) {
   for (int64_t tile = 0, room; tile < rows; tile += room) {

@@ -43,9 +43,9 @@ struct Cpu {
 #if defined(MOSAIC_X86)
 bool bit(unsigned word, int position) { return (word >> position) & 1u; }
 
-// Linux keeps tiles from a process until it asks for them: a thread's state grows by 8 KB with its first tile. All
-// threads of the process get them. The system refuses where it is too old (before 5.16), or a thread's
-// signal stack too small.
+// Linux keeps tiles from a process until it asks for them: a thread's state grows by 8 KB with its first
+// tile. All threads of the process get them. The system refuses where it is too old (before 5.16), or a
+// thread's signal stack too small.
 bool may_use_tiles() {
 #if defined(MOSAIC_AMX)
   constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -80,8 +80,8 @@ Cpu detect() {
   const struct {
     bool present;
     const char* name;
-  } names[] = {{has_avx2, "avx2"},    {fma, "fma"},         {f16c, "f16c"},
-               {bmi, "bmi2"},         {base512, "avx512"},  {vbmi2, "avx512_vbmi2"},
+  } names[] = {{has_avx2, "avx2"},    {fma, "fma"},          {f16c, "f16c"},
+               {bmi, "bmi2"},         {base512, "avx512"},   {vbmi2, "avx512_vbmi2"},
                {bf16, "avx512_bf16"}, {vnni, "avx512_vnni"}, {tiles, "amx"}};
   for (const auto& feature : names) {
     if (!feature.present) continue;

@@ -104,8 +104,7 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
   if (a.scales && a.scale_groups != 1 && a.scale_groups != scale_groups_of(a.in_features))
     return "int8 values have one scale per row, or one per row and 64 columns";
   if (a.x != first.x || a.rows != first.rows || a.in_features != first.in_features ||
-      a.dtype != first.dtype ||
-      kernels().x_form(kind_of(a), a) != kernels().x_form(kind_of(first), first) ||
+      a.dtype != first.dtype || kernels().x_form(kind_of(a), a) != kernels().x_form(kind_of(first), first) ||
       turned(a).multiple != turned(first).multiple)
     return "weights of one dispatch must take the same x, rounded alike";
   return nullptr;

@@ -5,18 +5,18 @@
 //     x, turned by the driver ── 64 bytes of each of 16 rows ──> [16 items of 4 bytes][16 rows of x]
 //     tdpbf16ps, tdpbssd: the product of both is added to a tile of sums, [16 weight rows][16 rows of x]
 //
-// Four tiles of sums, for 32 weight rows and 32 rows of x, need four loads for four products. A product takes 16
-// cycles and a load 8 from L1, about 20 from L2, so that one of the two operands has to be in L1: with up to 32
-// rows of x a piece of 32 weight rows is expanded into L1 and multiplied at once; with more a panel of many
-// weight rows fills a part of L2, and a piece of a tile of x stays in L1 for all of them.
+// Four tiles of sums, for 32 weight rows and 32 rows of x, need four loads for four products. One of the two
+// operands has to come from L1: a short piece
+// of a tile of x stays there for all weight rows of a panel in L2. (A product took 4.3 ns and a load 2.5 from
+// L1, 5.6 from L2, where its lines are neighbours, and 10 where every other one is another tile's; Xeon,
+// Sapphire Rapids class, Dec 2026)
 //
-// Numbers that AMX and AVX-512 add up in another order differ in their last bits, so `turned` alone decides who
-// computes: a row of x has the same bits in every batch of kLeastRows rows and more. tdpbf16ps treats denormal
-// numbers as zero, as vdpbf16ps does.
+// Numbers that AMX and AVX-512 add up in another order differ in their last bits, so the number of rows of x
+// alone decides who computes: a row of x has the same bits in every batch of kLeastRows rows and more, on any
+// number of threads. A chain of sums has one term for 32 columns. tdpbf16ps treats denormal numbers as zero,
+// as vdpbf16ps does.
 #include <immintrin.h>
 
-#include <cstdio>
-#include <cstdlib>
 #include "cpu/linear_tiles_avx512.h"
 
 namespace mosaic::avx512 {
@@ -29,11 +29,16 @@ using namespace mosaic::cpu;
 
 namespace {
 
-const int64_t kLeastRows = getenv("AMX_L") ? atoi(getenv("AMX_L")) : 8;
-constexpr int64_t kSide = 16;           // rows of a tile
-constexpr int64_t kTileBytes = 1024;    // of a full tile
-constexpr int64_t kBlock = 2 * kSide;   // rows of weights, and of x, that four tiles of sums are for
+// From how many rows of x on: 8 of them took .83 times as long as with AVX-512 and bf16 weights, but 1.3
+// times with int8, and 16 .37 and .55 times. (4096 x 4096, 50 % kept, one thread; Xeon, Sapphire Rapids
+// class, Dec 2026)
+constexpr int64_t kLeastRows = 8, kLeastRowsOfInt8 = 12;
+constexpr int64_t kSide = 16;          // rows of a tile
+constexpr int64_t kTileBytes = 1024;   // of a full tile
+constexpr int64_t kBlock = 2 * kSide;  // rows of weights, and of x, that four tiles of sums are for
 constexpr int64_t kBlockSums = kBlock * kTurnRows;
+// Memory is asked for this far ahead. (As in linear.cpp)
+constexpr int64_t kAheadBytes = 1 << 14;
 // Rows of x for which a panel is expanded once.
 constexpr int64_t kRowsAtOnce = 512;
 // tdpbssd adds up to 127 x 127 x 2^16 in int32; wider weights are left to AVX-512.
@@ -87,6 +92,22 @@ struct Int8Tiles {
   }
 };
 
+// What four weight rows will be read from soon, asked for into L2 while others are expanded.
+struct Ahead {
+  const char* values[4];
+  const char* bits[4];
+  int64_t value_bytes;  // of a step, on average
+  int64_t bit_bytes;
+
+  void step(int64_t s) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) fetch(values[r] + s * value_bytes);
+    if (s % 16 != 0) return;
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) fetch(bits[r] + s * bit_bytes);
+  }
+};
+
 // Where weights come from. expand() takes R of them a few steps of 64 bytes further: row r's next value is at
 // value[r], and step s of it goes to `to` + s * kTileBytes + r * 64.
 //
@@ -100,12 +121,14 @@ struct Bf16Values {
     return static_cast<const char*>(a.values) + a.offsets[row] * kValueBytes;
   }
   template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t row, int64_t first, int64_t steps, const char** value, char* to) {
+  static void expand(const LinearArgs& a, int64_t row, int64_t first, int64_t steps, const Ahead& ahead,
+                     const char** value, char* to) {
     const int64_t words = bitmask_words(a.in_features);
     const uint32_t* bits = a.words + row * words + first;
     const BFloat16* next[R];
     for (int r = 0; r < R; ++r) next[r] = reinterpret_cast<const BFloat16*>(value[r]);
     for (int64_t s = 0; s < steps; ++s, to += kTileBytes) {
+      ahead.step(s);
       const uint32_t* word = as_is(bits + s);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -119,7 +142,8 @@ struct Bf16Values {
   }
 };
 
-// Dense rows of bf16. They are copied, because tiles of rows that are a multiple of 4 KB apart evict each other.
+// Dense rows of bf16. They are copied, because tiles of rows that are a multiple of 4 KB apart evict each
+// other.
 struct DenseBf16 {
   using Tiles = Bf16Tiles;
   static constexpr bool kWhole = false, kScaled = false;
@@ -129,8 +153,10 @@ struct DenseBf16 {
     return static_cast<const char*>(a.values) + row * a.in_features * kValueBytes;
   }
   template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t, int64_t first, int64_t steps, const char** value, char* to) {
+  static void expand(const LinearArgs& a, int64_t, int64_t first, int64_t steps, const Ahead& ahead,
+                     const char** value, char* to) {
     for (int64_t s = 0; s < steps; ++s, to += kTileBytes) {
+      ahead.step(s);
       const int64_t left = a.in_features - (first + s) * kWordBits;
       const __mmask32 present = left < kWordBits ? bits_below(static_cast<uint32_t>(left)) : ~0u;
 #pragma GCC unroll 4
@@ -142,8 +168,8 @@ struct DenseBf16 {
   }
 };
 
-// Kept values of int8, as bf16, which holds them exactly. With a scale for every 64 columns the weight is rounded
-// to bf16, by at most 1/6 of what rounding it to int8 cost.
+// Kept values of int8, as bf16, which holds them exactly. With a scale for every 64 columns the weight is
+// rounded to bf16, by at most 1/6 of what rounding it to int8 cost.
 template <bool kGrouped>
 struct WidenedInt8 {
   using Tiles = Bf16Tiles;
@@ -154,20 +180,22 @@ struct WidenedInt8 {
     return static_cast<const char*>(a.values) + a.offsets[row];
   }
   template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t row, int64_t first, int64_t steps, const char** value, char* to) {
+  static void expand(const LinearArgs& a, int64_t row, int64_t first, int64_t steps, const Ahead& ahead,
+                     const char** value, char* to) {
     const int64_t words = bitmask_words(a.in_features);
     const uint32_t* bits = a.words + row * words + first;
     const float* scales = a.scales + row * a.scale_groups;
     const char* next[R];
     for (int r = 0; r < R; ++r) next[r] = value[r];
     for (int64_t s = 0; s < steps; ++s, to += kTileBytes) {
+      ahead.step(s);
       const uint32_t* word = as_is(bits + s);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const uint32_t kept = word[r * words];
-        const __m256i values = kWithin
-                                   ? _mm256_maskz_loadu_epi8(bits_below(popcount(kept)), next[r])
-                                   : in_register(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next[r])));
+        const __m256i values =
+            kWithin ? _mm256_maskz_loadu_epi8(bits_below(popcount(kept)), next[r])
+                    : in_register(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next[r])));
         next[r] += popcount(kept);
         const __m256i bytes = _mm256_maskz_expand_epi8(kept, values);
         __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
@@ -196,12 +224,14 @@ struct Int8Values {
     return static_cast<const char*>(a.values) + a.offsets[row];
   }
   template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t row, int64_t first, int64_t steps, const char** value, char* to) {
+  static void expand(const LinearArgs& a, int64_t row, int64_t first, int64_t steps, const Ahead& ahead,
+                     const char** value, char* to) {
     const int64_t words = bitmask_words(a.in_features);
     const uint32_t* bits = a.words + row * words + 2 * first;
     const char* next[R];
     for (int r = 0; r < R; ++r) next[r] = value[r];
     for (int64_t s = 0; s < steps; ++s, to += kTileBytes) {
+      ahead.step(s);
       const uint32_t* word = as_is(bits + 2 * s);
       const bool whole = 2 * (first + s) + 1 < words;
 #pragma GCC unroll 4
@@ -233,7 +263,8 @@ struct Block {
   float* sums;  // [32][kTurnRows], int32 where Values::kWhole
 };
 
-constexpr int64_t kSumsRow = kTurnRows * sizeof(float), kDown = kSide * kSumsRow, kRight = kSide * sizeof(float);
+constexpr int64_t kSumsRow = kTurnRows * sizeof(float), kDown = kSide * kSumsRow,
+                  kRight = kSide * sizeof(float);
 
 template <int M, int N>
 MOSAIC_HD void load_sums(const char* from) {
@@ -284,8 +315,8 @@ void add_products(const Block& block) {
   store_sums_to<M, N>(sums);
 }
 
-// With a scale for every 64 columns each step's whole numbers are scaled before they are added up. The vector unit
-// does that while the tiles' unit computes the next step.
+// With a scale for every 64 columns each step's whole numbers are scaled before they are added up. The vector
+// unit does that while the tiles' unit computes the next step.
 template <typename Values, int M, int N>
 void add_scaled_products(const Block& block) {
   alignas(64) int32_t found[2][kBlockSums];
@@ -319,8 +350,9 @@ void store_tile_of_bf16(const LinearTask& task, const float* sums, int64_t row, 
   const int64_t out_features = task.args.out_features;
   // Pairs of weight rows, [16 rows of x][2].
   __m512i pair[8];
-  alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kPairs[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i order = _mm512_load_si512(kPairs);
 #pragma GCC unroll 8
   for (int p = 0; p < 8; ++p) {
@@ -333,7 +365,7 @@ void store_tile_of_bf16(const LinearTask& task, const float* sums, int64_t row, 
   __m512i each[2][4];
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
-    const __m512i *p = pair + 4 * h;
+    const __m512i* p = pair + 4 * h;
     const __m512i low01 = _mm512_unpacklo_epi32(p[0], p[1]), high01 = _mm512_unpackhi_epi32(p[0], p[1]),
                   low23 = _mm512_unpacklo_epi32(p[2], p[3]), high23 = _mm512_unpackhi_epi32(p[2], p[3]);
     each[h][0] = _mm512_unpacklo_epi64(low01, low23);
@@ -341,7 +373,8 @@ void store_tile_of_bf16(const LinearTask& task, const float* sums, int64_t row, 
     each[h][2] = _mm512_unpacklo_epi64(high01, high23);
     each[h][3] = _mm512_unpackhi_epi64(high01, high23);
   }
-  const __mmask16 present = static_cast<__mmask16>(bits_below(count < 16 ? static_cast<uint32_t>(count) : 16));
+  const __mmask16 present =
+      static_cast<__mmask16>(bits_below(count < 16 ? static_cast<uint32_t>(count) : 16));
   const __m512i first_two = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
                 last_two = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   auto* to = static_cast<BFloat16*>(task.args.out) + first * out_features + row;
@@ -361,7 +394,8 @@ void store_tile_of_bf16(const LinearTask& task, const float* sums, int64_t row, 
 
 // Sums of `count` weight rows from `row` on and `rows` rows of x from `first` on to the result.
 template <typename T, bool kWhole>
-void store_block(const LinearTask& task, float* sums, int64_t row, int64_t count, int64_t first, int64_t rows) {
+void store_block(const LinearTask& task, float* sums, int64_t row, int64_t count, int64_t first,
+                 int64_t rows) {
   for (int64_t n = 0; n < rows && n < kBlock; n += kSide) {
     for (int64_t m = 0; m < count; m += kSide) {
       float* tile = sums + m * kTurnRows + n;
@@ -387,12 +421,13 @@ struct Panel {
   int64_t rows, steps;
 };
 
-Panel panel_for(int64_t x_rows) {
-  static const char* e = getenv("AMX_P");
-  static int64_t P = 0, S = 0;
-  if (e && !P) sscanf(e, "%ld,%ld", &P, &S);
-  if (P) return {P, S};
-  return x_rows <= kBlock ? Panel{32, 16} : Panel{128, 16};
+// With a small x, which stays in L2, few weight rows and long pieces: the weights are read as one stream.
+// With a large one many weight rows and short pieces: all of x is read from memory for every panel. Of
+// torch's F.linear 64 rows came to 1.6x and 1.2x, 256 rows to .97x and 1.13x. (4096 x 4096, 50 % kept, one
+// thread; Xeon, Sapphire Rapids class, Dec 2026)
+Panel panel_for(int64_t x_bytes) {
+  constexpr int64_t kSmall = 1 << 20;  // half of L2
+  return x_bytes <= kSmall ? Panel{32, 128} : Panel{256, 16};
 }
 
 // The memory of a call.
@@ -402,30 +437,47 @@ struct Room {
   const char** value;
 };
 
-// Weight rows [begin, end) of a panel, a piece of `steps` from `first` on.
-template <typename Values>
-void expand_piece(const LinearArgs& a, int64_t begin, int64_t guarded, int64_t end, int64_t first, int64_t steps,
-                  const Panel& panel, const Room& room) {
-  for (int64_t row = begin, some; row < end; row += some) {
-    const int64_t r = row - begin;
-    char* to = room.panel + r / kSide * panel.steps * kTileBytes + r % kSide * kStepBytes;
-    some = row + 4 <= guarded && row + 4 <= end ? 4 : 1;
-    const auto run = some == 4       ? Values::template expand<4, false>
-                     : row < guarded ? Values::template expand<1, false>
-                                     : Values::template expand<1, true>;
-    run(a, row, first, steps, room.value + r, to);
-  }
-}
-
 template <typename Values>
 int64_t steps_of(const LinearArgs& a) {
   return (bitmask_words(a.in_features) + Values::kStepWords - 1) / Values::kStepWords;
 }
 
+// Weight rows [begin, end) of a panel, a piece of `steps` from `first` on. The rows that follow are asked
+// for: those of the panel for this piece, then the first ones for the next piece, and after the last one the
+// next panel's.
+template <typename Values>
+void expand_piece(const LinearArgs& a, int64_t begin, int64_t guarded, int64_t end, int64_t first,
+                  int64_t steps, const Panel& panel, const Room& room) {
+  const int64_t words = bitmask_words(a.in_features), all = steps_of<Values>(a);
+  const int64_t stored = a.offsets ? a.nnz * Values::kValueBytes : a.out_features * a.in_features * 2;
+  Ahead ahead = {{}, {}, stored / (a.out_features * all) + 1, Values::kStepWords * 4};
+  int64_t distance = kAheadBytes / (ahead.value_bytes * steps) / 4 * 4;
+  distance = distance < 4 ? 4 : distance;
+  for (int64_t row = begin, some; row < end; row += some) {
+    const int64_t r = row - begin;
+    for (int64_t i = 0; i < 4; ++i) {
+      int64_t later = row + distance + i, from = first;
+      if (later >= end && first + steps < all) later -= end - begin, from += steps;
+      later = later < a.out_features ? later : row;
+      const bool known = later >= begin && later < end;
+      ahead.values[i] = known ? room.value[later - begin] : Values::row(a, later);
+      ahead.bits[i] = a.words
+                          ? reinterpret_cast<const char*>(a.words + later * words + from * Values::kStepWords)
+                          : ahead.values[i];
+    }
+    char* to = room.panel + r / kSide * panel.steps * kTileBytes + r % kSide * kStepBytes;
+    some = row + 4 <= guarded && row + 4 <= end ? 4 : 1;
+    const auto run = some == 4       ? Values::template expand<4, false>
+                     : row < guarded ? Values::template expand<1, false>
+                                     : Values::template expand<1, true>;
+    run(a, row, first, steps, ahead, room.value + r, to);
+  }
+}
+
 // Weight rows [begin, end), which a panel holds, times rows of x from `from` to `to`.
 template <typename T, typename Values>
-void multiply_panel(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end, int64_t from, int64_t to,
-                    const Panel& panel, const Room& room) {
+void multiply_panel(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end, int64_t from,
+                    int64_t to, const Panel& panel, const Room& room) {
   const LinearArgs& a = task.args;
   const int64_t steps = steps_of<Values>(a);
   const int64_t next_tile = panel.steps * kTileBytes;
@@ -453,12 +505,13 @@ void multiply_panel(const LinearTask& task, int64_t begin, int64_t guarded, int6
   }
 }
 
-// All rows of x against weight rows [begin, end), of which those from `guarded` on must not be read past their
-// end. False where memory is short.
+// All rows of x against weight rows [begin, end), of which those from `guarded` on must not be read past
+// their end. False where memory is short.
 template <typename T, typename Values>
 bool multiply_all_tiles(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
   const LinearArgs& a = task.args;
-  Panel panel = panel_for(a.rows);
+  Panel panel = panel_for(a.rows * steps_of<Values>(a) * kStepBytes);
+  if (panel.steps > steps_of<Values>(a)) panel.steps = steps_of<Values>(a);
   const int64_t at_once = a.rows < kRowsAtOnce ? a.rows : kRowsAtOnce;
   const int64_t panel_bytes = panel.rows * panel.steps * kStepBytes;
   const int64_t sums_bytes =
@@ -481,7 +534,7 @@ bool multiply_all_tiles(const LinearTask& task, int64_t begin, int64_t guarded, 
 }
 
 bool takes(WeightKind kind, const LinearArgs& a) {
-  if (a.rows < kLeastRows) return false;
+  if (a.rows < (a.scales ? kLeastRowsOfInt8 : kLeastRows)) return false;
   if (kind == kPackedInt8TimesInt8) return a.in_features <= kMostWholeColumns;
   return a.dtype == DType::kBFloat16 && kind != kPackedInt8TimesInt16;
 }
@@ -491,7 +544,8 @@ using Run = bool (*)(const LinearTask&, int64_t, int64_t);
 // A kernel that takes what AMX multiplies, and leaves the rest to AVX-512.
 template <WeightKind kind, typename T, typename Values>
 bool linear_amx(const LinearTask& task, int64_t begin, int64_t end) {
-  if (!takes(kind, task.args)) return avx512::kTable.linear[kind][static_cast<int>(task.args.dtype)](task, begin, end);
+  if (!takes(kind, task.args))
+    return avx512::kTable.linear[kind][static_cast<int>(task.args.dtype)](task, begin, end);
   const int64_t guarded = kind == kDense ? end : first_guarded_row(task, begin, end);
   return multiply_all_tiles<T, Values>(task, begin, guarded, end);
 }
@@ -503,11 +557,11 @@ bool linear_int8_amx(const LinearTask& task, int64_t begin, int64_t end) {
 }
 
 Turned turned(WeightKind kind, const LinearArgs& a) {
-  return takes(kind, a) ? Turned{kBlock, 1 << 19, false} : avx512::kTable.turned(kind, a);
+  return takes(kind, a) ? Turned{kBlock, 1 << 21, false} : avx512::kTable.turned(kind, a);
 }
 
-// As AVX-512 does, but for int8 weights with many rows of x, which AMX multiplies as they are, and for x rounded to
-// int8, which it takes with a sign.
+// As AVX-512 does, but for int8 weights with many rows of x, which AMX multiplies as they are, and for x
+// rounded to int8, which it takes with a sign.
 XForm x_form(WeightKind kind, const LinearArgs& a) {
   if (!takes(kind, a)) return avx512::kTable.x_form(kind, a);
   return kind == kPackedInt8TimesInt8 ? XForm::kSignedInt8 : XForm::kPlain;

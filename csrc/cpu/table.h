@@ -38,8 +38,8 @@ struct LinearTask {
 };
 
 // What a kernel multiplies by: numbers as they are, or whole numbers and a scale for each row of x. kInt16 is
-// tried where a level prefers it, and given up for rows that sixteen bits do not hold well. How kInt8 is stored
-// is the level's own affair; kSignedInt8 is stored as such.
+// tried where a level prefers it, and given up for rows that sixteen bits do not hold well. How kInt8 is
+// stored is the level's own affair; kSignedInt8 is stored as such.
 enum class XForm { kPlain, kInt8, kInt16, kSignedInt8 };
 
 enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt16, kPackedInt8TimesInt8, kDense, kWeightKinds };
