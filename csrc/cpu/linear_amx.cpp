@@ -534,7 +534,7 @@ bool multiply_all_tiles(const LinearTask& task, int64_t begin, int64_t guarded, 
 }
 
 bool takes(WeightKind kind, const LinearArgs& a) {
-  if (a.rows < (a.scales ? kLeastRowsOfInt8 : kLeastRows)) return false;
+  if (a.rows < (a.scales ? kLeastRowsOfInt8 : kLeastRows) || a.in_features == 0) return false;
   if (kind == kPackedInt8TimesInt8) return a.in_features <= kMostWholeColumns;
   return a.dtype == DType::kBFloat16 && kind != kPackedInt8TimesInt16;
 }

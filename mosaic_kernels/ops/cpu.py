@@ -47,7 +47,7 @@ _SCOPES = {"matrix": 0, "row": 1, "group": 2}
 
 
 # Whether dense_linear_raw runs here: it takes AVX-512.
-DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() == "avx512"
+DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() in ("avx512", "amx")
 
 
 def _forced_threads() -> int:
