@@ -18,9 +18,11 @@ class DenseLinear(nn.Linear):
     ``state_dict`` and gradients are those of ``nn.Linear``.
     """
 
-    # 1.9 to 2.0x as fast as F.linear at one row, 1.3 to 1.4x at 16, 1.0 to 1.1x at this many (four bf16
-    # shapes, two threads, Zen 4, Nov 2026; test_dense_rows of benchmarks/bench_linear.py).
-    MAX_ROWS = 32
+    # Up to how many rows the kernel is faster. 1.9 to 2.0x as fast as F.linear at one row, 1.3 to 1.4x at 16, 1.0
+    # to 1.1x at 32 (four bf16 shapes, two threads, Zen 4, Nov 2026; test_dense_rows of benchmarks/bench_linear.py).
+    # With AMX 1.4 to 1.5x at one to four rows, 1.1 to 1.2x at 16, 1.2 to 1.3x at 64, 1.04 to 1.12x at 256 (four bf16
+    # shapes, one thread; Xeon, Sapphire Rapids class, Dec 2026).
+    MAX_ROWS = 256 if cpu.TILES else 32
 
     def forward(self, input: Tensor) -> Tensor:
         if not self._runs(input):

@@ -25,6 +25,7 @@ else:
 __all__ = [
     "DENSE_ROWS",
     "KERNELS",
+    "TILES",
     "Group",
     "address",
     "bytes_of",
@@ -46,6 +47,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCOPES = {"matrix": 0, "row": 1, "group": 2}
 
 
+# Whether this processor multiplies bf16 in tiles: then the kernels gain at many rows, too.
+TILES = _IMPORT_ERROR is None and _C_cpu.isa() == "amx"
 # Whether dense_linear_raw runs here: it takes AVX-512.
 DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() in ("avx512", "amx")
 
