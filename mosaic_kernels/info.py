@@ -28,6 +28,7 @@ VARIABLES = (
     "MOSAIC_BACKEND",
     "MOSAIC_LOG_LEVEL",
     "MOSAIC_NUM_THREADS",
+    "MOSAIC_ISA",
     "MOSAIC_CUDA",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
@@ -57,7 +58,9 @@ def format_table(found: dict[str, Any]) -> str:
     processor, cuda = found["cpu"], found["cuda"]
     lines = [f"{name:<16}{value or 'not installed'}" for name, value in found["versions"].items()]
     lines += ["", f"{'CPU':<16}{processor['name']}, {processor['cores']} cores, {processor['threads']} threads"]
-    lines += [f"{'instructions':<16}{processor['isa'] or 'unknown'} (CPU has: {processor['features'] or 'unknown'})"]
+    limit = "" if processor["isa"] == processor["best_isa"] else f"limited from {processor['best_isa']} by MOSAIC_ISA; "
+    has = processor["features"] or "unknown"
+    lines += [f"{'instructions':<16}{processor['isa'] or 'unknown'} ({limit}CPU has: {has})"]
     lines += [f"{'CUDA':<16}{cuda['why_not'] or ', '.join(cuda['devices'])} (torch built for {cuda['torch'] or 'CPU'})"]
     lines += [f"{name:<16}{value or 'not found'}" for name, value in found["tools"].items()]
     lines += ["", *(f"{name:<16}{entry['why_not'] or 'runs here'}" for name, entry in found["backends"].items())]
@@ -93,10 +96,10 @@ def _cpu_name() -> str:
 
 def _native_cpu() -> dict[str, str | None]:
     if cpu.why_not() is not None:
-        return {"isa": None, "features": None}
+        return {"isa": None, "best_isa": None, "features": None}
     from mosaic_kernels import _C_cpu
 
-    return {"isa": _C_cpu.isa(), "features": _C_cpu.features()}
+    return {"isa": _C_cpu.isa(), "best_isa": cpu.BEST_ISA, "features": _C_cpu.features()}
 
 
 def _cuda() -> dict[str, Any]:

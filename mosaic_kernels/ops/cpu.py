@@ -13,16 +13,18 @@ from torch import Tensor
 
 from mosaic_kernels.errors import KernelError, UsageError
 from mosaic_kernels.format import bitmask_bytes
+from mosaic_kernels.ops import isa
 
 try:
     from mosaic_kernels import _C_cpu
 except ImportError as error:
     _IMPORT_ERROR: str | None = f"the module _C_cpu did not load ({error}); build it with `pip install .`"
 else:
-    _IMPORT_ERROR = None
+    _IMPORT_ERROR, BEST_ISA = None, isa.limit(_C_cpu)  # what the processor has, whatever MOSAIC_ISA says
     unchanged = _C_cpu.unchanged
 
 __all__ = [
+    "BEST_ISA",
     "DENSE_ROWS",
     "KERNELS",
     "Group",
