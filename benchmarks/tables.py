@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of README and docs from the committed JSON: ``python benchmarks/tables.py`` (``--check``: tests)."""
+"""Tables of README and docs, made from the committed JSON: ``python benchmarks/tables.py`` (``--check``: compare)."""
 
 from __future__ import annotations
 
