@@ -18,7 +18,7 @@ from regression import Comparison, committed_figures, misses
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-MACHINE = {"cpu": "Some CPU", "threads": 2, "isa": "avx512", "torch": "2.13", "commit": "abc"}
+MACHINE = {"cpu": "Some CPU", "threads": 2, "isa": "avx512", "torch_isa": "AVX512", "torch": "2.13", "commit": "abc"}
 COMMITTED = {"ratios": {"speed_up": 2.0}, "memory": {"weight_bytes": 1000, "load": 1.5}, "median_us": 10.0}
 
 
@@ -54,7 +54,7 @@ def test_a_figure_that_vanishes_fails_and_a_new_one_does_not() -> None:
     assert misses("b", found(), {}) == []
 
 
-@pytest.mark.parametrize("difference", [{"cpu": "Other"}, {"threads": 1}, {"isa": "avx2"}])
+@pytest.mark.parametrize("difference", [{"cpu": "Other"}, {"threads": 1}, {"isa": "avx2"}, {"torch_isa": "AVX2"}])
 def test_another_kind_of_machine_is_not_compared(tmp_path: Path, difference: dict[str, Any]) -> None:
     write(tmp_path)
     comparison = Comparison(MACHINE | difference, tmp_path)
