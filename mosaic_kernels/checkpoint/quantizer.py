@@ -134,7 +134,9 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
             del model.config.auto_map
         return None, {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # save_pretrained leaves the config with the name of its dtype
+            dtype = getattr(torch, dtype)
         adapter = ModelAdapter.of(model)
         for block, name, layer in adapter.projections():
             if isinstance(layer, MosaicLinear):
