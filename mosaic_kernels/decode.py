@@ -13,9 +13,9 @@ two threads, Zen 4, Nov 2026); what a token costs outside our kernels is in ``be
 
 from __future__ import annotations
 
-import importlib
+import functools
+import logging
 import struct
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,20 +25,18 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from mosaic_kernels import attention
+from mosaic_kernels import attention, compat
 from mosaic_kernels.dense import DenseLinear
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import VALUE_DTYPES
 from mosaic_kernels.linear import MosaicLinear
-from mosaic_kernels.models import PROJECTIONS, SUPPORTED_MODEL_TYPES
+from mosaic_kernels.models import PROJECTIONS, SUPPORTED_MODEL_TYPES, ModelAdapter
 from mosaic_kernels.ops import cpu
 from mosaic_kernels.ops.select import is_recorded, kernel_for
 
 _ATTENTIONS = ("sdpa", attention.NAME)
-# Where a config holds what it answers for _attn_implementation, after four calls of Python.
-_ATTENTION = "_attn_implementation_internal"
-# Whose hooks stay on modules once a model was asked for its hidden states or attentions.
-_CAPTURING = "transformers.utils.output_capturing"
+
+logger = logging.getLogger(__name__)
 
 
 class _Contents:
@@ -83,7 +81,7 @@ class _Token:
         before, after = self.hooks
         if any(before) or _global_forward_hooks or _global_forward_pre_hooks:
             return True
-        if any(after) and not all(_captures_nothing(hook) for hooks in after for hook in hooks.values()):
+        if any(after) and not all(compat.captures_nothing(hook) for hooks in after for hook in hooks.values()):
             return True
         return not self.methods.are_there()
 
@@ -133,14 +131,6 @@ class _Token:
         return out
 
 
-def _captures_nothing(hook: Any) -> bool:
-    """Whether a hook is transformers' own for outputs that were asked for, and returns at once: none are now."""
-    if getattr(hook, "__module__", None) != _CAPTURING or hook.__name__ != "output_capturing_hook":
-        return False
-    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
-    return collector is not None and not collector.get()
-
-
 def _readable(cached: Tensor, dtype: torch.dtype) -> Tensor:
     """Keys or values of a cache, which may hold them in another form."""
     if cached.dtype is not dtype:
@@ -158,10 +148,10 @@ def _made_for(block: Any, x: Tensor) -> _Token | None:
     for part in (attn, mlp, *norms):
         if type(part).__module__ != home or type(part).forward.__module__ != home:
             return None  # somebody's own
-    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+    if not compat.is_silu(mlp.act_fn):
         return None
-    settings = object.__getattribute__(attn.config, "__dict__")
-    if settings.get(_ATTENTION) != attn.config._attn_implementation:
+    setting = compat.attention_setting(attn.config)
+    if setting is None:
         return None  # whether it changes, nobody would see
     layers = [block.get_submodule(name) for name in PROJECTIONS]
     if not all(_is_readable(layer, x.dtype) for layer in layers) or not _fit(layers, norms, attn.head_dim, x):
@@ -172,7 +162,7 @@ def _made_for(block: Any, x: Tensor) -> _Token | None:
         x.dtype,
         [_addresses(layer, found) for layer, found in zip(layers, tensors, strict=True)],
         [cpu.address(norm.weight) for norm in norms] + [0] * unused,
-        [norm.variance_epsilon for norm in norms] + [0.0] * unused,
+        [getattr(norm, compat.NORM_EPSILON) for norm in norms] + [0.0] * unused,
         attn.head_dim, attn.scaling,
     )  # fmt: skip
     parents = (block, attn, mlp)
@@ -182,12 +172,8 @@ def _made_for(block: Any, x: Tensor) -> _Token | None:
     made_of += [(part.__dict__, name) for part in parts for name in ("_forward_pre_hooks", "_forward_hooks")]
     packed = [layer.__dict__ for layer in layers if isinstance(layer, MosaicLinear)]
     made_of += [(state, name) for state in packed for name in ("_index", "quantize_activations")]
-    made_of += [(norm.__dict__, "variance_epsilon") for norm in norms]
-    made_of += [
-        (attn.__dict__, "scaling"),
-        (attn.__dict__, "config"),
-        (settings, _ATTENTION),
-    ]
+    made_of += [(norm.__dict__, compat.NORM_EPSILON) for norm in norms]
+    made_of += [(attn.__dict__, "scaling"), (attn.__dict__, "config"), setting]
     hooks = [part._forward_pre_hooks for part in parts], [part._forward_hooks for part in parts]
     query_heads, key_heads = (layer.out_features // attn.head_dim for layer in layers[:2])
     return _Token(
@@ -205,7 +191,7 @@ def _fit(layers: list[Any], norms: list[Any], head_dim: int, x: Tensor) -> bool:
     fit = fit and head_dim % 2 == key[1] % head_dim == query[1] % key[1] == 0
     for norm, size in zip(norms, (hidden, hidden, head_dim, head_dim), strict=False):
         weight = getattr(norm, "weight", None)
-        if not hasattr(norm, "variance_epsilon") or weight is None or weight.shape != (size,):
+        if not hasattr(norm, compat.NORM_EPSILON) or weight is None or weight.shape != (size,):
             return False
         if weight.dtype is not x.dtype or not weight.is_cpu or not weight.is_contiguous():
             return False
@@ -242,17 +228,20 @@ def _addresses(layer: Any, operands: cpu.Operands | None) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _token_of(
-    block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, options: dict[str, Any]
-) -> _Token | None:
-    """The native calls for ``x``; ``None`` where it has to take the ordinary way."""
+def _token_of(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], options: dict[str, Any]) -> _Token | None:
+    """The native calls for ``x``; ``None`` where it has to take the ordinary way.
+
+    Args:
+        options: everything the block was called with by name.
+    """
     if x.shape[:-1] != (1, 1) or not x.is_cpu or x.dtype not in VALUE_DTYPES or block.training:
         return None
     if torch.is_grad_enabled() or is_recorded(x) or torch.is_autocast_enabled("cpu"):
         return None  # a cache may want gradients, too
-    for option in options.values():
-        if option is not None and option is not False:
+    for name, option in options.items():
+        if option is not None and option is not False and name not in block.usual_arguments:
             return None
+    mask = options.get("attention_mask")
     if mask is not None and not (mask.dtype is torch.bool and mask.shape[:3] == (1, 1, 1) and mask.is_contiguous()):
         return None
     if kernel_for("sparse_linear", x) is not cpu.KERNELS["sparse_linear"]:
@@ -261,7 +250,7 @@ def _token_of(
     dtype, token = block.__dict__.get("_token") or (None, None)
     if dtype is not x.dtype or (token is not None and not token.made_of.are_there()):
         block.__dict__.pop("_token", None)  # and with it what the block itself let go
-        if block.self_attn.config._attn_implementation not in _ATTENTIONS:
+        if compat.attention_of(block.self_attn.config) not in _ATTENTIONS:
             return None
         token = _made_for(block, x)
         block.__dict__["_token"] = x.dtype, token
@@ -272,37 +261,33 @@ def _token_of(
 
 def _one_token_class(base: type[nn.Module]) -> type[nn.Module]:
     """``base``, a decoder block of transformers, that takes one token natively."""
+    cache_name = compat.cache_name(base)
 
     class Block(base):  # type: ignore[misc, valid-type]
-        def forward(
-            self,
-            hidden_states: Tensor,
-            attention_mask: Tensor | None = None,
-            position_ids: Tensor | None = None,
-            past_key_values: Any = None,
-            use_cache: bool | None = False,
-            position_embeddings: tuple[Tensor, Tensor] | None = None,
-            **kwargs: Any,
-        ) -> Any:
-            rotation, mask = position_embeddings, attention_mask
-            if past_key_values is not None and rotation is not None and not is_dynamo_compiling():
-                token = _token_of(self, hidden_states, rotation, mask, kwargs)
+        usual_arguments = compat.block_arguments(base)
+        native_calls = 0  # tokens that this block has taken natively
+
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            cache, rotation = kwargs.get(cache_name), kwargs.get("position_embeddings")
+            if not (args or cache is None or rotation is None or is_dynamo_compiling()):
+                token = _token_of(self, hidden_states, rotation, kwargs)
                 if token is not None:
                     place = self.self_attn.layer_idx
-                    return token.run(
-                        hidden_states, rotation, mask, lambda key, value: past_key_values.update(key, value, place)
-                    )
-            return super().forward(
-                hidden_states, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
-            )  # fmt: skip
+                    after = token.run(
+                        hidden_states, rotation, kwargs.get("attention_mask"),
+                        lambda key, value: cache.update(key, value, place),
+                    )  # fmt: skip
+                    self.__dict__["native_calls"] = self.native_calls + 1
+                    return after
+            return super().forward(hidden_states, *args, **kwargs)
 
         def _apply(self, *args: Any, **kwargs: Any) -> Any:
             self.__dict__.pop("_token", None)
             return super()._apply(*args, **kwargs)
 
         def __getstate__(self) -> dict[str, Any]:
-            return {name: value for name, value in self.__dict__.items() if name != "_token"}  # it has addresses
+            # the calls have addresses, and what another block has taken is not a copy's affair
+            return {name: value for name, value in self.__dict__.items() if name not in ("_token", "native_calls")}
 
     # by its old name, which transformers and accelerate look for, and where pickle finds it
     Block.__name__ = Block.__qualname__ = base.__name__
@@ -313,14 +298,35 @@ def __getattr__(name: str) -> type[nn.Module]:
     family = {f"{each.capitalize()}DecoderLayer": each for each in SUPPORTED_MODEL_TYPES}.get(name)
     if family is None:  # and transformers stays unread
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    made = globals()[name] = _one_token_class(getattr(home, name))
+    made = globals()[name] = _one_token_class(compat.decoder_layer(family))
     return made
 
 
 def take_tokens_natively(block: nn.Module) -> None:
-    """Make a decoder block of a supported model one of this module's; again, after its layers were replaced."""
+    """Make a decoder block of a supported model one of this module's; again, after its layers were replaced.
+
+    Where the installed transformers is not known well enough (:func:`mosaic_kernels.compat.why_not_native`) the block
+    stays what it is, and a warning says so once.
+    """
     block.__dict__.pop("_token", None)
     kind = type(block)
-    if kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("DecoderLayer"):
+    if compat.decoder_family(kind) not in SUPPORTED_MODEL_TYPES:
+        return
+    why_not = compat.why_not_native(kind)
+    if why_not is None:
         block.__class__ = globals().get(kind.__name__) or __getattr__(kind.__name__)
+    else:
+        _warn_once(why_not)
+
+
+@functools.cache
+def _warn_once(why_not: str) -> None:
+    logger.warning("decoder blocks run through transformers' modules, not natively: %s", why_not)
+
+
+def native_tokens(model: nn.Module) -> list[int]:
+    """Tokens that each decoder block of ``model`` has taken natively; 0 for a block that never does.
+
+    A block counts in its attribute ``native_calls``; copies start at 0.
+    """
+    return [getattr(block.module, "native_calls", 0) for block in ModelAdapter.of(model).blocks]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mosaic_kernels import attention as grouped_attention
-from mosaic_kernels import decode, siblings
+from mosaic_kernels import compat, decode, siblings
 from mosaic_kernels.dense import DenseLinear
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
@@ -59,7 +59,7 @@ def prepare_inference(
         for names in _SAME_INPUT:
             siblings.join(block.projection(name) for name in names)
         decode.take_tokens_natively(block.module)
-    if attention and model.config._attn_implementation == "sdpa":
+    if attention and compat.attention_of(model.config) == "sdpa":
         grouped_attention.register_with_transformers()
         model.set_attn_implementation(grouped_attention.NAME)
     for module in model.modules():

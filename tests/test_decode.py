@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from decoding import step_logits, without_kernels, write
 
 import mosaic_kernels as mk
-from mosaic_kernels import decode, ops
+from mosaic_kernels import compat, decode, ops
 from mosaic_kernels.checkpoint.writer import pack_model
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.models import SUPPORTED_MODEL_TYPES, ModelAdapter
@@ -152,8 +152,8 @@ def test_batches_take_the_modules_and_padding_is_not_attended_to(natively: list[
 
     @torch.no_grad()
     def after_padding(cache: Any) -> Tensor:
-        seen = model(input_ids=ids[:1, :-1], attention_mask=mask[:1, :-1], past_key_values=cache, use_cache=True)
-        step = {"attention_mask": mask[:1], "past_key_values": seen.past_key_values}
+        seen = model(input_ids=ids[:1, :-1], attention_mask=mask[:1, :-1], **compat.with_cache(model, cache))
+        step = {"attention_mask": mask[:1], **compat.with_cache(model, compat.cache_of(seen))}
         logits: Tensor = model(input_ids=ids[:1, -1:], position_ids=torch.tensor([[5]]), **step).logits
         return logits
 
@@ -167,7 +167,7 @@ def test_batches_take_the_modules_and_padding_is_not_attended_to(natively: list[
 @torch.no_grad()
 def next_token(model: Any, **options: Any) -> Any:
     out = model(input_ids=prompt(), use_cache=True)
-    return model(input_ids=prompt(1), past_key_values=out.past_key_values, **options)
+    return model(input_ids=prompt(1), **compat.with_cache(model, compat.cache_of(out)), **options)
 
 
 def test_who_watches_sees_what_the_modules_do(natively: list[int]) -> None:
@@ -225,15 +225,15 @@ def test_what_was_recorded_once_is_not_for_ever(natively: list[int], modules: An
 
 def test_gradients_and_training_take_the_modules(natively: list[int]) -> None:
     model = made()
-    cache = model(input_ids=prompt(), use_cache=True).past_key_values
+    cache = compat.cache_of(model(input_ids=prompt(), use_cache=True))
     x = model.get_input_embeddings()(prompt(1)).requires_grad_()
-    model(inputs_embeds=x, past_key_values=cache).logits.sum().backward()
+    model(inputs_embeds=x, **compat.with_cache(model, cache)).logits.sum().backward()
     assert x.grad is not None
     assert float(x.grad.norm()) > 0
     assert not natively
     model.model.layers[0].input_layernorm.weight.requires_grad_()
-    cache = model(input_ids=prompt(), use_cache=True).past_key_values
-    assert model(input_ids=prompt(1), past_key_values=cache).logits.requires_grad
+    cache = compat.cache_of(model(input_ids=prompt(), use_cache=True))
+    assert model(input_ids=prompt(1), **compat.with_cache(model, cache)).logits.requires_grad
     assert len(natively) == 0  # the first block's result takes the others along
     model.train()
     next_token(model)
@@ -371,17 +371,17 @@ def test_a_token_that_attends_to_nothing_is_finite() -> None:
     with torch.no_grad():
         seen = model(input_ids=prompt(), use_cache=True)
         mask = torch.zeros(1, 1, 1, 10, dtype=torch.bool)
-        out = model(input_ids=prompt(1), attention_mask=mask, past_key_values=seen.past_key_values)
+        out = model(input_ids=prompt(1), attention_mask=mask, **compat.with_cache(model, compat.cache_of(seen)))
     assert bool(out.logits.isfinite().all())
 
 
 def test_a_cache_of_another_kind_is_told(natively: list[int]) -> None:
     model = made()
     with torch.no_grad():
-        cache = model(input_ids=prompt(), use_cache=True).past_key_values
+        cache = compat.cache_of(model(input_ids=prompt(), use_cache=True))
         cache.update = lambda key, value, *_: (key[..., :-2], value[..., :-2])
         with pytest.raises(KernelError, match="the cache returned keys"):
-            model(input_ids=prompt(1), past_key_values=cache)
+            model(input_ids=prompt(1), **compat.with_cache(model, cache))
 
 
 @pytest.mark.parametrize("family", SUPPORTED_MODEL_TYPES)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mosaic_kernels import compat
 from mosaic_kernels.checkpoint.files import Header, tensor_headers
 from mosaic_kernels.checkpoint.layout import apply_layout, describe, is_uniform, packed_weights, stock_shapes
 from mosaic_kernels.config import Weights
@@ -109,7 +109,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         self.quantization_config.lay_out(ModelAdapter.of(model))
         for module in model.modules():
             if isinstance(module, MosaicLinear):  # or else, where it stays on disk, it is filled with normal numbers
-                module._is_hf_initialized = True  # type: ignore[assignment]
+                compat.keep_as_loaded(module)
         files = options.get("checkpoint_files")
         if files:
             _require_tensors(model, tensor_headers(files))
@@ -125,7 +125,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Bring the description up to date before saving; ``None``: the model's own tensors are written."""
-        if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is written
+        if compat.has_adapter(model):  # only the adapter is written
             return None, {}
         old = self.quantization_config
         new = MosaicConfig.of(ModelAdapter.of(model), format=old.format, provenance=old.provenance)
@@ -134,7 +134,9 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
             del model.config.auto_map
         return None, {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # save_pretrained leaves the config with the name of its dtype
+            dtype = getattr(torch, dtype)
         adapter = ModelAdapter.of(model)
         for block, name, layer in adapter.projections():
             if isinstance(layer, MosaicLinear):
@@ -172,7 +174,7 @@ _WHOLE_NUMBERS = {torch.int8: "I8", torch.uint8: "U8"}
 def _require_tensors(model: Any, headers: Mapping[str, Header]) -> None:
     """Refuse files that lack a tensor of the model or hold another: transformers would make it up, or cast it."""
     wanted = model.state_dict()
-    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = compat.tied_weights(model)
     tied = {**tied, **{source: target for target, source in tied.items()}}
     for name, tensor in wanted.items():
         shape = tuple(tensor.shape)
@@ -194,12 +196,4 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
 
 
-def _register() -> None:
-    method = MosaicConfig.METHOD
-    if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # registering twice raises
-        auto.register_quantization_config(method)(MosaicConfig)
-    if method not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantizer(method)(MosaicQuantizer)
-
-
-_register()
+compat.register_format(MosaicConfig.METHOD, MosaicConfig, MosaicQuantizer)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mosaic_kernels import compat
 from mosaic_kernels.errors import UsageError
 from mosaic_kernels.format import bitmask_bytes, bitmask_words
 from mosaic_kernels.linear import MosaicLinear
@@ -107,7 +108,7 @@ def _run(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     token = out.logits[:, -1:].argmax(-1)
     read = _now(ids)
     for _ in range(new_tokens):
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, use_cache=True, **compat.with_cache(model, compat.cache_of(out)))
         token = out.logits[:, -1:].argmax(-1)
     return read - started, _now(ids) - read
 

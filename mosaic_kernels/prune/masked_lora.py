@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosaic_kernels import compat
 from mosaic_kernels.errors import EnvironmentError_, MosaicError, NonFiniteError
 from mosaic_kernels.prune.solvers import keep_all
 
@@ -50,11 +51,11 @@ def lora_layer() -> type:
         EnvironmentError_: PEFT is not installed.
     """
     try:
-        from peft.tuners.lora import Linear
+        layer = compat.lora_linear()
     except ImportError as error:
         raise EnvironmentError_(f"masked LoRA needs PEFT ({error}): pip install 'mosaic-kernels[peft]'") from None
 
-    class MaskedLinear(Linear):  # type: ignore[misc]
+    class MaskedLinear(layer):  # type: ignore[misc, valid-type]
         """Runs with the weight it merges to, bit for bit; one adapter, without dropout."""
 
         def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
