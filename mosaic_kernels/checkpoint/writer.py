@@ -20,7 +20,7 @@ from mosaic_kernels.checkpoint.directory import OutputDirectory, require_space, 
 from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
 from mosaic_kernels.checkpoint.progress import bars_on_terminals_only
 from mosaic_kernels.config import Weights
-from mosaic_kernels.format import weights_group
+from mosaic_kernels.format import packed_bytes, weights_group
 from mosaic_kernels.inference import prepare_inference
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.linear import MosaicLinear
@@ -37,7 +37,8 @@ def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
 
     In ``float``, a projection without zeros, or with fewer than its bitmask costs (1/16 in bf16, 1/32 in
     fp32), stays dense; as ``int8`` one without zeros takes 9 bits a weight. Float values that are packed
-    already become int8 where that is asked for. The model's ``config.quantization_config`` then describes
+    already become int8 where that is asked for. What counts is the dtype in which a projection is stored, also
+    where the model computes in another. The model's ``config.quantization_config`` then describes
     it, so that ``save_pretrained`` writes a checkpoint that loads again.
 
     Raises:
@@ -51,7 +52,9 @@ def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
         packed = layer.packed if isinstance(layer, MosaicLinear) else ops.pack(layer.weight.detach())
         if weights != "float":
             packed = quantize(packed, weights_group(weights))
-        if isinstance(layer, MosaicLinear) or packed.nbytes < layer.weight.nbytes:
+        itemsize = block.stored_dtype(name).itemsize
+        held = packed_bytes(*packed.shape, packed.nnz, itemsize, weights)
+        if isinstance(layer, MosaicLinear) or held < layer.weight.numel() * itemsize:
             block.replace(name, MosaicLinear.from_packed(packed, layer.bias).train(layer.training))
     model: Any = adapter.model
     prepare_inference(model, attention=False)

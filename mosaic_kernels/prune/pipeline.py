@@ -9,8 +9,8 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from mosaic_kernels.checkpoint.directory import write_errors
 from mosaic_kernels.checkpoint.reader import check_finite, load_model
 from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
 from mosaic_kernels.cli import current_device
+from mosaic_kernels.compute import computing_in, settle_compute_dtype
 from mosaic_kernels.config import DEFAULT_SEQLEN, Category, PruneConfig
 from mosaic_kernels.errors import CalibrationError, EnvironmentError_, Interrupted, UsageError
 from mosaic_kernels.evaluate.perplexity import Perplexity, perplexity
@@ -42,7 +43,7 @@ from mosaic_kernels.prune.ranks import Team, joined, shows_progress
 from mosaic_kernels.prune.recover import HELD_OUT, dense_teacher, recover_lora
 from mosaic_kernels.prune.report import make_report
 from mosaic_kernels.prune.solvers import choose_solver
-from mosaic_kernels.prune.timing import Split, measuring
+from mosaic_kernels.prune.timing import Clock, Split, measuring
 from mosaic_kernels.text import load_tokens
 
 logger = logging.getLogger(__name__)
@@ -52,22 +53,6 @@ _RESULT_OPTIONS = (
     "sparsity", "category", "structured_share", "pattern", "channel_multiple", "policy", "outlier_threshold",
     "max_deviation", "solver", "quality", "recover", "seed", "dtype",
 )  # fmt: skip
-
-
-@dataclass
-class _Clock:
-    """Seconds per station."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-
-    def lap(self, station: str, since: float) -> float:
-        now = time.perf_counter()
-        self.seconds[station] = self.seconds.get(station, 0.0) + now - since
-        return now
-
-    def stop(self) -> None:
-        self.seconds["total"] = time.perf_counter() - self.started
 
 
 def prune(
@@ -153,45 +138,45 @@ def _run(
     device: torch.device,
     team: Team,
 ) -> dict[str, Any]:
-    clock = _Clock()
+    clock = Clock()
     if config.recover != "none":  # descent goes through the sequences one after the other: all of them, everywhere
         team = team.whole()
     adapter, tokenizer = team.each(lambda: _load(source, tokenizer, config, device))
     model: Any = adapter.model
     config = settle_category(config, device)
+    computing = team.from_first(lambda: settle_compute_dtype(config.compute_dtype, adapter.dtype, device))
     name = str(source) if isinstance(source, (str, Path)) else str(model.config._name_or_path or "in-memory model")
     lap = clock.lap("load", clock.started)
 
     seqlen = _seqlen(config, model)
     calibration, eval_tokens, given = team.each(lambda: _read(config, adapter, tokenizer, seqlen))
     digest = _weights_digest(adapter)
-    journal = team.first(lambda: _journal(output, calibration, config, name, digest))
-    dense = None if eval_tokens is None else team.first(lambda: perplexity(model, eval_tokens, seqlen))
-    batches = team.each(lambda: _embed(adapter, calibration.tokens, config, team))
-    lap = clock.lap("calibrate", lap)
+    computes = "as stored" if computing.dtype is adapter.dtype else computing.name
+    journal = team.first(lambda: _journal(output, calibration, config, computes, name, digest))
 
-    ranks = settle_ranks(adapter, calibration, config, name, given, journal, team)
-    plan = settle_plan(adapter, ranks, calibration, config, journal, team)
-    lap = clock.lap("allocate", lap)
-    batches = _prune_blocks(adapter, batches, plan, config, journal, team)
-    lap = clock.lap("prune", lap)
-    tuned = None
-    if config.recover == "lora" and plan.removed:
-        teacher = dense_teacher(adapter, batches)
-        tuned = team.first(lambda: recover_lora(model, calibration.tokens, teacher=teacher, seed=config.seed))
-        clock.lap("recover", lap)
+    def judged() -> Perplexity | None:
+        return None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
+
+    with computing_in(adapter, computing) as working:
+        dense = team.first(judged)
+        batches = team.each(lambda: _embed(working, calibration.tokens, config, team))
+        lap = clock.lap("calibrate", lap)
+        ranks = settle_ranks(working, calibration, config, name, given, journal, team)
+        plan = settle_plan(working, ranks, calibration, config, journal, team)
+        lap = clock.lap("allocate", lap)
+        batches = _prune_blocks(working, batches, plan, config, journal, team)
+        lap = clock.lap("prune", lap)
+        tuned = None
+        if config.recover == "lora" and plan.removed:
+            tuned = team.first(lambda: _recover(working, batches, calibration.tokens, config))
+            clock.lap("recover", lap)
+        judgements = team.first(lambda: _packed(working, config, judged))
 
     def finish() -> dict[str, Any]:
-        pack_model(adapter)
-        pruned = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
-        before_int8 = None
-        if config.weights != "float":
-            pack_model(adapter, config.weights)
-            if eval_tokens is not None:
-                before_int8, pruned = pruned, perplexity(model, eval_tokens, seqlen)
+        pruned, before_int8 = judgements or (None, None)
         report = make_report(
-            adapter, plan, ranks, config, command=command, model=name, seconds=clock.seconds, by_kind=split.seconds,
-            tuned=tuned, perplexities=_perplexities(config, dense, pruned, before_int8),
+            adapter, plan, ranks, config, computing, command=command, model=name, seconds=clock.seconds,
+            by_kind=split.seconds, tuned=tuned, perplexities=_perplexities(config, dense, pruned, before_int8),
         )  # fmt: skip
         if output is None:
             clock.stop()
@@ -233,6 +218,24 @@ def _read(
         )
     given = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
     return calibration, eval_tokens, given
+
+
+def _recover(adapter: ModelAdapter, batches: Sequence[Batch], tokens: Tensor, config: PruneConfig) -> dict[str, Any]:
+    """Train a masked update of the whole model towards the dense one's predictions; what came of it."""
+    teacher = dense_teacher(adapter, batches)
+    return recover_lora(adapter.model, tokens, teacher=teacher, seed=config.seed, stored=adapter.blocks[0].stored)
+
+
+def _packed(
+    adapter: ModelAdapter, config: PruneConfig, judged: Callable[[], Perplexity | None]
+) -> tuple[Perplexity | None, Perplexity | None]:
+    """Pack the model: its perplexity, and that before its values were rounded to int8 where they are."""
+    pack_model(adapter)
+    floats = judged()
+    if config.weights == "float":
+        return floats, None
+    pack_model(adapter, config.weights)
+    return judged(), floats
 
 
 def _embed(adapter: ModelAdapter, tokens: Tensor, config: PruneConfig, team: Team) -> list[Batch]:
@@ -279,7 +282,12 @@ def _weights_digest(adapter: ModelAdapter) -> str:
 
 
 def _journal(
-    output: OutputDirectory | None, calibration: Calibration, config: PruneConfig, name: str, weights: str
+    output: OutputDirectory | None,
+    calibration: Calibration,
+    config: PruneConfig,
+    computes: str,
+    name: str,
+    weights: str,
 ) -> Journal | None:
     if output is None:
         return None
@@ -287,6 +295,7 @@ def _journal(
     ranks = None if config.ranks is None else config.ranks.read_text()
     samples, seqlen = calibration.tokens.shape
     options |= {"samples": samples, "seqlen": seqlen, "calibration": calibration.digest}
+    options |= {"compute_dtype": computes}
     return Journal(output.journal, {"model": name, "weights": weights, "ranks": ranks, **options})
 
 
@@ -353,7 +362,7 @@ def _write(
     config: PruneConfig,
     output: OutputDirectory,
     report: dict[str, Any],
-    clock: _Clock,
+    clock: Clock,
 ) -> None:
     started = time.perf_counter()
     write_checkpoint(

@@ -104,6 +104,7 @@ class _Half:
     Attributes:
         module: the decoder block.
         weights: the projections' weights as they stand in it, by name, without gradient.
+        stored: the dtypes that new weights are rounded to.
     """
 
     def __init__(self, walk: Walk, stage: int) -> None:
@@ -112,6 +113,7 @@ class _Half:
         self.module, self.stage, self._block = walk.block.module, stage, walk.block
         names = [f"{name}.weight" for part in STAGES[stage - 1 : stage + 1] for name in part]
         self.weights = {name: self.module.get_parameter(name).detach() for name in names}
+        self.stored = {name: walk.block.stored_dtype(name.removesuffix(".weight")) for name in names}
 
     def output(self, weights: dict[str, Tensor], part: _Part) -> Tensor:
         """``[sequences, seqlen, hidden]``, with gradients where the weights have them."""
@@ -163,8 +165,8 @@ def _tune(
                 group["lr"] = rate * share
             _step(half, masters, keep, parts[index], optimizer)
             step += 1
-        rounded = {name: _rounded(masters[name], keep[name], half.weights[name].dtype) for name in masters}
-        error = half.error(rounded, judges)
+        rounded = {name: _rounded(masters[name], keep[name], half.stored[name]) for name in masters}
+        error = half.error({name: weight.to(half.weights[name].dtype) for name, weight in rounded.items()}, judges)
         if error < lowest:  # never true of NaN
             lowest = error
             best = rounded if error < before else None

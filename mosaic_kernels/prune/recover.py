@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ def recover_lora(
     rate: float = 3e-3,
     tokens_per_step: int = 1024,
     seed: int = 0,
+    stored: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Any]:
     """Train a masked low-rank update of every prunable projection and merge it, in place.
 
@@ -65,6 +66,7 @@ def recover_lora(
         steps: of AdamW, with a learning rate that rises for a twentieth and then falls from ``rate`` as a cosine.
         tokens_per_step: rounded down to whole sequences, at least one.
         seed: of the first ``A`` and of the order of the sequences.
+        stored: dtypes to round merged weights to, by the parameter's full name; by default their own.
 
     Returns:
         ``accepted``, ``loss`` (``"kl"`` or ``"cross-entropy"``), its values on held-out sequences ``before`` and
@@ -80,7 +82,7 @@ def recover_lora(
     # calibration text: it learns that text, so give a teacher where there is one (one run each).
     started = time.perf_counter()
     _check(tokens, rank, steps, rate)
-    adapter = ModelAdapter.of(model)
+    adapter = ModelAdapter.of(model).storing(stored or {})
     run = _Run(model, tokens, teacher, max(1, tokens_per_step // tokens.shape[1]), seed)
     with _restored(model), _adapted(adapter, rank, alpha, seed) as layers:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -222,7 +224,10 @@ def _adapted(adapter: ModelAdapter, rank: int, alpha: float, seed: int) -> Itera
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, config)
     try:
-        yield [model.get_submodule(name) for name in names]
+        layers = [model.get_submodule(name) for name in names]
+        for (block, name, _), layer in zip(adapter.projections(), layers, strict=True):
+            layer.stored = block.stored_dtype(name)
+        yield layers
     finally:
         adapted.unload()
         vars(model).pop("peft_config", None)  # PEFT before 0.19 leaves it behind

@@ -129,6 +129,7 @@ class _Pool:
         self.places = {
             block.full_name(name): block.projection(name) for block in blocks for names in STAGES for name in names
         }
+        self.stored = {block.full_name(name): block.stored_dtype(name) for block, name, _ in adapter.projections()}
         self.whole = {name: layer.weight.detach().clone() for name, layer in self.places.items()}
         self.solved: dict[tuple[str, int], Tensor] = {}
         self.installed: dict[str, int] = {}
@@ -152,8 +153,10 @@ class _Pool:
 
     def _weight(self, name: str, count: int) -> Tensor:
         if (name, count) not in self.solved:
-            whole = self.whole[name]
+            whole, stored = self.whole[name], self.stored[name]
             self.solved[name, count] = (
-                solve(self.solver, whole, self.statistics[name], Target(count), name) if count else keep_all(whole)
+                solve(self.solver, whole, self.statistics[name], Target(count), name, stored)
+                if count
+                else keep_all(whole, stored)
             )
         return self.solved[name, count]

@@ -235,8 +235,8 @@ def _probe_zeros(
     pruned, errors = {}, []
     for stage, name in part:
         full_name = block.full_name(name)
-        weight = block.projection(name).weight.detach()
-        found.curves[full_name], error, pruned[name] = _curve(weight, statistics[stage], solver, full_name)
+        weight, stored = block.projection(name).weight.detach(), block.stored_dtype(name)
+        found.curves[full_name], error, pruned[name] = _curve(weight, stored, statistics[stage], solver, full_name)
         errors.append(error)
     worth = probe.divergence(block, pruned) / max(sum(errors), 1e-12)
     for _, name in part:
@@ -275,7 +275,7 @@ def _removal(
         features = swept.kept[level].repeat_interleave(unit)
         narrowed = torch.zeros_like(weight)
         narrowed[:, features] = refit(weight, gram, features, name)
-        costs.append(max(probe.divergence(block, {consumer: narrowed.to(layer.weight.dtype)}), 1e-12))
+        costs.append(max(probe.divergence(block, {consumer: block.rounded(consumer, narrowed)}), 1e-12))
     costs = [max(costs[: i + 1]) for i in range(len(costs))]  # noise must not make removing more look cheaper
     losses = np.maximum(swept.losses, 1e-30)
     at = [losses[swept.removed.index(level)] for level in levels]
@@ -285,14 +285,16 @@ def _removal(
     return RemovalCost((0, *swept.removed), (0.0, *map(float, known)))
 
 
-def _curve(weight: Tensor, statistics: InputStatistics, solver: Solver, name: str) -> tuple[Curve, float, Tensor]:
+def _curve(
+    weight: Tensor, stored: torch.dtype, statistics: InputStatistics, solver: Solver, name: str
+) -> tuple[Curve, float, Tensor]:
     """Error curve of one projection; its error at ``PROBE_SPARSITY``, and the weight pruned to it."""
     gram, size = statistics.mean_gram, weight.numel()
     dense = weight.float()
     energy = float(((dense @ gram) * dense).sum().clamp_min(1e-30))
     points, probed = [], (0.0, weight)
     for sparsity in CURVE_SPARSITIES:
-        pruned = solve(solver, dense, statistics, Target(round(sparsity * size)), name, weight.dtype)
+        pruned = solve(solver, dense, statistics, Target(round(sparsity * size)), name, stored)
         change = pruned.float() - dense
         error = float(((change @ gram) * change).sum()) / energy
         points.append((sparsity, error))
