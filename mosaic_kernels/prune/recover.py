@@ -214,6 +214,7 @@ def _adapted(adapter: ModelAdapter, rank: int, alpha: float, seed: int) -> Itera
     from peft import LoraConfig, get_peft_model
 
     names = [block.full_name(name) for block, name, _ in adapter.projections()]
+    stored = [block.stored_dtype(name) for block, name, _ in adapter.projections()]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
     config._register_custom_module({nn.Linear: masked})
     model: Any = adapter.model
@@ -225,8 +226,8 @@ def _adapted(adapter: ModelAdapter, rank: int, alpha: float, seed: int) -> Itera
             adapted = get_peft_model(model, config)
     try:
         layers = [model.get_submodule(name) for name in names]
-        for (block, name, _), layer in zip(adapter.projections(), layers, strict=True):
-            layer.stored = block.stored_dtype(name)
+        for layer, dtype in zip(layers, stored, strict=True):
+            layer.stored = dtype
         yield layers
     finally:
         adapted.unload()
