@@ -8,7 +8,7 @@ import json
 import sys
 from typing import get_args
 
-from mosaic_kernels.cli import run_command
+from mosaic_kernels.cli import leads, run_command
 from mosaic_kernels.config import (
     Category,
     ComputeDtype,
@@ -138,7 +138,7 @@ def _body(argv: list[str]) -> None:
         print(json.dumps(prediction) if as_json else describe(prediction))
         return
     from mosaic_kernels.prune.pipeline import prune
-    from mosaic_kernels.prune.ranks import launcher, leads
+    from mosaic_kernels.prune.ranks import launcher
     from mosaic_kernels.prune.report import format_table
 
     command = [*launcher(), "-m", "mosaic_kernels.prune", *argv]

@@ -32,7 +32,7 @@ class _MaskedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
-        stored: torch.dtype | None,
+        stored: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, a, b)
         ctx.scale, ctx.stored = scale, stored

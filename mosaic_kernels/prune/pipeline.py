@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -17,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mosaic_kernels.checkpoint.directory import write_errors
 from mosaic_kernels.checkpoint.reader import check_finite, load_model
@@ -31,6 +29,7 @@ from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import Block, ModelAdapter
 from mosaic_kernels.ops import reference
 from mosaic_kernels.ops.select import kernel
+from mosaic_kernels.progress import station
 from mosaic_kernels.prune.block import prune_block, share_block
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
@@ -39,7 +38,7 @@ from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.journal import Journal, has_blocks
 from mosaic_kernels.prune.masked_lora import lora_layer
 from mosaic_kernels.prune.planning import settle_plan, settle_ranks
-from mosaic_kernels.prune.ranks import Team, joined, shows_progress
+from mosaic_kernels.prune.ranks import Team, joined
 from mosaic_kernels.prune.recover import HELD_OUT, dense_teacher, recover_lora
 from mosaic_kernels.prune.report import make_report
 from mosaic_kernels.prune.solvers import choose_solver
@@ -100,7 +99,7 @@ def prune(
         if not isinstance(model, (str, Path)):  # pruned where it is
             device = next(model.parameters()).device
         try:
-            with current_device(device), measuring() as split:
+            with current_device(device), measuring() as split, station(f"prune {_name(model)}"):
                 return _run(model, tokenizer, config, output, list(command), split, device, team)
         except KeyboardInterrupt:
             if not team.leads:
@@ -145,20 +144,21 @@ def _run(
     model: Any = adapter.model
     config = settle_category(config, device)
     computing = team.from_first(lambda: settle_compute_dtype(config.compute_dtype, adapter.dtype, device))
-    name = str(source) if isinstance(source, (str, Path)) else str(model.config._name_or_path or "in-memory model")
+    name = _name(source)
     lap = clock.lap("load", clock.started)
 
     seqlen = _seqlen(config, model)
-    calibration, eval_tokens, given = team.each(lambda: _read(config, adapter, tokenizer, seqlen))
-    digest = _weights_digest(adapter)
+    with station("calibrate"):
+        calibration, eval_tokens, given = team.each(lambda: _read(config, adapter, tokenizer, seqlen))
+        digest = _weights_digest(adapter)
     computes = "as stored" if computing.dtype is adapter.dtype else computing.name
     journal = team.first(lambda: _journal(output, calibration, config, computes, name, digest))
 
-    def judged() -> Perplexity | None:
-        return None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
+    def judged(which: str) -> Perplexity | None:
+        return None if eval_tokens is None else perplexity(model, eval_tokens, seqlen, name=f"evaluate {which}")
 
     with computing_in(adapter, computing) as working:
-        dense = team.first(judged)
+        dense = team.first(lambda: judged("dense"))
         batches = team.each(lambda: _embed(working, calibration.tokens, config, team))
         lap = clock.lap("calibrate", lap)
         ranks = settle_ranks(working, calibration, config, name, given, journal, team)
@@ -185,6 +185,10 @@ def _run(
         return report
 
     return team.from_first(finish)
+
+
+def _name(model: Any) -> str:
+    return str(model) if isinstance(model, (str, Path)) else str(model.config._name_or_path or "in-memory model")
 
 
 def _load(source: Any, tokenizer: Any, config: PruneConfig, device: torch.device) -> tuple[ModelAdapter, Any]:
@@ -227,15 +231,15 @@ def _recover(adapter: ModelAdapter, batches: Sequence[Batch], tokens: Tensor, co
 
 
 def _packed(
-    adapter: ModelAdapter, config: PruneConfig, judged: Callable[[], Perplexity | None]
+    adapter: ModelAdapter, config: PruneConfig, judged: Callable[[str], Perplexity | None]
 ) -> tuple[Perplexity | None, Perplexity | None]:
     """Pack the model: its perplexity, and that before its values were rounded to int8 where they are."""
     pack_model(adapter)
-    floats = judged()
+    floats = judged("pruned")
     if config.weights == "float":
         return floats, None
     pack_model(adapter, config.weights)
-    return judged(), floats
+    return judged(config.weights), floats
 
 
 def _embed(adapter: ModelAdapter, tokens: Tensor, config: PruneConfig, team: Team) -> list[Batch]:
@@ -309,20 +313,19 @@ def _prune_blocks(
     beside = keeps_dense_side(config)
     if beside:
         batches = [replace(batch, dense=batch.hidden) for batch in batches]
-    bar = tqdm(adapter.blocks, desc="block", unit="block", disable=not shows_progress(), file=sys.stderr)
-    for block, units in zip(bar, plan.units, strict=True):
-        bar.set_description(f"block ({block.index + 1}/{len(adapter.blocks)})")
-        dense = block.copy() if beside else None
-        if team.from_first(partial(_restore, journal, block)):
-            share_block(block, team)
-            batches = advance(block, batches, dense)
-            continue
-        recover = config.recover == "reconstruct"
-        batches = prune_block(
-            block, batches, solver, units, plan.zeros, config.group, dense,
-            per_row=config.per_row, recover=recover, team=team,
-        )  # fmt: skip
-        team.first(partial(_record, journal, block))
+    with station("block", len(adapter.blocks), "block", numbered=True) as here:
+        for block, units in zip(adapter.blocks, plan.units, strict=True):
+            dense = block.copy() if beside else None
+            if team.from_first(partial(_restore, journal, block)):
+                share_block(block, team)
+                batches = advance(block, batches, dense)
+            else:
+                batches = prune_block(
+                    block, batches, solver, units, plan.zeros, config.group, dense,
+                    per_row=config.per_row, recover=config.recover == "reconstruct", team=team,
+                )  # fmt: skip
+                team.first(partial(_record, journal, block))
+            here.advance()
     return batches
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mosaic_kernels.errors import CalibrationError, UsageError
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.progress import Station, station
 from mosaic_kernels.prune.capture import Batch, predict
 from mosaic_kernels.prune.masked_lora import lora_layer
 from mosaic_kernels.prune.timing import timed
@@ -87,7 +88,8 @@ def recover_lora(
     with _restored(model), _adapted(adapter, rank, alpha, seed) as layers:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         before = run.judge()
-        after = run.train(trained, steps, rate, before)
+        with station("recover", steps, "step") as here:
+            after = run.train(trained, steps, rate, before, here)
         accepted = after < before
         for layer in layers if accepted else ():
             layer.merge()
@@ -141,7 +143,7 @@ class _Run:
         losses = [self.loss(part).double() * len(part) for part in torch.split(places, self.at_once)]
         return float(sum(torch.stack(losses).tolist())) / len(places)
 
-    def train(self, parameters: Sequence[nn.Parameter], steps: int, rate: float, before: float) -> float:
+    def train(self, parameters: Sequence[nn.Parameter], steps: int, rate: float, before: float, here: Station) -> float:
         """Train, and leave the best state behind; returns its loss on held-out sequences."""
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.model.dtype == torch.float16)
@@ -161,6 +163,7 @@ class _Run:
                 if found < lowest:
                     lowest = found
                     best = [parameter.detach().clone() for parameter in parameters] if found < before else None
+            here.advance()
         if best is not None:
             with torch.no_grad():
                 for parameter, value in zip(parameters, best, strict=True):

@@ -9,7 +9,6 @@ the whole model change says what that error is worth. The same for heads and cha
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mosaic_kernels.models import PROJECTIONS, STAGES, Block, ModelAdapter
+from mosaic_kernels.progress import Station, station
 from mosaic_kernels.prune.capture import Batch, advance, collect_and_advance, embed, predictions
 from mosaic_kernels.prune.gram import InputStatistics
-from mosaic_kernels.prune.ranks import ALONE, Team, shows_progress
+from mosaic_kernels.prune.ranks import ALONE, Team
 from mosaic_kernels.prune.solvers import Solver, Target, solve
 from mosaic_kernels.prune.structured import refit, sweep
 from mosaic_kernels.prune.timing import timed
@@ -154,12 +153,11 @@ def measure(
         per_projection if zeros else before.per_projection,
         dict(before.removal),
     )
-    batches = embed(adapter, tokens[: max(1, GRAM_TOKENS // tokens.shape[1])])
-    probe = _Probe(adapter, embed(adapter, tokens[: max(1, PROBE_TOKENS // tokens.shape[1])]))
 
-    def probe_mine() -> Sensitivity:
-        nonlocal batches
-        for block in tqdm(adapter.blocks, desc="probes", unit="block", disable=not shows_progress(), file=sys.stderr):
+    def probe_mine(here: Station) -> Sensitivity:
+        batches = embed(adapter, tokens[: max(1, GRAM_TOKENS // tokens.shape[1])])
+        probe = _Probe(adapter, embed(adapter, tokens[: max(1, PROBE_TOKENS // tokens.shape[1])]))
+        for block in adapter.blocks:
             if block.index % team.world == team.rank:
                 statistics, batches = collect_and_advance(block, batches, with_gram=True)
                 if zeros:
@@ -174,9 +172,11 @@ def measure(
             else:
                 batches = advance(block, batches)
             probe.advance(block)
+            here.advance()
         return found
 
-    return _merged(adapter, team.gather(probe_mine))
+    with station("probe", len(adapter.blocks), "block", numbered=True) as here:
+        return _merged(adapter, team.gather(lambda: probe_mine(here)))
 
 
 def _together(per_projection: bool) -> list[list[tuple[int, str]]]:
