@@ -28,10 +28,10 @@ import pytest
 import torch
 from decoding import Run, in_turns, llama_cpp, speeds, step_logits, without_kernels, write, write_by_llama_cpp
 from models import LLAMA_1B, NARROW, pruned, random_llama, sharing_copy, write_gguf
-from mosaic_kernels.device import has_fast_products
 
 import mosaic_kernels as mk
 from mosaic_kernels.checkpoint.writer import pack_model
+from mosaic_kernels.device import has_fast_products
 from mosaic_kernels.evaluate.latency import weight_bytes
 from mosaic_kernels.models import ModelAdapter
 

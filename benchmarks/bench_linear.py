@@ -19,12 +19,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from measure import ROTATED_BYTES, copies, interleaved, summary
-from mosaic_kernels.device import has_fast_products
 from torch import Tensor
 
 import mosaic_kernels as mk
 from mosaic_kernels import siblings
 from mosaic_kernels.dense import DenseLinear
+from mosaic_kernels.device import has_fast_products
 
 # (out_features, in_features): attention and FFN projections of each model; the example's own shapes last,
 # where the cost of a call weighs more than its bytes.

@@ -17,6 +17,7 @@ SolverName = Literal["admm", "sparsegpt", "wanda", "magnitude"]
 Quality = Literal["fast", "default", "best"]
 Recovery = Literal["none", "reconstruct", "lora"]
 OutputFormat = Literal["mosaic", "dense"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Weights = Literal["float", "int8", "int8-group"]  # what packed values are, and as int8 how many share a scale
 
 DEFAULT_SEQLEN = 2048
@@ -54,6 +55,7 @@ class PruneConfig:
     eval_text: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
+    compute_dtype: ComputeDtype = "auto"
     format: OutputFormat = "mosaic"
     weights: Weights = "float"
     resume: bool = False
@@ -69,6 +71,7 @@ class PruneConfig:
             "solver": SolverName,
             "quality": Quality,
             "recover": Recovery,
+            "compute_dtype": ComputeDtype,
             "format": OutputFormat,
             "weights": Weights,
         }

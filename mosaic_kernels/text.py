@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mosaic_kernels.errors import CalibrationError, UsageError
+from mosaic_kernels.progress import station
 
 # One encoding of a tokenizer holds about 100 bytes for each token; pieces of this many characters
 # keep that under 30 MB whatever the size of the file.
@@ -33,8 +34,12 @@ def load_tokens(path: str | Path, tokenizer: Any) -> Tensor:
         CalibrationError: the file is missing, unreadable, empty, binary or not UTF-8.
     """
     text = _read(Path(path))
-    pieces = _pieces(text, tokenizer)
-    tokens = torch.cat([torch.tensor(piece, dtype=torch.int64) for piece in pieces])
+    with station("read text", -(-len(text) // _PIECE_CHARACTERS), "piece", detail=True) as here:
+        found = []
+        for piece in _pieces(text, tokenizer):
+            found.append(torch.tensor(piece, dtype=torch.int64))
+            here.advance()
+    tokens = torch.cat(found)
     if not len(tokens):
         raise CalibrationError(f"{path}: the tokenizer makes no tokens of this text; give another file")
     return tokens

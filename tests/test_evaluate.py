@@ -149,7 +149,7 @@ def test_command_prints_one_json_line(tiny_llama: Path, validation_text: Path, c
     found = json.loads(out)
     assert set(found) == {
         "perplexity", "tokens", "nll", "seconds", "decode_tokens_per_s", "prefill_tokens_per_s", "weight_bytes",
-        "peak_memory_bytes",
+        "peak_memory_bytes", "compute_dtype",
     }  # fmt: skip
     assert found["tokens"] == 4 * 63
     assert found["perplexity"] < 200  # it was trained; a random model has 4096

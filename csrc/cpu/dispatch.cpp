@@ -45,20 +45,26 @@ Cpu detect() {
   }
   const bool os_ymm = (xcr0 & 0x06) == 0x06;  // the system saves xmm and ymm
   const bool os_zmm = (xcr0 & 0xe6) == 0xe6;  // and the mask registers and zmm
+  const bool os_tiles = (xcr0 & 0x60000) == 0x60000;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
   const unsigned subleaves = a;
   const bool bmi = bit(b, 3) && bit(b, 8), has_avx2 = os_ymm && bit(b, 5);
   const bool base512 = os_zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
   const bool vbmi2 = os_zmm && bit(c, 1) && bit(c, 6),                                  // VBMI and VBMI2
       vnni = os_zmm && bit(c, 11);
-  bool bf16 = false;
-  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = os_zmm && bit(a, 5);
+  const bool fp16 = os_zmm && bit(d, 23), amx_bf16 = os_tiles && bit(d, 22) && bit(d, 24);
+  bool bf16 = false, amx_fp16 = false;
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    bf16 = os_zmm && bit(a, 5);
+    amx_fp16 = amx_bf16 && bit(a, 21);
+  }
   const struct {
     bool present;
     const char* name;
-  } names[] = {{has_avx2, "avx2"},    {fma, "fma"},         {f16c, "f16c"},
-               {bmi, "bmi2"},         {base512, "avx512"},  {vbmi2, "avx512_vbmi2"},
-               {bf16, "avx512_bf16"}, {vnni, "avx512_vnni"}};
+  } names[] = {{has_avx2, "avx2"},     {fma, "fma"},          {f16c, "f16c"},
+               {bmi, "bmi2"},          {base512, "avx512"},   {vbmi2, "avx512_vbmi2"},
+               {bf16, "avx512_bf16"},  {vnni, "avx512_vnni"}, {fp16, "avx512_fp16"},
+               {amx_bf16, "amx_bf16"}, {amx_fp16, "amx_fp16"}};
   for (const auto& feature : names) {
     if (!feature.present) continue;
     if (cpu.features[0]) std::strcat(cpu.features, " ");

@@ -17,6 +17,7 @@ from mosaic_kernels import compat
 from mosaic_kernels.errors import UsageError
 from mosaic_kernels.format import bitmask_bytes, bitmask_words
 from mosaic_kernels.linear import MosaicLinear
+from mosaic_kernels.progress import station
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,13 @@ def latencies(
     try:
         for model in models:
             model.eval()
-        rounds = [
-            [_run(model, i, new_tokens) for model, i in zip(models, ids, strict=True)] for _ in range(repeats + 1)
-        ]
+        rounds: list[list[tuple[float, float]]] = []
+        with station("latency", (repeats + 1) * len(models), "run", numbered=True) as here:
+            for _ in range(repeats + 1):
+                rounds.append([])
+                for model, i in zip(models, ids, strict=True):
+                    rounds[-1].append(_run(model, i, new_tokens))
+                    here.advance()  # between what is measured
     finally:
         for model, mode in zip(models, training, strict=True):
             model.train(mode)

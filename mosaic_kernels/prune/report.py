@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from mosaic_kernels.cli import peak_memory_bytes
+from mosaic_kernels.compute import Computing
 from mosaic_kernels.config import OutputFormat, PruneConfig
+from mosaic_kernels.device import name_of
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.prune.composite import Plan
@@ -25,6 +27,7 @@ def make_report(
     plan: Plan,
     ranks: Ranks,
     config: PruneConfig,
+    computing: Computing,
     *,
     command: Sequence[str],
     model: str,
@@ -59,7 +62,8 @@ def make_report(
         "command": list(command),
         "seed": config.seed,
         "versions": _versions(),
-        "device": _device(adapter),
+        "device": {**_device(adapter), "compute_dtype": computing.name, "compute_dtype_why": computing.why},
+        "dtype": name_of(adapter.dtype),
         "category": config.category,
         "policy": config.policy,
         "solver": config.solver,
@@ -128,6 +132,7 @@ def format_table(report: dict[str, Any]) -> str:
     lines = [
         f"model          {report['model']}",
         f"method         {report['category']}, policy {report['policy']}, solver {report['solver']}",
+        f"dtype          {report['dtype']}, computed in {report['device']['compute_dtype']}",
         f"removed        {report['removed_parameters']:,} of {report['prunable_parameters']:,} prunable parameters "
         f"({report['sparsity']:.2%})",
         f"               {report['structured_removed']:,} in heads and channels, "
