@@ -25,7 +25,7 @@ from mosaic_kernels import attention, compat
 from mosaic_kernels.format import VALUE_DTYPES
 from mosaic_kernels.models import SUPPORTED_MODEL_TYPES, ModelAdapter
 from mosaic_kernels.native_block import Token as _Token
-from mosaic_kernels.native_block import contents, made_for, watchers
+from mosaic_kernels.native_block import contents, made_for, watchers, why_none
 from mosaic_kernels.ops import cpu
 from mosaic_kernels.ops.select import is_recorded, kernel_for, why_not_ours
 
@@ -38,11 +38,15 @@ logger = logging.getLogger(__name__)
 SEVERAL_ROWS = "more than one token or sequence"
 GRADIENTS = "gradients are enabled"
 TRAINING = "the model is in training mode: call model.eval()"
+NOT_PREPARED = "not prepared: call mk.prepare_inference(model)"
 NO_DTYPE = "activations are neither fp32 nor bf16 nor fp16"
 # Of these three _in_words() says more.
 WATCHED = "hooks"
 ATTENTION = "another attention implementation"
 NO_KERNELS = "another backend"
+
+
+_NOT_LOOKED_AT: tuple[Any, str, Any] = (None, "", None)
 
 
 def _token_of(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], options: dict[str, Any]) -> _Token | str:
@@ -74,10 +78,10 @@ def _token_of(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], options: d
     if kernel_for("sparse_linear", x) is not cpu.KERNELS["sparse_linear"]:
         return NO_KERNELS
     token: _Token | str
-    dtype, token, made_of = block.__dict__.get("_token") or (None, "", None)
+    dtype, token, made_of = block.__dict__.get("_token") or _NOT_LOOKED_AT
     if dtype is not x.dtype or not made_of.are_there():
         block.__dict__.pop("_token", None)  # and with it what the block itself let go
-        token = _looked_at(block, x)
+        token = _why_none(block, x) or made_for(block, x)
         if token is not ATTENTION:
             block.__dict__["_token"] = x.dtype, token, token.made_of if type(token) is _Token else contents(block)
     if type(token) is not _Token:
@@ -87,11 +91,9 @@ def _token_of(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], options: d
     return token if token.takes(x, rotation) else "the rotary embedding has another size or dtype than the heads"
 
 
-def _looked_at(block: Any, x: Tensor) -> _Token | str:
-    """The native calls of a block, or why it has none, whatever the call is."""
-    if compat.attention_of(block.self_attn.config) not in _ATTENTIONS:
-        return ATTENTION
-    return made_for(block, x)
+def _why_none(block: Any, x: Tensor) -> str | None:
+    """Why a block has no native calls, whatever the call is."""
+    return ATTENTION if compat.attention_of(block.self_attn.config) not in _ATTENTIONS else why_none(block, x)
 
 
 def why_not(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], **options: Any) -> str | None:
@@ -114,7 +116,7 @@ def why_never(block: Any, x: Tensor) -> str | None:
         return NO_DTYPE
     if kernel_for("sparse_linear", x) is not cpu.KERNELS["sparse_linear"]:
         return _in_words(NO_KERNELS, block, x)
-    return _in_words(_looked_at(block, x), block, x)
+    return _in_words(_why_none(block, x), block, x)
 
 
 def _unknown(block: Any) -> str | None:
@@ -124,12 +126,12 @@ def _unknown(block: Any) -> str | None:
         return None
     if compat.decoder_family(kind) not in SUPPORTED_MODEL_TYPES:
         return f"a {kind.__qualname__} of {kind.__module__} is no decoder block that is known"
-    return compat.why_not_native(kind) or "not prepared: call mk.prepare_inference(model)"
+    return compat.why_not_native(kind) or NOT_PREPARED
 
 
-def _in_words(found: _Token | str, block: Any, x: Tensor) -> str | None:
+def _in_words(found: _Token | str | None, block: Any, x: Tensor) -> str | None:
     """A reason of :func:`_token_of`, with what a constant leaves open."""
-    if type(found) is _Token:
+    if found is None or type(found) is _Token:
         return None
     if found is WATCHED:
         return watchers(block)

@@ -31,6 +31,9 @@ class DenseLinear(nn.Linear):
         return cpu.dense_linear_raw(input, self.weight, self.bias)
 
 
+_NO_KERNEL = cpu.why_not() or "this instruction set has no dense kernel"
+
+
 def why_not(layer: nn.Linear, x: Tensor) -> str | None:
     """Why ``F.linear`` and not the kernel multiplies ``x``, or ``None`` where the kernel does.
 
@@ -39,11 +42,11 @@ def why_not(layer: nn.Linear, x: Tensor) -> str | None:
     if not x.is_cpu:
         return "the device is not a CPU"
     if not cpu.DENSE_ROWS:
-        return "this instruction set has no dense kernel"
+        return _NO_KERNEL
     if x.dtype is not torch.bfloat16:
         return "the dense kernel takes bf16"
     if x.shape[:-1].numel() > DenseLinear.MAX_ROWS:
-        return "the input has more rows than the dense kernel is faster for"
+        return "so many rows torch multiplies as fast"
     weight, bias = layer.weight, layer.bias
     for constant in (weight,) if bias is None else (weight, bias):
         if type(constant) is not nn.Parameter:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m mosaic_kernels.info``: what is installed, which backends run here, and why another does not."""
+"""``python -m mosaic_kernels.info [MODEL]``: what is installed and runs here, how a model runs, and why not faster."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ import torch
 
 from mosaic_kernels.cli import run_command
 from mosaic_kernels.errors import BackendError
+from mosaic_kernels.explain import explain
+from mosaic_kernels.explanation import Explanation
 from mosaic_kernels.ops import cpu
-from mosaic_kernels.ops.select import backends, kernel
+from mosaic_kernels.ops.select import backends, running
 
 PACKAGES = ("mosaic-kernels", "torch", "transformers", "triton", "safetensors", "numpy", "peft")
 TOOLS = ("c++", "cmake", "nvcc")
@@ -40,7 +42,7 @@ VARIABLES = (
 def collect() -> dict[str, Any]:
     """Everything the command prints, under the names of ``--json``; needs neither kernels nor a GPU."""
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": _versions(),
         "tools": {name: _tool_version(name) for name in TOOLS},
         "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": cpu.threads(), **_native_cpu()},
         "cuda": _cuda(),
@@ -67,6 +69,10 @@ def format_table(found: dict[str, Any]) -> str:
     lines += ["", *(f"{device + ' tensors':<16}{name}" for device, name in found["active"].items())]
     lines += ["", *(f"{name}={value}" for name, value in found["environment"].items())]
     return "\n".join(lines).rstrip()
+
+
+def _versions() -> dict[str, str | None]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str | None:
@@ -117,22 +123,51 @@ def _active(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "no device"
     try:
-        chosen = kernel("sparse_linear", torch.device(device))
+        return running("sparse_linear", torch.device(device))
     except BackendError as error:
         return str(error)
-    return next(name for name, backend in backends().items() if backend.kernels.get("sparse_linear") is chosen)
+
+
+def explain_model(source: str, dtype: str = "auto", device: str = "auto") -> Explanation:
+    """How a model runs that is loaded as every command loads it: a mosaic checkpoint is prepared, a dense model is not.
+
+    Raises:
+        The errors of :func:`~mosaic_kernels.checkpoint.reader.load_model`.
+    """
+    from mosaic_kernels.checkpoint.reader import load_model
+
+    model, _ = load_model(source, dtype=dtype, device=device)
+    return explain(model)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mosaic_kernels.info",
+        description="Versions, backends, and why one does not run; of a MODEL, which way every block and layer runs, "
+        "and why not the faster one.",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face directory or a hub id")
+    parser.add_argument("--device", default="auto", help="for MODEL: auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="auto", help="for MODEL: auto, float32, bfloat16 or float16 (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON line on stdout instead of a table")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
 
     def body() -> None:
-        parser = argparse.ArgumentParser(
-            prog="python -m mosaic_kernels.info", description="Versions, backends, and why one does not run."
-        )
-        parser.add_argument("--json", action="store_true", help="one JSON line on stdout instead of a table")
-        arguments, found = parser.parse_args(argv), collect()
-        print(json.dumps(found) if arguments.json else format_table(found))  # noqa: T201
+        arguments = make_parser().parse_args(argv)
+        if arguments.model is None:
+            found = collect()
+            text = format_table(found)
+        else:
+            explanation, versions = explain_model(arguments.model, arguments.dtype, arguments.device), _versions()
+            found = {"model": arguments.model, "versions": versions, **explanation.as_dict()}
+            text = f"{explanation}\n\n{', '.join(f'{name} {value}' for name, value in versions.items() if value)}"
+        print(json.dumps(found) if arguments.json else text)  # noqa: T201
 
     return run_command(body)
 

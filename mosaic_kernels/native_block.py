@@ -159,36 +159,41 @@ def watchers(block: Any) -> str:
     return "hooks that are gone by now"
 
 
-def made_for(block: Any, x: Tensor) -> Token | str:
-    """The native calls of ``block``, or the first reason why one of its parts cannot be run by them."""
-    attn, mlp = block.self_attn, block.mlp
-    norms = {name: getattr(block, name) for name in ("input_layernorm", "post_attention_layernorm")}
+def _norms(block: Any) -> dict[str, Any]:
+    attn = block.self_attn
+    found = {name: getattr(block, name) for name in ("input_layernorm", "post_attention_layernorm")}
     if getattr(attn, "q_norm", None) is not None:
-        norms |= {"self_attn.q_norm": attn.q_norm, "self_attn.k_norm": attn.k_norm}
+        found |= {"self_attn.q_norm": attn.q_norm, "self_attn.k_norm": attn.k_norm}
+    return found
+
+
+def _layers(block: Any) -> dict[str, Any]:
+    return {name: block.get_submodule(name) for name in PROJECTIONS}
+
+
+def why_none(block: Any, x: Tensor) -> str | None:
+    """The first reason why the native calls cannot run ``block`` for inputs like ``x``; ``None`` if they can."""
+    attn, mlp = block.self_attn, block.mlp
     home = type(block).__bases__[0].__module__
-    for name, part in {"self_attn": attn, "mlp": mlp, **norms}.items():
+    for name, part in {"self_attn": attn, "mlp": mlp, **_norms(block)}.items():
         kind = type(part)
         if kind.__module__ != home or kind.forward.__module__ != home:
             return f"{name} is not transformers' own: it is a {kind.__qualname__} of {kind.forward.__module__}"
     if not compat.is_silu(mlp.act_fn):
         return f"the activation is {type(mlp.act_fn).__name__}: the native block knows SiLU"
-    setting = compat.attention_setting(attn.config)
-    if setting is None:
+    if compat.attention_setting(attn.config) is None:
         return "this transformers version keeps the attention implementation elsewhere: a change would go unseen"
-    layers = {name: block.get_submodule(name) for name in PROJECTIONS}
-    for name, layer in layers.items():
+    for name, layer in _layers(block).items():
         if reason := _unreadable(layer, x.dtype):
             return f"{name} {reason}"
-    if reason := _misfit(layers, norms, attn.head_dim, x):
-        return reason
-    return _addressed(block, list(layers.values()), list(norms.values()), setting, x)
+    return _misfit(_layers(block), _norms(block), attn.head_dim, x)
 
 
-def _addressed(
-    block: Any, layers: list[Any], norms: list[Any], setting: tuple[dict[str, Any], str], x: Tensor
-) -> Token:
-    """The native calls of a block whose parts all fit."""
-    attn = block.self_attn
+def made_for(block: Any, x: Tensor) -> Token:
+    """The native calls of a block of which :func:`why_none` has no reason against them."""
+    attn, layers, norms = block.self_attn, list(_layers(block).values()), list(_norms(block).values())
+    setting = compat.attention_setting(attn.config)
+    assert setting is not None  # for the type checker
     tensors = [layer.operands if isinstance(layer, MosaicLinear) else None for layer in layers]
     unused = 4 - len(norms)
     native = cpu.prepared_block(

@@ -73,6 +73,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from mosaic_kernels.evaluate.latency import latency, weight_bytes
     from mosaic_kernels.evaluate.perplexity import perplexity
     from mosaic_kernels.evaluate.zero_shot import check_zero_shot, zero_shot
+    from mosaic_kernels.explain import explain
     from mosaic_kernels.models import ModelAdapter
     from mosaic_kernels.text import load_tokens, windows
 
@@ -109,6 +110,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def measure_speed() -> None:
         result.update(vars(latency(model, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)))
+        result["runs"] = explain(model).summary
 
     asked = arguments.compute_dtype
     if needing is not None or asked != "auto":
@@ -135,6 +137,7 @@ def format_table(result: dict[str, Any]) -> str:
     if "decode_tokens_per_s" in result:
         lines.append(f"decode       {result['decode_tokens_per_s']:,.1f} tokens/s")
         lines.append(f"prefill      {result['prefill_tokens_per_s']:,.1f} tokens/s")
+        lines.append(f"runs         {result['runs']}")
     lines.append(f"weights      {result['weight_bytes'] / mib:,.1f} MiB")
     device = "" if peak["device"] is None else f", device {peak['device'] / mib:,.0f} MiB"
     lines.append(f"peak memory  host {peak['host'] / mib:,.0f} MiB{device}")

@@ -14,11 +14,12 @@ from torch import Tensor
 from mosaic_kernels.errors import KernelError, UsageError
 from mosaic_kernels.format import bitmask_bytes
 from mosaic_kernels.ops import isa
+from mosaic_kernels.ops.missing import why_missing
 
-try:
-    from mosaic_kernels import _C_cpu
+try:  # a name in `from mosaic_kernels import` would be blamed on a circular import where there is no such file
+    import mosaic_kernels._C_cpu as _C_cpu
 except ImportError as error:
-    _IMPORT_ERROR: str | None = f"the module _C_cpu did not load ({error}); build it with `pip install .`"
+    _IMPORT_ERROR: str | None = why_missing("_C_cpu", error)
 else:
     _IMPORT_ERROR, BEST_ISA = None, isa.limit(_C_cpu)  # what the processor has, whatever MOSAIC_ISA says
     unchanged = _C_cpu.unchanged

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mosaic_kernels.errors import UsageError
 
-__all__ = ["LEVELS", "limit"]
+__all__ = ["LEVELS", "level", "limit"]
 
 LEVELS = ("scalar", "avx2", "avx512")  # each has what the one before it has
 
@@ -19,6 +19,13 @@ class Native(Protocol):
     def isa(self) -> str: ...
 
     def set_isa(self, level: str) -> None: ...
+
+
+def level() -> str:
+    """The level that the CPU kernels run with now."""
+    import mosaic_kernels._C_cpu as native
+
+    return native.isa()
 
 
 def limit(native: Native) -> str:
