@@ -134,14 +134,25 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
             del model.config.auto_map
         return None, {}
 
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Make a packed model dense, in place; what ``model.dequantize()`` calls.
+
+        Every packed projection becomes an ordinary ``nn.Linear`` with its zeros, which trains where the embeddings do.
+
+        Args:
+            dtype: of the whole model afterwards; left out, what it computes in now.
+        """
+        return super().dequantize(model, dtype=dtype or ModelAdapter.of(model).dtype)
+
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # save_pretrained leaves the config with the name of its dtype
+        if isinstance(dtype, str):  # by its name, as a config that was saved has it
             dtype = getattr(torch, dtype)
         adapter = ModelAdapter.of(model)
+        trains = model.get_input_embeddings().weight.requires_grad
         for block, name, layer in adapter.projections():
             if isinstance(layer, MosaicLinear):
-                block.replace(name, layer.to_dense(adapter.dtype).to(dtype))
-        return model
+                block.replace(name, layer.to_dense(adapter.dtype).requires_grad_(trains))
+        return model if dtype is None else model.to(dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
         """Forget the format after ``dequantize``, but keep the shapes where the stock config has no words for them."""
@@ -153,6 +164,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             config = MosaicConfig.of(adapter, format="dense", provenance=self.quantization_config.provenance)
             self.quantization_config = model.config.quantization_config = config
+            model.is_quantized = False  # so that it may be cast and trained; the format is for shapes alone
 
     def is_serializable(self, *args: Any, **options: Any) -> bool:
         return True
