@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mosaic_kernels.errors import UsageError
 
@@ -48,7 +48,7 @@ class PruneConfig:
     quality: Quality = "default"
     recover: Recovery = "none"
     ranks: Path | None = None
-    calibration: str = "wikitext2"
+    calibration: Any = "wikitext2"  # see prune.given.given_calibration
     samples: int = 128
     seqlen: int | None = None
     seed: int = 0

@@ -33,16 +33,20 @@ def load_tokens(path: str | Path, tokenizer: Any) -> Tensor:
     Raises:
         CalibrationError: the file is missing, unreadable, empty, binary or not UTF-8.
     """
-    text = _read(Path(path))
+    tokens = tokenize(_read(Path(path).expanduser()), tokenizer)
+    if not len(tokens):
+        raise CalibrationError(f"{path}: the tokenizer makes no tokens of this text; give another file")
+    return tokens
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """All tokens of a text, ``int64 [tokens]``, without special tokens."""
     with station("read text", -(-len(text) // _PIECE_CHARACTERS), "piece", detail=True) as here:
         found = []
         for piece in _pieces(text, tokenizer):
             found.append(torch.tensor(piece, dtype=torch.int64))
             here.advance()
-    tokens = torch.cat(found)
-    if not len(tokens):
-        raise CalibrationError(f"{path}: the tokenizer makes no tokens of this text; give another file")
-    return tokens
+    return torch.cat(found)
 
 
 def windows(tokens: Tensor, seqlen: int) -> Tensor:

@@ -9,7 +9,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,7 @@ from mosaic_kernels.prune.block import prune_block, share_block
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
 from mosaic_kernels.prune.composite import Plan
+from mosaic_kernels.prune.given import given_calibration, sequence_length
 from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.journal import Journal, has_blocks
 from mosaic_kernels.prune.masked_lora import lora_layer
@@ -69,7 +70,11 @@ def prune(
         output_dir: where to write the checkpoint. Needed for a path; optional for a model.
         tokenizer: of a model given as an object, where calibration or evaluation text is used.
         command: the command line, for the report and for the resume hint.
-        **options: fields of :class:`~mosaic_kernels.config.PruneConfig`.
+        **options: fields of :class:`~mosaic_kernels.config.PruneConfig`. ``calibration`` is the path of a text file,
+            the name of a dataset, ``random``, a list of texts, a tensor of token ids, or any iterable of texts or of
+            sequences of token ids. Of text and of one flat sequence of ids ``samples`` windows of ``seqlen`` tokens are
+            drawn by ``seed``; of a tensor ``[sequences, tokens]`` (or sequences of one length) the first ``samples``
+            are used as they are, and ``seqlen`` is their length.
 
     Returns:
         The report, the same object as ``mosaic_report.json``.
@@ -117,14 +122,13 @@ def make_config(options: dict[str, Any]) -> PruneConfig:
     """A checked configuration from keyword options; unknown names are a usage error."""
     for name in ("ranks", "eval_text"):
         if options.get(name) is not None:
-            options = {**options, name: Path(options[name])}
-    if "calibration" in options:
-        options = {**options, "calibration": str(options["calibration"])}
+            options = {**options, name: Path(options[name]).expanduser()}
     unknown = sorted(set(options) - set(PruneConfig.__dataclass_fields__))
     if unknown:
         known = ", ".join(PruneConfig.__dataclass_fields__)
         raise UsageError(f"unknown option {unknown[0]!r}; the options are: {known}")
-    return PruneConfig(**options)
+    config = PruneConfig(**options)
+    return replace(config, calibration=given_calibration(config.calibration, config.samples))
 
 
 def _run(
@@ -147,7 +151,8 @@ def _run(
     name = _name(source)
     lap = clock.lap("load", clock.started)
 
-    seqlen = _seqlen(config, model)
+    limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+    seqlen = sequence_length(config.calibration, config.seqlen, limit)
     with station("calibrate"):
         calibration, eval_tokens, given = team.each(lambda: _read(config, adapter, tokenizer, seqlen))
         digest = _weights_digest(adapter)
@@ -175,7 +180,7 @@ def _run(
     def finish() -> dict[str, Any]:
         pruned, before_int8 = judgements or (None, None)
         report = make_report(
-            adapter, plan, ranks, config, computing, command=command, model=name, seconds=clock.seconds,
+            adapter, plan, ranks, config, computing, calibration, command=command, model=name, seconds=clock.seconds,
             by_kind=split.seconds, tuned=tuned, perplexities=_perplexities(config, dense, pruned, before_int8),
         )  # fmt: skip
         if output is None:
@@ -217,7 +222,7 @@ def _read(
     )
     if config.recover != "none" and len(calibration.tokens) < 2:
         raise CalibrationError(
-            f"recovery needs a second sequence to judge by, and {config.calibration} makes one of {seqlen} tokens: "
+            f"recovery needs a second sequence to judge by, and {calibration.source} makes one of {seqlen} tokens: "
             "give more text or a smaller --seqlen"
         )
     given = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
@@ -260,15 +265,6 @@ def settle_category(config: PruneConfig, device: torch.device) -> PruneConfig:
     return replace(config, category=category)
 
 
-def _seqlen(config: PruneConfig, model: Any) -> int:
-    limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
-    if config.seqlen is None:
-        return min(DEFAULT_SEQLEN, limit)
-    if config.seqlen > limit:
-        raise UsageError(f"--seqlen {config.seqlen} is more than the {limit} positions this model knows")
-    return config.seqlen
-
-
 def _unpack_projections(adapter: ModelAdapter) -> None:
     """A model that was pruned before is pruned again from its dense form."""
     for block, name, layer in adapter.projections():
@@ -295,7 +291,7 @@ def _journal(
 ) -> Journal | None:
     if output is None:
         return None
-    options = {option: asdict(config)[option] for option in _RESULT_OPTIONS}
+    options = {option: getattr(config, option) for option in _RESULT_OPTIONS}
     ranks = None if config.ranks is None else config.ranks.read_text()
     samples, seqlen = calibration.tokens.shape
     options |= {"samples": samples, "seqlen": seqlen, "calibration": calibration.digest}
