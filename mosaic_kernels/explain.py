@@ -75,6 +75,12 @@ def warn_if_slow(model: nn.Module) -> None:
     blocks = [(block, _row(block.input_layernorm.weight, dtype)) for _, block in _blocks(model)]
     if not all(x.is_cpu for _, x in blocks):
         return
+    try:
+        running("sparse_linear", torch.device("cpu"))  # logs a native module that is missing
+    except MosaicError:  # a forced backend that cannot run: the first call says so
+        return
+    if cpu.why_not() is not None:
+        return
     found = []
     reasons = [reason for block, x in blocks if (reason := decode.why_never(block, x))]
     if reasons:
