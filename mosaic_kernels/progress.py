@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 LINE_SECONDS = 15.0  # at most so long without a line
 _TICK_SECONDS = 1.0  # how often the thread looks, and moves a bar's clock
+_MARGIN_SECONDS = 2.0  # a line comes so much earlier, as a busy machine lets the thread look late
 
 
 @dataclass(eq=False)
@@ -154,7 +155,7 @@ class _Display:
             now = self.clock()
             if self._bar is not None:
                 self._bar.refresh()
-            elif now - self._said > LINE_SECONDS - 2 * _TICK_SECONDS:  # the next look may come late
+            elif now - self._said > LINE_SECONDS - _MARGIN_SECONDS:
                 self._say(self._around() + self._open[-1].state(now))
 
     def _say(self, line: str) -> None:
@@ -177,7 +178,7 @@ class _Display:
         plain = "{desc} [{elapsed}]" if station.total is None else None
         self._bar = tqdm(
             total=station.total, initial=station.done, desc=label, unit=station.unit, bar_format=plain,
-            unit_scale=not station.numbered, file=sys.stderr, leave=False, dynamic_ncols=True,
+            unit_scale=not station.numbered, file=sys.stderr, leave=False, ncols=_columns(),
         )  # fmt: skip
 
     def _watch(self, stop: threading.Event) -> None:
@@ -188,6 +189,14 @@ class _Display:
 
 def _on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _columns() -> int:
+    """Width of the terminal; 80 where it does not say, as in some containers, where tqdm would draw nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):
+        return 80
 
 
 _display = _Display()

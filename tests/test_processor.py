@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,3 +115,14 @@ def test_torch_without_bf16_kernels_is_found_out_whatever_cpuid_says() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **AVX2_ONLY}
     )
     assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.skipif(
+    device._features is None or not Path("/proc/cpuinfo").exists(), reason="there is no CPUID, or nothing beside it"
+)
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16"])
+def test_cpuid_is_read_as_linux_reads_it(name: str) -> None:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = {word for line in lines if line.startswith("flags") for word in line.split()}
+    assert device._features is not None
+    assert (name in device._features) is (name in flags)
