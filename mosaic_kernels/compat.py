@@ -182,4 +182,6 @@ def has_adapter(model: Any) -> bool:
 
 def lora_linear() -> Any:
     """PEFT's class of a linear layer with a LoRA adapter."""
-    return importlib.import_module(LORA_LAYERS).Linear
+    from peft.tuners.lora import layer  # also while its package is being imported
+
+    return layer.Linear

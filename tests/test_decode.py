@@ -25,6 +25,7 @@ from mosaic_kernels.checkpoint.writer import pack_model
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.models import SUPPORTED_MODEL_TYPES, ModelAdapter
 
+pytestmark = pytest.mark.compat
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -396,5 +397,4 @@ def test_a_block_keeps_its_name_is_copied_and_pickled(family: str) -> None:
         assert type(other.model.layers[0]) is type(block)
         assert "_token" not in other.model.layers[0].__dict__
         assert write(other, prompt(), 5).tokens == wanted
-    with pytest.raises(AttributeError, match="OtherDecoderLayer"):
-        decode.OtherDecoderLayer  # noqa: B018
+    assert not hasattr(decode, "OtherDecoderLayer")

@@ -17,8 +17,11 @@ from mosaic_kernels.errors import UsageError
 
 peft = pytest.importorskip("peft")
 
-# peft asks every model for it
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# peft asks every model for what the second mark lets pass
+pytestmark = [
+    pytest.mark.compat,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture(params=["float", "int8"])
