@@ -163,19 +163,21 @@ def measure(
                 if zeros:
                     for part in _together(per_projection):
                         _probe_zeros(probe, block, part, statistics, solver, found)
+                        here.advance()
                 if units:
-                    groups, channels = (
-                        _probe_groups(probe, block, statistics[1]),
-                        _probe_channels(probe, block, statistics[3]),
-                    )
+                    groups = _probe_groups(probe, block, statistics[1])
+                    here.advance()
+                    channels = _probe_channels(probe, block, statistics[3])
+                    here.advance()
                     found.removal[block.prefix] = groups, channels
             else:
                 batches = advance(block, batches)
+                here.advance(each)
             probe.advance(block)
-            here.advance()
         return found
 
-    with station("probe", len(adapter.blocks), "block", numbered=True) as here:
+    each = zeros * len(_together(per_projection)) + units * 2
+    with station("probe", each * len(adapter.blocks), "probe", numbered=True) as here:
         return _merged(adapter, team.gather(lambda: probe_mine(here)))
 
 
