@@ -42,7 +42,7 @@ def load_tokens(path: str | Path, tokenizer: Any) -> Tensor:
 def tokenize(text: str, tokenizer: Any) -> Tensor:
     """All tokens of a text, ``int64 [tokens]``, without special tokens."""
     with station("read text", -(-len(text) // _PIECE_CHARACTERS), "piece", detail=True) as here:
-        found = []
+        found = [torch.empty(0, dtype=torch.int64)]
         for piece in _pieces(text, tokenizer):
             found.append(torch.tensor(piece, dtype=torch.int64))
             here.advance()

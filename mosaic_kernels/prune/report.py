@@ -146,7 +146,7 @@ def format_table(report: dict[str, Any]) -> str:
         f"bytes          {dense:,} -> {pruned:,} ({pruned / dense:.1%})" + stored,
     ]
     if report["removed_difference"]:
-        lines.insert(5, f"               {report['removed_difference']:+,} from the exact budget")
+        lines.insert(6, f"               {report['removed_difference']:+,} from the exact budget")
     if report["perplexity"] is not None:
         found = report["perplexity"]
         change = f"{found['dense']:.2f} -> {found['pruned']:.2f}"
