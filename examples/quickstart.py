@@ -54,7 +54,8 @@ def main() -> None:
     import mosaic_kernels as mk
     from mosaic_kernels.evaluate.latency import latencies
 
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("mosaic_kernels").setLevel(logging.INFO)  # what is under way, and how long it will take
     disable_progress_bar()
 
     report = mk.prune(

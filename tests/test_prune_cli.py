@@ -304,7 +304,17 @@ def test_perplexity_on_the_first_tokens_of_a_text(
     tokens = load_tokens(tmp_path / "long.txt", tokenizer)
     assert len(tokens) > 400
     model, _ = load_model(dense_dir)
-    options = ("--sparsity", "0.5", "--solver", "magnitude", "--policy", "uniform", "--json")
+    options = (
+        "--sparsity",
+        "0.5",
+        "--solver",
+        "magnitude",
+        "--policy",
+        "uniform",
+        "--compute-dtype",
+        "bfloat16",
+        "--json",
+    )
     result = run(
         dense_dir, "--output-dir", "out", *options, *QUICK, "--eval-text", tmp_path / "long.txt", "--eval-tokens", "100"
     )

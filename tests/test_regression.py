@@ -130,9 +130,9 @@ def run_benchmarks(directory: Path, speeds: list[float], committed: list[str], *
 @pytest.mark.parametrize(
     ("speeds", "options", "passes", "says"),
     [
-        ([1.0, 1.9], [], True, "1 compared"),
+        pytest.param([1.0, 1.9], [], True, "1 compared", marks=pytest.mark.slow),
         ([1.0, 1.1], [], False, "test_steady: ratios['speed_up'] was 2 and is 1.1"),
-        ([1.0], ["--no-regression"], True, "2 passed"),
+        pytest.param([1.0], ["--no-regression"], True, "2 passed", marks=pytest.mark.slow),
     ],
 )
 def test_a_slow_benchmark_fails_the_run_when_it_is_slow_twice(
@@ -147,7 +147,11 @@ def test_a_slow_benchmark_fails_the_run_when_it_is_slow_twice(
 
 @pytest.mark.parametrize(
     ("options", "complete"),
-    [(["bench_fake.py"], True), (["-k", "steady"], False), (["bench_fake.py::test_steady"], False)],
+    [
+        (["bench_fake.py"], True),
+        pytest.param(["-k", "steady"], False, marks=pytest.mark.slow),
+        pytest.param(["bench_fake.py::test_steady"], False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_benchmark_that_vanishes_fails_a_run_of_its_whole_file(
     tmp_path: Path, options: list[str], complete: bool
