@@ -49,12 +49,25 @@ def modules() -> list[Extension]:
     return built
 
 
+def cmake_tree(name: str) -> Path:
+    """Where CMake builds a module: a place that stays, so that a second installation compiles only what changed.
+
+    ``build_temp`` is a new folder at every editable installation. A tree that came here with a copy of the checkout is
+    of no use, because CMake holds absolute paths.
+    """
+    tree = ROOT / "build" / "cmake" / str(sys.implementation.cache_tag) / name
+    cache = tree / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+        shutil.rmtree(tree)
+    return tree
+
+
 class CMakeBuild(build_ext):
     """One CMake configuration per module, so that a broken CUDA toolkit cannot break the CPU module."""
 
     def build_extension(self, ext: Extension) -> None:
         output = (ROOT / self.get_ext_fullpath(ext.name)).resolve()
-        target, tree = ext.name.rpartition(".")[2], (ROOT / self.build_temp / ext.name).resolve()
+        target, tree = ext.name.rpartition(".")[2], cmake_tree(ext.name)
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tree), "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMOSAIC_OUTPUT={output}"]
         # an isolated build's ninja is gone at the next one, which would find its path in the cache
