@@ -53,6 +53,7 @@ class PruneConfig:
     seqlen: int | None = None
     seed: int = 0
     eval_text: Path | None = None
+    eval_tokens: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     compute_dtype: ComputeDtype = "auto"
@@ -84,10 +85,12 @@ class PruneConfig:
             raise UsageError(f"outlier threshold must be positive, got {self.outlier_threshold}")
         if not 0 <= self.max_deviation < 1:
             raise UsageError(f"max deviation must lie in [0, 1), got {self.max_deviation}")
-        for name in ("samples", "seqlen", "channel_multiple"):
+        for name in ("samples", "seqlen", "eval_tokens", "channel_multiple"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.eval_tokens is not None and self.eval_text is None:
+            raise UsageError("--eval-tokens is the part of --eval-text FILE to use, which is not given")
         if self.weights != "float" and self.format == "dense":
             raise UsageError(f"format dense stores ordinary weights: --weights {self.weights} needs --format mosaic")
         if self.recover != "none" and self.samples < 2:

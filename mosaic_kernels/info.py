@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mosaic_kernels.cli import run_command
+from mosaic_kernels.cuda_toolkit import find_gpu, find_nvcc, why_not_built
 from mosaic_kernels.errors import BackendError
 from mosaic_kernels.explain import explain
 from mosaic_kernels.explanation import Explanation
@@ -32,6 +34,7 @@ VARIABLES = (
     "MOSAIC_NUM_THREADS",
     "MOSAIC_ISA",
     "MOSAIC_CUDA",
+    "MOSAIC_CUDA_ARCHS",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "HF_HOME",
@@ -64,6 +67,7 @@ def format_table(found: dict[str, Any]) -> str:
     has = processor["features"] or "unknown"
     lines += [f"{'instructions':<16}{processor['isa'] or 'unknown'} ({limit}CPU has: {has})"]
     lines += [f"{'CUDA':<16}{cuda['why_not'] or ', '.join(cuda['devices'])} (torch built for {cuda['torch'] or 'CPU'})"]
+    lines += [f"{'CUDA kernels':<16}{cuda['not_built'] or 'built'}"]
     lines += [f"{name:<16}{value or 'not found'}" for name, value in found["tools"].items()]
     lines += ["", *(f"{name:<16}{entry['why_not'] or 'runs here'}" for name, entry in found["backends"].items())]
     lines += ["", *(f"{device + ' tensors':<16}{name}" for device, name in found["active"].items())]
@@ -115,7 +119,9 @@ def _cuda() -> dict[str, Any]:
         why_not = "this torch was built without CUDA"
     else:
         why_not = None if devices else "no device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
-    return {"torch": torch.version.cuda, "devices": devices, "why_not": why_not}
+    built = find_spec("mosaic_kernels._C_cuda") is not None
+    not_built = None if built else why_not_built(find_gpu(), find_nvcc())
+    return {"torch": torch.version.cuda, "devices": devices, "why_not": why_not, "not_built": not_built}
 
 
 def _active(device: str) -> str:

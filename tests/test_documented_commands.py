@@ -95,4 +95,6 @@ def test_loading_and_generating(place: Path) -> None:
 
 
 def test_the_example(place: Path) -> None:
-    assert "written to small" in run("quickstart.py", "--output-dir", "small", cwd=place)
+    said = run("quickstart.py", "--output-dir", "small", "--eval-tokens", "600", cwd=place)
+    assert "written to small" in said
+    assert "perplexity on 510 tokens of " in said  # two windows of 256, whose first token is not predicted

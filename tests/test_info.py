@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mosaic_kernels import info
 from mosaic_kernels.info import collect, format_table, main
 from mosaic_kernels.ops import use_backend
 from mosaic_kernels.ops.isa import LEVELS
@@ -77,6 +78,17 @@ def test_an_instruction_set_that_does_not_exist_is_refused() -> None:
     refused = with_isa("sse9")
     assert refused.returncode != 0
     assert "MOSAIC_ISA='sse9' is not an instruction set; choose one of scalar, avx2, avx512" in refused.stderr
+
+
+def test_missing_cuda_kernels_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "find_spec", lambda name: None)
+    monkeypatch.setattr(info, "find_gpu", lambda: None)
+    monkeypatch.setattr(info, "find_nvcc", lambda: "/some/nvcc")
+    (line,) = [line for line in format_table(collect()).splitlines() if line.startswith("CUDA kernels")]
+    assert "not built: no NVIDIA GPU here" in line
+    assert "MOSAIC_CUDA=on pip install" in line
+    monkeypatch.setattr(info, "find_spec", lambda name: object())
+    assert "CUDA kernels    built" in format_table(collect())
 
 
 WITHOUT_KERNELS = "import sys; sys.modules['mosaic_kernels._C_cpu'] = sys.modules['mosaic_kernels._C_cuda'] = None; "

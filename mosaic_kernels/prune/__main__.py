@@ -96,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--eval-text", metavar="FILE", help="perplexity on this text before and after")
+    evaluation.add_argument("--eval-tokens", type=int, metavar="N", help="first tokens of that text (default: all)")
 
     running = parser.add_argument_group("running")
     running.add_argument("--device", help="auto, cpu, cuda or cuda:N")

@@ -215,7 +215,7 @@ def _read(
     """Calibration sequences, and the tokens to evaluate on and the ranking where they are given."""
     if config.eval_text is not None and tokenizer is None:
         raise UsageError("evaluation text needs a tokenizer: add its files to the model directory, or pass tokenizer=")
-    eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)
+    eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)[: config.eval_tokens]
     vocabulary = cast(Any, adapter.model).get_input_embeddings().num_embeddings
     calibration = calibrate(
         config.calibration, tokenizer, vocabulary, samples=config.samples, seqlen=seqlen, seed=config.seed
