@@ -19,7 +19,11 @@ const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
 #else  // whole numbers come in fp32, and other numbers do too
                              {},
                              MOSAIC_EACH_DTYPE(linear_int8),
+#if defined(__AVX2__)
+                             MOSAIC_EACH_DTYPE(linear_dense)},
+#else
                              {}},
+#endif
 #endif
                             packed_x_size,
                             MOSAIC_EACH_DTYPE(pack_x),
