@@ -171,7 +171,7 @@ struct Dense {
 
 // R weight rows from `row` on and N rows of x from `first` on.
 template <typename Form, int R, int N, bool kWithin>
-void multiply(const LinearTask& task, int64_t row, int64_t first, float (&sums)[N][R]) {
+void multiply(const LinearTask& task, int64_t row, int64_t first, __m256 (&sums)[N][R]) {
   static_assert(R * N <= 12, "the sums, a weight and its shuffle must fit 16 registers");
   const int64_t words = bitmask_words(task.args.in_features);
   const float* x = static_cast<const float*>(task.x) + first * words * kWordBits;
@@ -195,12 +195,13 @@ void multiply(const LinearTask& task, int64_t row, int64_t first, float (&sums)[
       typename Form::template Word<kWithin> word;
       Form::template next<kWithin>(weight[r], w, word);
       if (!kWithin) ahead.bits_of(r, w);
+      const float* own = N > 2 ? as_is(x) : x;
 #pragma GCC unroll 4
       for (int q = 0; q < kWordBytes; ++q) {
         const __m256 weights = word.weights(q);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
-          sum[r][n] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + n * kWordBits + q * kLanes), sum[r][n]);
+          sum[r][n] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(own + n * kWordBits + q * kLanes), sum[r][n]);
         }
       }
     }
@@ -209,12 +210,12 @@ void multiply(const LinearTask& task, int64_t row, int64_t first, float (&sums)[
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sums[n][r] = horizontal_sum(sum[r][n]);
+    for (int r = 0; r < R; ++r) sums[n][r] = sum[r][n];
 }
 
 template <typename T, typename Form, int R, int N, bool kWithin>
 void multiply_store(const LinearTask& task, int64_t row, int64_t first) {
-  float sums[N][R];
+  __m256 sums[N][R];
   multiply<Form, R, N, kWithin>(task, row, first, sums);
   for (int n = 0; n < N; ++n) store_sums<T>(task, row, first + n, sums[n], R);
 }
@@ -312,11 +313,8 @@ void multiply_panel(const LinearTask& task, int64_t row, int64_t count, int64_t 
     }
   }
   for (int64_t n = 0; n < a.rows; ++n) {
-    float whole[kPanelWeights];
-    for (int64_t r = 0; r < count; ++r) {
-      whole[r] = horizontal_sum(_mm256_load_ps(sums + (n * kPanelWeights + r) * kLanes));
-    }
-    store_sums<T>(task, row, n, whole, static_cast<int>(count));
+    store_sums<T>(task, row, n, reinterpret_cast<const __m256*>(sums) + n * kPanelWeights,
+                  static_cast<int>(count));
   }
 }
 

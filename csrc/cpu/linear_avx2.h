@@ -48,6 +48,13 @@ MOSAIC_HD Vector row_of(const Table& table, uint32_t word, int q) {
   return *reinterpret_cast<const Vector*>(reinterpret_cast<const char*>(table.row) + offset);
 }
 
+// Keeps the compiler from loading what it finds there once for several rows: it would spill it, and the sums.
+template <typename T>
+MOSAIC_HD const T* as_is(const T* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
 // How many values of a word come before its byte q.
 MOSAIC_HD int64_t values_before(uint32_t word, int q) {
   uint32_t bits = word & bits_below(8 * q);
@@ -61,14 +68,17 @@ float horizontal_sum(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Scales, adds the bias and stores the sums of `count` weight rows, from `row` on, for row n of x.
+// Adds up the lanes of `count` weight rows' sums, from `row` on, for row n of x; scales, adds the bias and
+// stores. The sums come in memory: where gcc adds lanes of several registers side by side, it keeps them in
+// memory all the time.
 template <typename T>
-void store_sums(const LinearTask& task, int64_t row, int64_t n, const float* sums, int count) {
+void store_sums(const LinearTask& task, int64_t row, int64_t n, const __m256* sums, int count) {
   const LinearArgs& a = task.args;
   const T* bias = static_cast<const T*>(a.bias);
   T* out = static_cast<T*>(a.out) + n * a.out_features + row;
   for (int r = 0; r < count; ++r) {
-    float sum = a.scale_groups == 1 ? sums[r] * a.scales[row + r] : sums[r];
+    float sum = horizontal_sum(sums[r]);
+    if (a.scale_groups == 1) sum *= a.scales[row + r];
     if (task.x_scales) sum *= task.x_scales[n];
     store(bias ? sum + to_float(bias[row + r]) : sum, out + r);
   }
