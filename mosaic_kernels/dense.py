@@ -11,7 +11,7 @@ from mosaic_kernels.ops.select import forced, is_recorded
 
 
 class DenseLinear(nn.Linear):
-    """``nn.Linear`` whose few-row products on a CPU with AVX-512 run at the speed of memory.
+    """``nn.Linear`` whose few-row products on a CPU with AVX2 or AVX-512 run at the speed of memory.
 
     What a pruned model keeps dense (its head, and projections without zeros) would otherwise take most of
     a decode step: torch's ``F.linear`` reads a bf16 weight at half the machine's bandwidth. Parameters,

@@ -101,7 +101,7 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
     return "int8 values have one scale per row, or one per row and 64 columns";
   if (a.x != first.x || a.rows != first.rows || a.in_features != first.in_features ||
       a.dtype != first.dtype ||
-      kernels().x_form(kind_of(a), a.dtype) != kernels().x_form(kind_of(first), a.dtype) ||
+      kernels().x_form(kind_of(a), a.dtype, a.rows) != kernels().x_form(kind_of(first), a.dtype, a.rows) ||
       has_turned_rows(a) != has_turned_rows(first))
     return "weights of one dispatch must take the same x, rounded alike";
   return nullptr;
@@ -173,10 +173,12 @@ Status by_weights(const LinearArgs* args, int64_t count) {
     if (a.rows == 0 || a.out_features == 0) continue;  // its scales have no address to tell int8 by
     if (const char* problem = contradiction(a, used ? parts[0].task.args : a)) return invalid(problem);
     if (used == 0) {
-      form = table.x_form(kind_of(a), a.dtype);
+      form = table.x_form(kind_of(a), a.dtype, a.rows);
       if (!prepare_x(table, a, &form, &shared)) return kShortOfMemory;
     }
-    const WeightKind kind = form == XForm::kInt16 ? kPackedInt8TimesInt16 : kind_of(a);
+    const WeightKind kind = form == XForm::kInt16       ? kPackedInt8TimesInt16
+                            : form == XForm::kInt8Float ? kPackedInt8
+                                                        : kind_of(a);
     const auto run = table.linear[kind][static_cast<int>(a.dtype)];
     if (!run) return {Code::kUnavailable, "this processor has no kernel for dense weights"};
     const int64_t fast_values = std::max<int64_t>(0, a.nnz - kLoadBytes / value_bytes(a) + 1);
@@ -212,7 +214,7 @@ bool shares_rows(const LinearArgs* args, int64_t count) {
   int64_t outputs = 0, work = 0;
   for (int64_t i = 0; i < count; ++i) {
     // Whether x is rounded to 16 bits is for all its rows to say, and not for those of a thread.
-    if (kernels().x_form(kind_of(args[i]), args[i].dtype) == XForm::kInt16) return false;
+    if (kernels().x_form(kind_of(args[i]), args[i].dtype, args[i].rows) == XForm::kInt16) return false;
     LinearArgs last = args[i];
     last.rows -= rows_before(first, first.threads - 1);
     // Other sums than its neighbours', or weights that by_weights refuses.

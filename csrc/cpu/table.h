@@ -32,7 +32,9 @@ struct LinearTask {
 
 // What a kernel multiplies by: numbers as they are, or whole numbers and a scale for each row of x. kInt16 is
 // tried where a level prefers it, and given up for rows that sixteen bits do not hold well.
-enum class XForm { kPlain, kInt8, kInt16 };
+// kInt8Float are whole numbers of eight bits in fp32, for levels and rows that have no other products of
+// them.
+enum class XForm { kPlain, kInt8, kInt16, kInt8Float };
 
 enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt16, kPackedInt8TimesInt8, kDense, kWeightKinds };
 
@@ -86,7 +88,7 @@ struct KernelTable {
   int (*packed_x_size)(DType);
   // Interleaves up to kRowBlock rows of x.
   void (*pack_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed);
-  XForm (*x_form)(WeightKind, DType);
+  XForm (*x_form)(WeightKind, DType, int64_t rows);
   // Rounds up to kRowBlock rows of x, one scale each, and interleaves them as their kernel wants it; false
   // where kInt16 holds most elements of a row, so small beside its largest, less well than bf16 would.
   bool (*round_x[3])(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed,

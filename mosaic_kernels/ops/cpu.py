@@ -49,8 +49,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCOPES = {"matrix": 0, "row": 1, "group": 2}
 
 
-# Whether dense_linear_raw runs here: it takes AVX-512.
-DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() == "avx512"
+# Whether dense_linear_raw runs here: it takes AVX2.
+DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() != "scalar"
 
 
 def _forced_threads() -> int:
@@ -232,7 +232,7 @@ def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` for few rows of ``x``, by the sparse kernels' own loop.
 
     Raises:
-        BackendError: the instruction set in use has no such kernel (it takes AVX-512).
+        BackendError: the instruction set in use has no such kernel (it takes AVX2).
     """
     out_features, in_features = weight.shape
     x, weight, bias = _fitting(x, weight, None, bias, in_features, out_features)
