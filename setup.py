@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the two extension modules with CMake and Ninja; everything else is in pyproject.toml.
+"""Builds the extension modules with CMake and Ninja; everything else is in pyproject.toml.
 
-MOSAIC_CUDA=auto|on|off    build _C_cuda where nvcc works (default), require it, or leave it out
-MOSAIC_CUDA_ARCHS=80;90    GPU architectures to compile for (default 80;86;89;90)
+An installation builds what this machine can use, unless the environment asks for more; one line says what and why.
+
+MOSAIC_CUDA=auto           default: build _C_cuda, for the GPUs that are here, where a GPU and nvcc are found
+MOSAIC_CUDA=on             build it without a GPU, too, for all architectures; fail if it cannot be built
+MOSAIC_CUDA=off            leave it out
+MOSAIC_CUDA_ARCHS=80;90    build it for these architectures, with or without a GPU (with `on`, all: 80;86;89;90)
+
+A GPU is here if /dev/nvidia0 or /proc/driver/nvidia/gpus has one, or nvidia-smi -L lists one; CUDA_VISIBLE_DEVICES
+does not matter. nvcc is looked for in CUDACXX, CUDA_HOME, PATH and /usr/local/cuda.
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,30 +24,42 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).resolve().parent
+# by its path: importing the package would need torch, which an isolated build does not have
+cuda_toolkit = runpy.run_path(str(ROOT / "mosaic_kernels" / "cuda_toolkit.py"))
+find_nvcc = cuda_toolkit["find_nvcc"]
 
 
-def find_nvcc() -> str | None:
-    """CUDACXX, then CUDA_HOME, then PATH, then the usual place."""
-    candidates = [os.environ.get("CUDACXX")]
-    candidates += [f"{os.environ[home]}/bin/nvcc" for home in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(home)]
-    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+def cuda_choice():
+    """``cuda_toolkit.Choice`` for this machine and environment; "MOSAIC_CUDA" and "MOSAIC_CUDA_ARCHS" decide."""
+    return cuda_toolkit["choose"](os.environ, cuda_toolkit["find_gpu"](), find_nvcc(), cuda_toolkit["architectures"]())
 
 
 def modules() -> list[Extension]:
-    wanted = os.environ.get("MOSAIC_CUDA", "auto").lower()
-    if wanted not in ("auto", "on", "off"):
-        raise SetupError(f"MOSAIC_CUDA={wanted!r}: choose auto, on or off")
+    cuda = cuda_choice()
+    if cuda.error:
+        raise SetupError(cuda.error)
     # `depends` is what puts the C++ sources into a source distribution
     files = [ROOT / "CMakeLists.txt", *ROOT.glob("csrc/**/*.*"), *ROOT.glob("python/*")]
     depends = sorted(str(file.relative_to(ROOT)) for file in files)
     built = [Extension("mosaic_kernels._C_cpu", [], depends=depends)]
-    if wanted == "on" and find_nvcc() is None:
-        raise SetupError("MOSAIC_CUDA=on but nvcc was not found: set CUDACXX or CUDA_HOME, or use MOSAIC_CUDA=auto")
-    if wanted != "off" and find_nvcc() is not None:
-        built.append(Extension("mosaic_kernels._C_cuda", [], depends=depends, optional=wanted == "auto"))
-    print(f"mosaic-kernels: MOSAIC_CUDA={wanted}, building {', '.join(e.name for e in built)}", file=sys.stderr)
+    if cuda.build:
+        built.append(Extension("mosaic_kernels._C_cuda", [], depends=depends, optional=not cuda.required))
+    what = f"CPU kernels and CUDA kernels for {cuda.archs}" if cuda.build else "CPU kernels, no CUDA kernels"
+    print(f"mosaic-kernels: building {what} ({cuda.why})", file=sys.stderr)
     return built
+
+
+def cmake_tree(name: str) -> Path:
+    """Where CMake builds a module: a place that stays, so that a second installation compiles only what changed.
+
+    ``build_temp`` is a new folder at every editable installation. A tree that came here with a copy of the checkout is
+    of no use, because CMake holds absolute paths.
+    """
+    tree = ROOT / "build" / "cmake" / str(sys.implementation.cache_tag) / name
+    cache = tree / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+        shutil.rmtree(tree)
+    return tree
 
 
 class CMakeBuild(build_ext):
@@ -47,14 +67,14 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = (ROOT / self.get_ext_fullpath(ext.name)).resolve()
-        target, tree = ext.name.rpartition(".")[2], (ROOT / self.build_temp / ext.name).resolve()
+        target, tree = ext.name.rpartition(".")[2], cmake_tree(ext.name)
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tree), "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMOSAIC_OUTPUT={output}"]
         # an isolated build's ninja is gone at the next one, which would find its path in the cache
         configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
         if target == "_C_cuda":
-            archs = os.environ.get("MOSAIC_CUDA_ARCHS", "80;86;89;90")
-            configure += ["-DMOSAIC_CUDA=on", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DMOSAIC_CUDA_ARCHS={archs}"]
+            configure += ["-DMOSAIC_CUDA=on", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
+            configure += [f"-DMOSAIC_CUDA_ARCHS={cuda_choice().archs}"]
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(tree), "--target", target], check=True)
@@ -64,4 +84,5 @@ class CMakeBuild(build_ext):
             raise CompileError(f"{ext.name}: {error}") from error
 
 
-setup(ext_modules=modules(), cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(ext_modules=modules(), cmdclass={"build_ext": CMakeBuild})

@@ -4,19 +4,24 @@
     pytest benchmarks/bench_generate.py --benchmark-only --benchmark-json=benchmarks/results/generate-CPU.json
 
 Random weights, magnitude pruning, one prompt, one number of threads for all; ``compiled``: single tokens through
-``torch.compile`` over a static cache. llama.cpp's rows need
-``pip install llama-cpp-python gguf``. What a token costs outside our kernels, and what a static cache and
-``torch.compile`` change, have tests of their own. Takes some five minutes, 10 GB of memory and 2 GB of disk.
+``torch.compile`` over a static cache. Where torch's bf16 products are slower than its fp32 ones, the dense model runs
+in fp32 too, and "over dense" means the faster of the two. llama.cpp's rows need ``pip install llama-cpp-python gguf``.
+The small trained model of ``examples/`` runs in the same way. What a token costs outside our kernels, and what a static
+cache and ``torch.compile`` change, have tests of their own. Takes some five minutes, 10 GB of memory (15 with fp32) and
+2 GB of disk.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +31,16 @@ from models import LLAMA_1B, NARROW, pruned, random_llama, sharing_copy, write_g
 
 import mosaic_kernels as mk
 from mosaic_kernels.checkpoint.writer import pack_model
+from mosaic_kernels.device import has_fast_products
 from mosaic_kernels.evaluate.latency import weight_bytes
 from mosaic_kernels.models import ModelAdapter
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 24, 4
 BITMAP, INT8, ROUNDED, COMPOSITE = "bitmap 50 %", "int8 50 %", "int8 50 %, rounded activations", "composite 60 %"
+DENSE, DENSE_FP32 = "dense", "dense, fp32"
+BASELINES = (DENSE,) if has_fast_products(torch.bfloat16) else (DENSE, DENSE_FP32)
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-llama"
+EXAMPLE_ROUNDS = 12  # its tokens take a hundredth of the large model's
 COMPILED = {f"{name}, compiled": name for name in (BITMAP, INT8)} if shutil.which("c++") else {}
 OURS = (BITMAP, INT8, ROUNDED, COMPOSITE, *COMPILED)
 THEIRS = ("llama.cpp BF16", "llama.cpp Q8_0")
@@ -47,13 +57,13 @@ def prompt() -> torch.Tensor:
     return torch.randint(LLAMA_1B["vocab_size"], (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="session")
-def models(prompt: torch.Tensor) -> dict[str, Any]:
-    """Every variant, checked against its own dense form; what they have in common is in memory once."""
-    torch.manual_seed(0)
-    found = {"dense": random_llama(**LLAMA_1B)}
+def variants_of(dense: Any, prompt: torch.Tensor) -> dict[str, Any]:
+    """Every form of a dense bf16 model, checked against its own dense form; what they share is in memory once."""
+    found = {DENSE: dense}
+    if DENSE_FP32 in BASELINES:
+        found[DENSE_FP32] = copy.deepcopy(dense).float()
     for name, sparsity, structured in ((BITMAP, 0.5, 0.0), (COMPOSITE, 0.6, 0.3)):
-        adapter, plan = pruned(found["dense"], sparsity, structured)
+        adapter, plan = pruned(dense, sparsity, structured)
         left = sum(int(layer.weight.count_nonzero()) for _, _, layer in adapter.projections())
         assert plan.prunable - left == plan.removed == round(sparsity * plan.prunable)
         wanted = logits(adapter.model, prompt)
@@ -68,41 +78,77 @@ def models(prompt: torch.Tensor) -> dict[str, Any]:
                 assert difference(logits(found[variant], prompt), wanted) <= INT8_STEP
     for name in (BITMAP, INT8, ROUNDED, COMPOSITE):
         mk.prepare_inference(found[name])
-    return {name: found[COMPILED.get(name, name)] for name in ("dense", *OURS)}
+    return found
+
+
+@pytest.fixture(scope="session")
+def models(prompt: torch.Tensor) -> dict[str, Any]:
+    """Every variant of the 1.1B Llama."""
+    torch.manual_seed(0)
+    found = variants_of(random_llama(**LLAMA_1B), prompt)
+    return found | {name: found[source] for name, source in COMPILED.items()}
+
+
+@pytest.fixture(scope="session")
+def example_models(prompt: torch.Tensor) -> dict[str, Any]:
+    """Every variant of the trained model in ``examples/``."""
+    from transformers import AutoModelForCausalLM
+
+    dense = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.bfloat16).requires_grad_(False)
+    return variants_of(dense, prompt % dense.config.vocab_size)
 
 
 class Lineup:
     """All variants, measured in turns; a row that is asked for a second time has them all measured again."""
 
-    def __init__(self, writers: dict[str, Callable[[], Run]]) -> None:
-        self.writers = writers
+    def __init__(self, writers: dict[str, Callable[[], Run]], rounds: int = ROUNDS) -> None:
+        self.writers, self.rounds = writers, rounds
         self._found: dict[str, list[Run]] = {}
         self._shown: set[str] = set()
 
     def runs(self, row: str) -> dict[str, list[Run]]:
         if not self._found or row in self._shown:
-            self._found, self._shown = in_turns(self.writers, ROUNDS), set()
+            self._found, self._shown = in_turns(self.writers, self.rounds), set()
         self._shown.add(row)
         return self._found
 
 
+@contextmanager
+def theirs(dense: Any, prompt: torch.Tensor, folder: Path) -> Iterator[dict[str, Callable[[], Run]]]:
+    """What llama.cpp makes of the same weights, where it is installed."""
+    writers: dict[str, Callable[[], Run]] = {}
+    loaded = []
+    for name in THEIRS if HAS_LLAMA_CPP else ():
+        path = folder / "dense.gguf"
+        write_gguf(dense, path, quantized="Q8_0" in name)
+        loaded.append(llama_cpp(path, torch.get_num_threads()))
+        path.unlink()  # it is in memory
+        writers[name] = partial(write_by_llama_cpp, loaded[-1], prompt, NEW_TOKENS)
+    yield writers
+    for model in loaded:
+        model.close()
+
+
 @pytest.fixture(scope="session")
 def lineup(models: dict[str, Any], prompt: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lineup]:
-    """Our models, and llama.cpp's where it is installed."""
+    """All of the 1.1B Llama."""
     writers = {name: partial(write, model, prompt, NEW_TOKENS) for name, model in models.items()}
     for name in COMPILED:
         fixed = {"cache": static_cache(models[name]), "step": torch.compile(models[name], dynamic=False)}
         writers[name] = partial(write, models[name], prompt, NEW_TOKENS, **fixed)
-    foreign = []
-    for name in THEIRS if HAS_LLAMA_CPP else ():
-        path = tmp_path_factory.mktemp("gguf") / "dense.gguf"
-        write_gguf(models["dense"], path, quantized="Q8_0" in name)
-        foreign.append(llama_cpp(path, torch.get_num_threads()))
-        path.unlink()  # it is in memory
-        writers[name] = partial(write_by_llama_cpp, foreign[-1], prompt, NEW_TOKENS)
-    yield Lineup(writers)
-    for model in foreign:
-        model.close()
+    with theirs(models[DENSE], prompt, tmp_path_factory.mktemp("gguf")) as foreign:
+        yield Lineup({**writers, **foreign})
+
+
+@pytest.fixture(scope="session")
+def example_lineup(
+    example_models: dict[str, Any], prompt: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Lineup]:
+    """All of the model in ``examples/``."""
+    prompt = prompt % example_models[DENSE].config.vocab_size
+    writers = {name: partial(write, model, prompt, NEW_TOKENS) for name, model in example_models.items()}
+    with theirs(example_models[DENSE], prompt, tmp_path_factory.mktemp("gguf")) as foreign:
+        yield Lineup({**writers, **foreign}, EXAMPLE_ROUNDS)
 
 
 @torch.no_grad()
@@ -128,38 +174,68 @@ def static_cache(model: Any) -> Any:
     return StaticCache(config=model.config, max_cache_len=PROMPT_TOKENS + NEW_TOKENS)
 
 
-def over(runs: list[Run], baseline: list[Run]) -> dict[str, float]:
-    """How many times as fast ``runs`` decode and read a prompt."""
-    found, base = speeds(runs), speeds(baseline)
-    return {kind: found[kind]["tokens_per_s"] / base[kind]["tokens_per_s"] for kind in found}
+def over(runs: list[Run], *baselines: list[Run]) -> dict[str, float]:
+    """How many times as fast ``runs`` decode and read a prompt, against whichever baseline is the fastest at it."""
+    found, bases = speeds(runs), [speeds(each) for each in baselines]
+    return {
+        kind: found[kind]["tokens_per_s"] / max(base[kind]["tokens_per_s"] for base in bases)
+        for kind in ("decode", "prefill")
+    }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
-@pytest.mark.parametrize("variant", ["dense", *OURS])
-def test_generate(benchmark: Any, models: dict[str, Any], lineup: Lineup, variant: str) -> None:
+def record(benchmark: Any, models: dict[str, Any], lineup: Lineup, variant: str, **info: Any) -> None:
+    """A variant's speeds and bytes, and against the dense model's where it is another."""
     runs = benchmark.pedantic(lambda: lineup.runs(variant), rounds=1)
+    benchmark.extra_info.update(info, variant=variant, **speeds(runs[variant]))
+    if variant in THEIRS:
+        # a file that holds another model would be compared for nothing
+        bound = INT8_STEP if "Q8_0" in variant else BF16
+        assert difference(runs[variant][0].logits, runs[DENSE][0].logits) <= bound
+        ours = [name for name in models if name not in BASELINES]
+        ratios = {f"{name} over it": over(runs[name], runs[variant]) for name in ours}
+        benchmark.extra_info.update(
+            ratios={name: both["decode"] for name, both in ratios.items()},
+            prefill_ratios={name: both["prefill"] for name, both in ratios.items()},
+        )
+        return
     sizes = {"projections": projection_bytes, "model": weight_bytes}
     found = {what: size(models[variant]) for what, size in sizes.items()}
-    benchmark.extra_info.update(variant=variant, **speeds(runs[variant]), weight_bytes=found)
-    if variant != "dense":
+    benchmark.extra_info.update(weight_bytes=found)
+    if variant not in BASELINES:
         benchmark.extra_info.update(
-            ratios=over(runs[variant], runs["dense"]),
-            memory={what: found[what] / size(models["dense"]) for what, size in sizes.items()},
+            ratios=over(runs[variant], *(runs[name] for name in BASELINES)),
+            memory={what: found[what] / size(models[DENSE]) for what, size in sizes.items()},
         )
 
 
-@pytest.mark.skipif(not HAS_LLAMA_CPP, reason="compares with llama.cpp: pip install llama-cpp-python gguf")
+needs_llama_cpp = pytest.mark.skipif(
+    not HAS_LLAMA_CPP, reason="compares with llama.cpp: pip install llama-cpp-python gguf"
+)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("variant", [*BASELINES, *OURS])
+def test_generate(benchmark: Any, models: dict[str, Any], lineup: Lineup, variant: str) -> None:
+    record(benchmark, models, lineup, variant)
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("variant", THEIRS)
-def test_llama_cpp(benchmark: Any, lineup: Lineup, variant: str) -> None:
-    runs = benchmark.pedantic(lambda: lineup.runs(variant), rounds=1)
-    # a file that holds another model would be compared for nothing
-    bound = INT8_STEP if "Q8_0" in variant else BF16
-    assert difference(runs[variant][0].logits, runs["dense"][0].logits) <= bound
-    benchmark.extra_info.update(
-        variant=variant,
-        **speeds(runs[variant]),
-        ratios={f"{name} over it": over(runs[name], runs[variant])["decode"] for name in OURS},
-    )
+def test_llama_cpp(benchmark: Any, models: dict[str, Any], lineup: Lineup, variant: str) -> None:
+    record(benchmark, models, lineup, variant)
+
+
+@pytest.mark.parametrize("variant", [*BASELINES, BITMAP, INT8, ROUNDED, COMPOSITE])
+def test_example(benchmark: Any, example_models: dict[str, Any], example_lineup: Lineup, variant: str) -> None:
+    record(benchmark, example_models, example_lineup, variant, model="example")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("variant", THEIRS)
+def test_example_by_llama_cpp(
+    benchmark: Any, example_models: dict[str, Any], example_lineup: Lineup, variant: str
+) -> None:
+    record(benchmark, example_models, example_lineup, variant, model="example")
 
 
 def test_outside_kernels(benchmark: Any, models: dict[str, Any], prompt: torch.Tensor) -> None:

@@ -5,7 +5,8 @@
         --benchmark-json=benchmarks/results/linear-CPU.json
 
 Weights rotate past the last cache; dense and packed calls take turns; medians and their ratio are in
-``extra_info``. Density is the share of weights kept.
+``extra_info``. Density is the share of weights kept. Where torch's bf16 products are slower than its fp32 ones, both
+are measured, and speeds are over the faster of the two.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 import mosaic_kernels as mk
 from mosaic_kernels import siblings
 from mosaic_kernels.dense import DenseLinear
+from mosaic_kernels.device import has_fast_products
 
 # (out_features, in_features): attention and FFN projections of each model; the example's own shapes last,
 # where the cost of a call weighs more than its bytes.
@@ -60,25 +62,41 @@ def _warm(layers: list[mk.MosaicLinear]) -> None:
         layer(torch.zeros(1, layer.in_features, dtype=torch.bfloat16))
 
 
+def _copy(packed: mk.PackedWeight) -> mk.PackedWeight:
+    return mk.PackedWeight(packed.values.clone(), packed.bitmask.clone(), packed.shape, packed.scales)
+
+
 @lru_cache(maxsize=1)
 def _weights(out: int, columns: int, density: float) -> tuple[list[Tensor], list[mk.MosaicLinear]]:
     """Copies of a random weight, dense and packed, that hold more than the last cache."""
     weight = torch.randn(out, columns, dtype=torch.bfloat16).mul_(columns**-0.5)
     weight *= torch.rand(out, columns) < density
     packed = mk.pack(weight)
-    layers = [mk.MosaicLinear.from_packed(mk.pack(weight)) for _ in range(copies(packed.nbytes))]
+    layers = [mk.MosaicLinear.from_packed(_copy(packed)) for _ in range(copies(packed.nbytes))]
     _warm(layers)
     return [weight.clone() for _ in range(copies(weight.nbytes))], layers
 
 
-def _measure(variants: dict[str, Callable[[Tensor, int], Tensor]], shape: tuple[int, int], rows: int) -> dict[str, Any]:
-    """Medians of the variants, which take turns, and each one's speed over the first."""
+Variant = Callable[[Tensor, int], Tensor]
+
+
+def _by_torch(dense: list[Tensor]) -> dict[str, Variant]:
+    """``F.linear`` in bf16, and in fp32 too where a user of torch would be faster with that."""
+    found: dict[str, Variant] = {"dense": lambda x, i: F.linear(x, dense[i % len(dense)])}
+    if not has_fast_products(torch.bfloat16):
+        wide = [weight.float() for weight in dense[: copies(2 * dense[0].nbytes)]]
+        found["dense fp32"] = lambda x, i: F.linear(x.float(), wide[i % len(wide)])
+    return found
+
+
+def _measure(variants: dict[str, Variant], shape: tuple[int, int], rows: int) -> dict[str, Any]:
+    """Medians of the variants, which take turns, and each one's speed over the faster of the dense ones."""
     x = torch.randn(rows, shape[1]).bfloat16()
     calls = {name: (lambda i, run=run: run(x, i)) for name, run in variants.items()}
     seconds = interleaved(calls, _rounds(*shape, rows))
     found = {name: summary(values) for name, values in seconds.items()}
-    first = next(iter(found.values()))["median_us"]
-    speeds = {name: first / figures["median_us"] for name, figures in found.items()}
+    dense = min(figures["median_us"] for name, figures in found.items() if name.startswith("dense"))
+    speeds = {name: dense / figures["median_us"] for name, figures in found.items()}
     return {"rows": rows, "shape": list(shape), "figures": found, "speed_up": speeds}
 
 
@@ -93,10 +111,7 @@ def _check(layer: torch.nn.Module, weight: Tensor, limit: float) -> None:
 def _against_dense(benchmark: Any, shape: tuple[int, int], density: float, rows: tuple[int, ...]) -> None:
     dense, layers = _weights(*shape, density)
     _check(layers[0], dense[0], torch.finfo(torch.bfloat16).eps)
-    variants: dict[str, Callable[[Tensor, int], Tensor]] = {
-        "dense": lambda x, i: F.linear(x, dense[i % len(dense)]),
-        "packed": lambda x, i: layers[i % len(layers)](x),
-    }
+    variants = {**_by_torch(dense), "packed": lambda x, i: layers[i % len(layers)](x)}
     cells = benchmark.pedantic(lambda: [_measure(variants, shape, n) for n in rows], rounds=1)
     packed = layers[0].packed
     benchmark.extra_info.update(
@@ -136,18 +151,13 @@ def test_int8(benchmark: Any, shape: str) -> None:
     forms = {"int8": rounded, "int8, x rounded": rounded, "int8-group": mk.quantize(layers[0].packed, 64)}
     sets = {"packed": layers}
     for name, packed in forms.items():
-        sets[name] = [
-            mk.MosaicLinear.from_packed(
-                mk.PackedWeight(packed.values.clone(), packed.bitmask.clone(), packed.shape, packed.scales)
-            )
-            for _ in range(copies(packed.nbytes))
-        ]
+        sets[name] = [mk.MosaicLinear.from_packed(_copy(packed)) for _ in range(copies(packed.nbytes))]
         for layer in sets[name]:
             layer.quantize_activations = name == "int8, x rounded"
         _warm(sets[name])
         _check(sets[name][0], dense[0], 0.02)
-    variants: dict[str, Callable[[Tensor, int], Tensor]] = {
-        "dense": lambda x, i: F.linear(x, dense[i % len(dense)]),
+    variants = {
+        **_by_torch(dense),
         **{name: (lambda x, i, held=held: held[i % len(held)](x)) for name, held in sets.items()},
     }
     cells = benchmark.pedantic(lambda: [_measure(variants, (out, columns), n) for n in ROWS[:5]], rounds=1)
@@ -159,7 +169,7 @@ def test_int8(benchmark: Any, shape: str) -> None:
             f"{name}, {cell['rows']} rows": speed
             for cell in cells
             for name, speed in cell["speed_up"].items()
-            if name != "dense"
+            if not name.startswith("dense")
         },
         memory={f"{name}, bytes over dense": packed.nbytes / dense[0].nbytes for name, packed in forms.items()},
     )
@@ -177,11 +187,8 @@ def test_dense_rows(benchmark: Any, shape: str) -> None:
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         layers.append(layer)
     _check(layers[0], dense[0], torch.finfo(torch.bfloat16).eps)
-    variants: dict[str, Callable[[Tensor, int], Tensor]] = {
-        "dense": lambda x, i: F.linear(x, dense[i % len(dense)]),
-        "DenseLinear": lambda x, i: layers[i % len(layers)](x),
-    }
-    rows = (1, 4, 16, DenseLinear.MAX_ROWS)
+    variants = {**_by_torch(dense), "DenseLinear": lambda x, i: layers[i % len(layers)](x)}
+    rows = (1, 4, 16, 32) if has_fast_products(torch.bfloat16) else (1, 4, 16, 32, 256)
     cells = benchmark.pedantic(lambda: [_measure(variants, (out, columns), n) for n in rows], rounds=1)
     ratios = {f"{cell['rows']} rows": cell["speed_up"]["DenseLinear"] for cell in cells}
     benchmark.extra_info.update(shape=[out, columns], cells=cells, ratios=ratios)

@@ -18,6 +18,7 @@ from measure import interleaved, summary
 from torch import Tensor
 
 from mosaic_kernels import _C_cpu
+from mosaic_kernels.compat import cache_of, with_cache
 from mosaic_kernels.ops import cpu
 
 
@@ -56,13 +57,13 @@ def write(
     if cache is not None and cache.is_initialized:
         cache.reset()
     started = time.perf_counter()
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(model, cache))
     token = out.logits[:, -1:].argmax(-1)
     run = Run(ids.shape[1], time.perf_counter() - started, out.logits[0, -1].float(), [int(token)])
-    cache, step = out.past_key_values, model if step is None else step
+    given, step = with_cache(model, cache_of(out)), model if step is None else step
     for _ in range(new_tokens):
         started = time.perf_counter()
-        token = step(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = step(input_ids=token, use_cache=True, **given).logits[:, -1:].argmax(-1)
         run.tokens.append(int(token))
         run.steps.append(time.perf_counter() - started)
     return run
@@ -73,10 +74,10 @@ def step_logits(model: Any, ids: Tensor, *, cache: Any = None, step: Callable[..
     """Logits of one ``step`` after ``model`` has read all but the last of ``ids``, fp32 ``[vocabulary]``."""
     if cache is not None and cache.is_initialized:
         cache.reset()
-    out = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1, **with_cache(model, cache))
     step = model if step is None else step
     last = ids[:, -1:].clone(memory_format=torch.contiguous_format)  # a compiled step is compiled for strides too
-    out = step(input_ids=last, past_key_values=out.past_key_values, use_cache=True)
+    out = step(input_ids=last, use_cache=True, **with_cache(model, cache_of(out)))
     return out.logits[0, -1].float()
 
 

@@ -1,39 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's tables, written from the committed JSON: ``python benchmarks/tables.py`` (``--check``: only compare)."""
+"""Tables of README and docs, made from the committed JSON: ``python benchmarks/tables.py`` (``--check``: compare)."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gpu import report
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md")
+
+Rows = list[dict[str, Any]]
+Found = tuple[dict[str, Any], Rows]
 
 
-def load(noun: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The machine of a result file, and what each of its benchmarks found."""
-    paths = sorted((HERE / "results").glob(f"{noun}-*.json"))
+def results(noun: str) -> list[Found]:
+    """Of every machine whose figures are committed: the machine, and what each of its benchmarks found."""
+    paths = sorted((HERE / "results").glob(f"{noun}-*.json"), reverse=True)  # xeon before epyc: the newest first
     if not paths:
         sys.exit(f"no benchmarks/results/{noun}-*.json: run benchmarks/bench_{noun}.py as its first lines say")
-    path = paths[-1]
-    found = json.loads(path.read_text())
-    return found["machine_info"], [b["extra_info"] | {"name": b["name"]} for b in found["benchmarks"]]
+    found = [json.loads(path.read_text()) for path in paths]
+    return [
+        (file["machine_info"], [b["extra_info"] | {"name": b["name"]} for b in file["benchmarks"]]) for file in found
+    ]
+
+
+def for_every_machine(noun: str, table: Callable[[dict[str, Any], Rows], str]) -> str:
+    """One table below the other."""
+    return "\n\n".join(table(machine, rows) for machine, rows in results(noun))
 
 
 def caption(machine: dict[str, Any], file: str) -> str:
-    return (
-        f"*{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}, "
-        f"commit {machine['commit']}; `benchmarks/{file}`*"
-    )
+    return f"*{described(machine)}, torch {machine['torch']}, commit {machine['commit']}; `benchmarks/{file}`*"
+
+
+def described(machine: dict[str, Any]) -> str:
+    """Processor, threads and instruction set, and whether that is less than the processor has."""
+    isa, features = machine["isa"], machine.get("features", "").split()
+    limited = isa == "avx2" and "avx512" in features
+    return f"{machine['cpu']}, {machine['threads']} threads, {f'{isa} (limited to it)' if limited else isa}"
 
 
 def example() -> str:
-    machine, found = load("prune")
+    machine, found = results("prune")[0]
     lines = [
         "| category | solver, policy | parameters | weight bytes | perplexity | decode, vs dense | pruning, s |",
         "|---|---|---|---|---|---|---|",
@@ -54,9 +68,8 @@ def example() -> str:
     return "\n".join([*lines, "", caption(machine, "bench_prune.py")])
 
 
-def linear() -> str:
+def linear(machine: dict[str, Any], found: Rows) -> str:
     """A line per shape: one row of x at every density, then more rows at the first density."""
-    machine, found = load("linear")
     tests = [row for row in found if row["name"].startswith("test_linear[")]
     densities = sorted({round(row["density"], 1) for row in tests}, reverse=True)
     rows = [cell["rows"] for cell in tests[0]["cells"]]
@@ -81,11 +94,10 @@ def linear() -> str:
                       caption(machine, "bench_linear.py")])  # fmt: skip
 
 
-def int8() -> str:
+def int8(machine: dict[str, Any], found: Rows) -> str:
     """The forms of a packed weight, at one row and at more."""
-    machine, found = load("linear")
     tests = [row for row in found if row["name"].startswith("test_int8[")]
-    forms = [name for name in tests[0]["cells"][0]["speed_up"] if name != "dense"]
+    forms = [name for name in tests[0]["cells"][0]["speed_up"] if not name.startswith("dense")]
     rows = [cell["rows"] for cell in tests[0]["cells"]]
     lines = [
         f"| out x in | values | {' | '.join(f'{n} row' + 's' * (n > 1) for n in rows)} | bytes, of dense |",
@@ -104,9 +116,9 @@ def int8() -> str:
 
 def score() -> str:
     """Every step of pruning a projection that has a kernel, from two result files."""
-    machine, scored = load("score")
+    machine, scored = results("score")[0]
     cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for row in [*scored, *load("pack")[1]]:
+    for row in [*scored, *results("pack")[0][1]]:
         shape = " x ".join(str(size) for size in row["shape"])
         cells.setdefault((row["operation"], shape), {})[row["threads"]] = row
     threads = sorted({count for row in cells.values() for count in row})
@@ -122,10 +134,31 @@ def score() -> str:
     return "\n".join([*lines, "", caption(machine, "bench_score.py` and `bench_pack.py")])
 
 
-def generate() -> str:
+def machines() -> str:
+    """Whole models on every machine: tokens in a second, and over torch and llama.cpp."""
+    lines = [
+        "| machine | model | bitmap 50 %: decode, tokens/s | over torch | over llama.cpp BF16 | prefill over torch "
+        "| int8 50 %: decode, tokens/s | over torch | over llama.cpp Q8_0 | prefill over torch |",
+        "|---" * 10 + "|",
+    ]
+    for machine, found in results("generate"):
+        for model, title in (("example", "example, 5M"), (None, "1.1B")):
+            rows = {row["variant"]: row for row in found if "prefill" in row and row.get("model") == model}
+            if not rows:
+                continue
+            cells = [described(machine), title]
+            for form, rival in (("bitmap 50 %", "llama.cpp BF16"), ("int8 50 %", "llama.cpp Q8_0")):
+                row, foreign = rows[form], rows.get(rival, {}).get("ratios", {}).get(f"{form} over it")
+                cells += [f"{row['decode']['tokens_per_s']:.1f}", f"{row['ratios']['decode']:.2f}x"]
+                cells += ["" if foreign is None else f"{foreign:.2f}x", f"{row['ratios']['prefill']:.2f}x"]
+            lines.append(f"| {' | '.join(cells)} |")
+    commits = ", ".join(dict.fromkeys(machine["commit"] for machine, _ in results("generate")))
+    return "\n".join([*lines, "", f"*commits {commits}; `benchmarks/bench_generate.py`*"])
+
+
+def generate(machine: dict[str, Any], found: Rows) -> str:
     """Whole models, and in a sentence what a token costs beside our kernels."""
-    machine, found = load("generate")
-    rows = {row["variant"]: row for row in found if "prefill" in row}
+    rows = {row["variant"]: row for row in found if "prefill" in row and "model" not in row}
     (outside,) = (row["milliseconds"] for row in found if "milliseconds" in row)
     (cached,) = (row for row in found if "compile_seconds" in row)
     theirs = [name for name in rows if name.startswith("llama.cpp")]
@@ -219,16 +252,26 @@ def gpu_state() -> str:
     return report.state(HERE / "results")
 
 
-TABLES = {
-    "example": example, "linear": linear, "int8": int8, "generate": generate, "quality": quality, "speed": speed,
-    "score": score, "gpu": gpu, "gpu-state": gpu_state,
-}  # fmt: skip
+TABLES: dict[str, Callable[[], str]] = {
+    "example": example,
+    "machines": machines,
+    "linear": lambda: for_every_machine("linear", linear),
+    "int8": lambda: for_every_machine("linear", int8),
+    "generate": lambda: for_every_machine("generate", generate),
+    "quality": quality,
+    "speed": speed,
+    "score": score,
+    "gpu": gpu,
+    "gpu-state": gpu_state,
+}
 
 
 def filled(text: str) -> str:
-    """The README with every table between its markers made anew."""
+    """A page with every table between its markers made anew."""
     for name, make in TABLES.items():
         begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        if begin not in text:
+            continue
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
         text = f"{before}{begin}{make()}\n{end}{after}"
@@ -237,18 +280,20 @@ def filled(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where README and JSON differ; write nothing")
+    parser.add_argument("--check", action="store_true", help="fail where pages and JSON differ; write nothing")
     check = parser.parse_args().check
-    text = README.read_text()
-    new = filled(text)
-    if check:
-        if new != text:
-            print(
-                "README's tables are not those of benchmarks/results: run python benchmarks/tables.py", file=sys.stderr
-            )
-        return int(new != text)
-    README.write_text(new)
-    return 0
+    texts = {page: page.read_text() for page in PAGES}
+    homeless = [name for name in TABLES if not any(f"<!-- table: {name} -->" in text for text in texts.values())]
+    stale = {page: filled(text) for page, text in texts.items() if filled(text) != text}
+    for name in homeless:
+        print(f"no page shows the table {name}", file=sys.stderr)
+    for page, text in stale.items():
+        if check:
+            print(f"{page.name}: tables are not those of benchmarks/results: run python benchmarks/tables.py",
+                  file=sys.stderr)  # fmt: skip
+        else:
+            page.write_text(text)
+    return int(bool(homeless) or (check and bool(stale)))
 
 
 if __name__ == "__main__":

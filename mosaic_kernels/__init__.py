@@ -8,12 +8,12 @@ GPU and no network.
 from __future__ import annotations
 
 import importlib
-import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from mosaic_kernels.checkpoint import register_with_transformers
 from mosaic_kernels.errors import MosaicError
+from mosaic_kernels.explain import explain
 from mosaic_kernels.format import PackedWeight
 from mosaic_kernels.inference import prepare_inference
 from mosaic_kernels.int8 import quantize
@@ -28,6 +28,7 @@ __all__ = [
     "MosaicLinear",
     "PackedWeight",
     "__version__",
+    "explain",
     "pack",
     "prepare_inference",
     "prune",
@@ -41,7 +42,6 @@ try:
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())
 register_with_transformers()
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from mosaic_kernels import compat
+
 NAME = "mosaic_sdpa"
 
 
 def register_with_transformers() -> None:
     """Make :data:`NAME` an attention implementation of transformers; repeating it does nothing."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    sdpa = compat.sdpa()
 
     def grouped(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -28,20 +28,17 @@ def register_with_transformers() -> None:
         share = query.shape[1] // key.shape[1]
         unusual = any(options.get(name) is not None for name in ("cache", "position_bias"))
         if unusual or attention_mask is not None or not (query.is_cpu and query.shape[2] == 1 and share > 1):
-            found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+            found: tuple[Tensor, None] = sdpa(module, query, key, value, attention_mask, **options)
             return found
         batch, heads, _, dim = query.shape
         rows = query.reshape(batch, heads // share, share, dim)
-        result, _ = sdpa_attention_forward(
-            _OneGroup, rows, key, value, attention_mask, **options | {"is_causal": False}
-        )
+        result, _ = sdpa(_OneGroup, rows, key, value, attention_mask, **options | {"is_causal": False})
         return result.transpose(1, 2).reshape(batch, 1, heads, dim), None
 
-    AttentionInterface.register(NAME, grouped)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    compat.register_attention(NAME, grouped)
 
 
 class _OneGroup:
-    """What ``sdpa_attention_forward`` asks of a module: no head of these is shared."""
+    """What ``sdpa`` asks of a module: no head of these is shared."""
 
     num_key_value_groups = 1

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import distributed
+from tqdm import tqdm
 
 from mosaic_kernels.errors import EnvironmentError_, ExitCode, Interrupted, MosaicError, UsageError
 
@@ -71,7 +73,7 @@ def log_to_stderr() -> Iterator[None]:
     level = logging.getLevelNamesMapping().get(name.upper())
     if level is None:
         raise UsageError(f"MOSAIC_LOG_LEVEL={name!r} is not a level; choose debug, info, warning or error")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _BesideBars(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     before = logger.level
     logger.addHandler(handler)
@@ -81,6 +83,24 @@ def log_to_stderr() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return distributed.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leads() -> bool:
+    """Whether this process is the one that shows and prints; known before the team is joined."""
+    return not launched() or os.environ.get("RANK") == "0"
+
+
+class _BesideBars(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes lines above the progress bar of a terminal, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
 
 def resolve_device(name: str) -> torch.device:

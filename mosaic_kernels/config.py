@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mosaic_kernels.errors import UsageError
 
@@ -17,6 +17,7 @@ SolverName = Literal["admm", "sparsegpt", "wanda", "magnitude"]
 Quality = Literal["fast", "default", "best"]
 Recovery = Literal["none", "reconstruct", "lora"]
 OutputFormat = Literal["mosaic", "dense"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Weights = Literal["float", "int8", "int8-group"]  # what packed values are, and as int8 how many share a scale
 
 DEFAULT_SEQLEN = 2048
@@ -47,13 +48,15 @@ class PruneConfig:
     quality: Quality = "default"
     recover: Recovery = "none"
     ranks: Path | None = None
-    calibration: str = "wikitext2"
+    calibration: Any = "wikitext2"  # see prune.given.given_calibration
     samples: int = 128
     seqlen: int | None = None
     seed: int = 0
     eval_text: Path | None = None
+    eval_tokens: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    compute_dtype: ComputeDtype = "auto"
     format: OutputFormat = "mosaic"
     weights: Weights = "float"
     resume: bool = False
@@ -69,6 +72,7 @@ class PruneConfig:
             "solver": SolverName,
             "quality": Quality,
             "recover": Recovery,
+            "compute_dtype": ComputeDtype,
             "format": OutputFormat,
             "weights": Weights,
         }
@@ -81,10 +85,12 @@ class PruneConfig:
             raise UsageError(f"outlier threshold must be positive, got {self.outlier_threshold}")
         if not 0 <= self.max_deviation < 1:
             raise UsageError(f"max deviation must lie in [0, 1), got {self.max_deviation}")
-        for name in ("samples", "seqlen", "channel_multiple"):
+        for name in ("samples", "seqlen", "eval_tokens", "channel_multiple"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.eval_tokens is not None and self.eval_text is None:
+            raise UsageError("--eval-tokens is the part of --eval-text FILE to use, which is not given")
         if self.weights != "float" and self.format == "dense":
             raise UsageError(f"format dense stores ordinary weights: --weights {self.weights} needs --format mosaic")
         if self.recover != "none" and self.samples < 2:

@@ -11,7 +11,7 @@ from mosaic_kernels.ops.select import forced, is_recorded
 
 
 class DenseLinear(nn.Linear):
-    """``nn.Linear`` whose few-row products on a CPU with AVX-512 run at the speed of memory.
+    """``nn.Linear`` whose few-row products on a CPU with AVX2 or AVX-512 run at the speed of memory.
 
     What a pruned model keeps dense (its head, and projections without zeros) would otherwise take most of
     a decode step: torch's ``F.linear`` reads a bf16 weight at half the machine's bandwidth. Parameters,
@@ -25,23 +25,42 @@ class DenseLinear(nn.Linear):
     MAX_ROWS = 256 if cpu.TILES else 32
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._runs(input):
+        if why_not(self, input) is not None:
             return super().forward(input)
         if torch.compiler.is_compiling():  # a compiler takes operators
             found: Tensor = torch.ops.mosaic.dense_linear(input, self.weight, self.bias)
             return found
         return cpu.dense_linear_raw(input, self.weight, self.bias)
 
-    def _runs(self, x: Tensor) -> bool:
-        """Whether the kernel takes ``x`` here, and nothing but a compiler has to see what it does."""
-        weight, bias = self.weight, self.bias
-        if not (cpu.DENSE_ROWS and x.dtype is torch.bfloat16 and x.is_cpu and x.shape[:-1].numel() <= self.MAX_ROWS):
-            return False
-        for constant in (weight,) if bias is None else (weight, bias):
-            if type(constant) is not nn.Parameter or constant.dtype is not torch.bfloat16 or not constant.is_cpu:
-                return False
-            if torch.is_grad_enabled() and constant.requires_grad:
-                return False
-        if forced() not in (None, "cpu") or (torch.is_grad_enabled() and x.requires_grad):
-            return False
-        return torch.compiler.is_compiling() or not is_recorded(x)
+
+_NO_KERNEL = cpu.why_not() or "this instruction set has no dense kernel"
+
+
+def why_not(layer: nn.Linear, x: Tensor) -> str | None:
+    """Why ``F.linear`` and not the kernel multiplies ``x``, or ``None`` where the kernel does.
+
+    It does on a CPU where nothing but a compiler has to see the call. Asked at every call: reasons are constants.
+    """
+    if not x.is_cpu:
+        return "the device is not a CPU"
+    if not cpu.DENSE_ROWS:
+        return _NO_KERNEL
+    if x.dtype is not torch.bfloat16:
+        return "the dense kernel takes bf16"
+    if x.shape[:-1].numel() > DenseLinear.MAX_ROWS:
+        return "so many rows torch multiplies as fast"
+    weight, bias = layer.weight, layer.bias
+    for constant in (weight,) if bias is None else (weight, bias):
+        if type(constant) is not nn.Parameter:
+            return "its weight or bias is no ordinary parameter"
+        if constant.dtype is not torch.bfloat16 or not constant.is_cpu:
+            return "its weight or bias is of another dtype or device than the input"
+        if torch.is_grad_enabled() and constant.requires_grad:
+            return "its weight or bias takes gradients"
+    if forced() not in (None, "cpu"):
+        return "another backend is forced"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "the input takes gradients"
+    if not torch.compiler.is_compiling() and is_recorded(x):
+        return "a tracer or a function transform has to see the call"
+    return None

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from mosaic_kernels import attention as grouped_attention
-from mosaic_kernels import decode, siblings
+from mosaic_kernels import compat, decode, siblings
 from mosaic_kernels.dense import DenseLinear
+from mosaic_kernels.explain import warn_if_slow
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
 
@@ -30,7 +31,8 @@ def prepare_inference(
     :class:`~mosaic_kernels.dense.DenseLinear`; one new token attends to shared key/value heads in one
     product (:mod:`mosaic_kernels.attention`); on a CPU a decoder block takes one token of one sequence in two
     native calls (:mod:`mosaic_kernels.decode`). Gradients, ``state_dict`` and ``save_pretrained`` are as
-    before, and dense models gain as well. Call it again after replacing layers.
+    before, and dense models gain as well. Call it again after replacing layers. What cannot be made quick on a CPU
+    is logged once, with the reason; :func:`~mosaic_kernels.explain.explain` tells the whole.
 
     Args:
         model: a Hugging Face causal language model, dense or with packed layers; changed in place.
@@ -59,10 +61,11 @@ def prepare_inference(
         for names in _SAME_INPUT:
             siblings.join(block.projection(name) for name in names)
         decode.take_tokens_natively(block.module)
-    if attention and model.config._attn_implementation == "sdpa":
+    if attention and compat.attention_of(model.config) == "sdpa":
         grouped_attention.register_with_transformers()
         model.set_attn_implementation(grouped_attention.NAME)
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = DenseLinear
+    warn_if_slow(model)
     return model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m mosaic_kernels.info``: what is installed, which backends run here, and why another does not."""
+"""``python -m mosaic_kernels.info [MODEL]``: what is installed and runs here, how a model runs, and why not faster."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mosaic_kernels.cli import run_command
+from mosaic_kernels.cuda_toolkit import find_gpu, find_nvcc, why_not_built
 from mosaic_kernels.errors import BackendError
+from mosaic_kernels.explain import explain
+from mosaic_kernels.explanation import Explanation
 from mosaic_kernels.ops import cpu
-from mosaic_kernels.ops.select import backends, kernel
+from mosaic_kernels.ops.select import backends, running
 
 PACKAGES = ("mosaic-kernels", "torch", "transformers", "triton", "safetensors", "numpy", "peft")
 TOOLS = ("c++", "cmake", "nvcc")
@@ -28,7 +32,9 @@ VARIABLES = (
     "MOSAIC_BACKEND",
     "MOSAIC_LOG_LEVEL",
     "MOSAIC_NUM_THREADS",
+    "MOSAIC_ISA",
     "MOSAIC_CUDA",
+    "MOSAIC_CUDA_ARCHS",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "HF_HOME",
@@ -39,7 +45,7 @@ VARIABLES = (
 def collect() -> dict[str, Any]:
     """Everything the command prints, under the names of ``--json``; needs neither kernels nor a GPU."""
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": _versions(),
         "tools": {name: _tool_version(name) for name in TOOLS},
         "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": cpu.threads(), **_native_cpu()},
         "cuda": _cuda(),
@@ -57,13 +63,20 @@ def format_table(found: dict[str, Any]) -> str:
     processor, cuda = found["cpu"], found["cuda"]
     lines = [f"{name:<16}{value or 'not installed'}" for name, value in found["versions"].items()]
     lines += ["", f"{'CPU':<16}{processor['name']}, {processor['cores']} cores, {processor['threads']} threads"]
-    lines += [f"{'instructions':<16}{processor['isa'] or 'unknown'} (CPU has: {processor['features'] or 'unknown'})"]
+    limit = "" if processor["isa"] == processor["best_isa"] else f"limited from {processor['best_isa']} by MOSAIC_ISA; "
+    has = processor["features"] or "unknown"
+    lines += [f"{'instructions':<16}{processor['isa'] or 'unknown'} ({limit}CPU has: {has})"]
     lines += [f"{'CUDA':<16}{cuda['why_not'] or ', '.join(cuda['devices'])} (torch built for {cuda['torch'] or 'CPU'})"]
+    lines += [f"{'CUDA kernels':<16}{cuda['not_built'] or 'built'}"]
     lines += [f"{name:<16}{value or 'not found'}" for name, value in found["tools"].items()]
     lines += ["", *(f"{name:<16}{entry['why_not'] or 'runs here'}" for name, entry in found["backends"].items())]
     lines += ["", *(f"{device + ' tensors':<16}{name}" for device, name in found["active"].items())]
     lines += ["", *(f"{name}={value}" for name, value in found["environment"].items())]
     return "\n".join(lines).rstrip()
+
+
+def _versions() -> dict[str, str | None]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str | None:
@@ -93,10 +106,10 @@ def _cpu_name() -> str:
 
 def _native_cpu() -> dict[str, str | None]:
     if cpu.why_not() is not None:
-        return {"isa": None, "features": None}
+        return {"isa": None, "best_isa": None, "features": None}
     from mosaic_kernels import _C_cpu
 
-    return {"isa": _C_cpu.isa(), "features": _C_cpu.features()}
+    return {"isa": _C_cpu.isa(), "best_isa": cpu.BEST_ISA, "features": _C_cpu.features()}
 
 
 def _cuda() -> dict[str, Any]:
@@ -106,7 +119,9 @@ def _cuda() -> dict[str, Any]:
         why_not = "this torch was built without CUDA"
     else:
         why_not = None if devices else "no device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
-    return {"torch": torch.version.cuda, "devices": devices, "why_not": why_not}
+    built = find_spec("mosaic_kernels._C_cuda") is not None
+    not_built = None if built else why_not_built(find_gpu(), find_nvcc())
+    return {"torch": torch.version.cuda, "devices": devices, "why_not": why_not, "not_built": not_built}
 
 
 def _active(device: str) -> str:
@@ -114,22 +129,51 @@ def _active(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "no device"
     try:
-        chosen = kernel("sparse_linear", torch.device(device))
+        return running("sparse_linear", torch.device(device))
     except BackendError as error:
         return str(error)
-    return next(name for name, backend in backends().items() if backend.kernels.get("sparse_linear") is chosen)
+
+
+def explain_model(source: str, dtype: str = "auto", device: str = "auto") -> Explanation:
+    """How a model runs that is loaded as every command loads it: a mosaic checkpoint is prepared, a dense model is not.
+
+    Raises:
+        The errors of :func:`~mosaic_kernels.checkpoint.reader.load_model`.
+    """
+    from mosaic_kernels.checkpoint.reader import load_model
+
+    model, _ = load_model(source, dtype=dtype, device=device)
+    return explain(model)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mosaic_kernels.info",
+        description="Versions, backends, and why one does not run; of a MODEL, which way every block and layer runs, "
+        "and why not the faster one.",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face directory or a hub id")
+    parser.add_argument("--device", default="auto", help="for MODEL: auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="auto", help="for MODEL: auto, float32, bfloat16 or float16 (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON line on stdout instead of a table")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
 
     def body() -> None:
-        parser = argparse.ArgumentParser(
-            prog="python -m mosaic_kernels.info", description="Versions, backends, and why one does not run."
-        )
-        parser.add_argument("--json", action="store_true", help="one JSON line on stdout instead of a table")
-        arguments, found = parser.parse_args(argv), collect()
-        print(json.dumps(found) if arguments.json else format_table(found))  # noqa: T201
+        arguments = make_parser().parse_args(argv)
+        if arguments.model is None:
+            found = collect()
+            text = format_table(found)
+        else:
+            explanation, versions = explain_model(arguments.model, arguments.dtype, arguments.device), _versions()
+            found = {"model": arguments.model, "versions": versions, **explanation.as_dict()}
+            text = f"{explanation}\n\n{', '.join(f'{name} {value}' for name, value in versions.items() if value)}"
+        print(json.dumps(found) if arguments.json else text)  # noqa: T201
 
     return run_command(body)
 

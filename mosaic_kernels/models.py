@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mosaic_kernels.errors import UnsupportedModelError
 
@@ -34,12 +34,14 @@ class Block:
         prefix: dotted name of the block in the model, e.g. ``model.layers.3``.
         module: the block itself.
         head_dim: features of one head; pruning never changes it.
+        stored: dtypes in which parameters are stored while the model computes in another, by full name.
     """
 
     index: int
     prefix: str
     module: nn.Module
     head_dim: int
+    stored: Mapping[str, torch.dtype] = field(default_factory=dict, compare=False, repr=False)
 
     def copy(self) -> Block:
         """The same block with weights of its own."""
@@ -54,6 +56,16 @@ class Block:
     def full_name(self, name: str) -> str:
         """The projection's name in the whole model."""
         return f"{self.prefix}.{name}"
+
+    def stored_dtype(self, name: str, parameter: str = "weight") -> torch.dtype:
+        """The dtype in which a projection's weight or bias is stored: what new values of it are rounded to."""
+        found: torch.dtype = getattr(self.projection(name), parameter).dtype
+        return self.stored.get(f"{self.full_name(name)}.{parameter}", found)
+
+    def rounded(self, name: str, values: Tensor, parameter: str = "weight") -> Tensor:
+        """New values of a projection, rounded to what its stored dtype can hold, in the dtype it computes in."""
+        held: Tensor = getattr(self.projection(name), parameter)
+        return values.to(self.stored_dtype(name, parameter)).to(held.dtype)
 
     @property
     def after_attention(self) -> nn.Module:
@@ -124,6 +136,10 @@ class ModelAdapter:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         blocks = tuple(Block(i, f"{prefix}.{i}", module, head_dim) for i, module in enumerate(layers))
         return cls(model, blocks)
+
+    def storing(self, dtypes: Mapping[str, torch.dtype]) -> ModelAdapter:
+        """The same model, whose blocks know the dtypes in which its parameters are stored."""
+        return replace(self, blocks=tuple(replace(block, stored=dtypes) for block in self.blocks))
 
     @property
     def final_norm(self) -> nn.Module:

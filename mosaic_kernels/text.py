@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mosaic_kernels.errors import CalibrationError, UsageError
+from mosaic_kernels.progress import station
 
 # One encoding of a tokenizer holds about 100 bytes for each token; pieces of this many characters
 # keep that under 30 MB whatever the size of the file.
@@ -32,12 +33,20 @@ def load_tokens(path: str | Path, tokenizer: Any) -> Tensor:
     Raises:
         CalibrationError: the file is missing, unreadable, empty, binary or not UTF-8.
     """
-    text = _read(Path(path))
-    pieces = _pieces(text, tokenizer)
-    tokens = torch.cat([torch.tensor(piece, dtype=torch.int64) for piece in pieces])
+    tokens = tokenize(_read(Path(path).expanduser()), tokenizer)
     if not len(tokens):
         raise CalibrationError(f"{path}: the tokenizer makes no tokens of this text; give another file")
     return tokens
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """All tokens of a text, ``int64 [tokens]``, without special tokens."""
+    with station("read text", -(-len(text) // _PIECE_CHARACTERS), "piece", detail=True) as here:
+        found = [torch.empty(0, dtype=torch.int64)]
+        for piece in _pieces(text, tokenizer):
+            found.append(torch.tensor(piece, dtype=torch.int64))
+            here.advance()
+    return torch.cat(found)
 
 
 def windows(tokens: Tensor, seqlen: int) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import settings
+from quick import Executed, is_quick
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)  # busy machines are slow, not wrong
 settings.load_profile("repeatable")
@@ -24,6 +26,29 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def pytest_configure() -> None:
     # the models here are small: on a busy 2-core machine a second thread made the suite 5 times slower
     torch.set_num_threads(1)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if is_quick(item.path.stem, item.name):
+        item.add_marker("quick")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+    """The whole of ``-m quick``, in one process, must reach every module."""
+    options = session.config.option
+    whole = options.markexpr == "quick" and not options.keyword and session.config.args_source.name == "TESTPATHS"
+    if not whole or options.collectonly or getattr(options, "numprocesses", None) or sys.gettrace() is not None:
+        return (yield)
+    executed = Executed()
+    executed.start()
+    try:
+        result = yield
+    finally:
+        executed.stop()
+    if missing := executed.missing():
+        raise pytest.UsageError(f"no quick test calls a function of {', '.join(missing)}: name one in tests/quick.py")
+    return result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,9 +108,13 @@ def dense_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=[80, 90], ids="sm_{}".format)
+@pytest.fixture(scope="session", params=[pytest.param(80, marks=pytest.mark.emulator), 90], ids="sm_{}".format)
 def gpu(request: pytest.FixtureRequest) -> Any:
-    """The CUDA kernels on an emulated GPU, with and without bulk copies: ``simt.Gpu``."""
+    """The CUDA kernels on an emulated GPU, with and without bulk copies: ``simt.Gpu``.
+
+    Each architecture is compiled when its first test asks for it, 17 s of a core (Xeon, Sapphire Rapids class, Dec
+    2026): the default run has one, ``-m emulator`` the other.
+    """
     from simt import Gpu
 
     return Gpu(request.param)

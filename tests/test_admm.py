@@ -84,6 +84,7 @@ def test_more_refit_steps_never_hurt() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_solve_of_the_widest_projection_of_7b_takes_less_than_6_gib() -> None:
     """Measured at a quarter of 4096 x 11008: everything that is held grows with the product of two widths."""
     script = """

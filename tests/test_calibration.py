@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mosaic_kernels.errors import CalibrationError, EnvironmentError_, ExitCode
+from mosaic_kernels.errors import CalibrationError, EnvironmentError_, ExitCode, UsageError
 from mosaic_kernels.prune import calibration
 from mosaic_kernels.prune.calibration import Calibration, cache_directory, calibrate
 
@@ -106,7 +106,9 @@ def test_a_missing_file_is_no_dataset(source: str, tokenizer: Any) -> None:
 
 
 def test_a_directory_is_no_text(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(CalibrationError, match="cannot read"):
+    with pytest.raises(
+        UsageError, match=r"is a directory; calibration may be the path of a text file, .*list of texts"
+    ):
         draw(tmp_path, tokenizer)
 
 

@@ -41,6 +41,8 @@ def test_defaults_are_valid_and_frozen() -> None:
         ({"samples": 0}, "samples"),
         ({"seqlen": 0}, "seqlen"),
         ({"channel_multiple": 0}, "channel_multiple"),
+        ({"eval_text": "a.txt", "eval_tokens": 0}, "eval_tokens must be at least 1"),
+        ({"eval_tokens": 100}, "--eval-text FILE"),
         ({"pattern": "two:four"}, "two:four"),
         ({"pattern": "4:4"}, "0 < N < M"),
         ({"pattern": "0:4"}, "0 < N < M"),

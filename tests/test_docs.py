@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["ops", "int8", "linear", "text", "prune.pipeline"])
+@pytest.mark.parametrize("name", ["ops", "int8", "linear", "text", pytest.param("prune.pipeline", marks=pytest.mark.slow), "explain"])
 def test_docstring_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(f"mosaic_kernels.{name}")
@@ -75,18 +75,31 @@ def test_the_tables_are_the_measured_ones() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def committed(noun: str) -> list[dict[str, dict[str, Any]]]:
-    """``extra_info`` by benchmark, for every machine whose figures are committed; there is one at least."""
-    files = sorted((ROOT / "benchmarks" / "results").glob(f"{noun}-*.json"))
-    assert files, f"no benchmarks/results/{noun}-*.json"
-    found = [json.loads(path.read_text())["benchmarks"] for path in files]
+def committed(noun: str, isa: str | None = None) -> list[dict[str, dict[str, Any]]]:
+    """``extra_info`` by benchmark, for every machine whose figures are committed; there is one at least.
+
+    Args:
+        isa: of machines whose kernels ran at this level alone; ``None``: of all.
+    """
+    files = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob(f"{noun}-*.json"))]
+    found = [file["benchmarks"] for file in files if isa in (None, file["machine_info"]["isa"])]
+    assert found, f"no benchmarks/results/{noun}-*.json{f' of {isa}' if isa else ''}"
     return [{benchmark["name"]: benchmark["extra_info"] for benchmark in benchmarks} for benchmarks in found]
 
 
-def test_linear_layers_are_as_fast_as_promised() -> None:
-    """bf16 against torch's ``F.linear``, projections of 2048 x 2048 and more, and int8 against the bf16 bitmap."""
-    least = {"1 rows": 2.0, "4 rows": 1.6, "8 rows": 1.4, "64 rows": 0.95}
-    for rows in committed("linear"):
+# Least speed over the faster of torch's dense products, and of int8 at one row over the bf16 bitmap. An AVX-512
+# processor of Zen 4's kind is compared with its bf16 products, one with AVX2 alone with its fp32 ones.
+PROMISED = {
+    "avx512": {"1 rows": 2.0, "4 rows": 1.6, "8 rows": 1.4, "64 rows": 0.95},
+    "avx2": {"1 rows": 2.3, "4 rows": 2.0, "64 rows": 0.95, "256 rows": 0.95},
+}
+PROMISED_OF_INT8 = {"avx512": 1.4, "avx2": 1.5}
+
+
+@pytest.mark.parametrize("isa", PROMISED)
+def test_linear_layers_are_as_fast_as_promised(isa: str) -> None:
+    """bf16 weights of 2048 x 2048 and more, and int8 against the bf16 bitmap."""
+    for rows in committed("linear", isa):
         large = [
             (name, row)
             for name, row in rows.items()
@@ -94,14 +107,14 @@ def test_linear_layers_are_as_fast_as_promised() -> None:
         ]
         assert len(large) >= 33  # eleven such shapes, three densities
         for name, row in large:
-            for cell, bound in least.items():
+            for cell, bound in PROMISED[isa].items():
                 assert row["ratios"][cell] >= bound, (name, cell)
         gains = [
             row["ratios"]["int8, 1 rows"] / row["ratios"]["packed, 1 rows"]
             for name, row in rows.items()
             if name.startswith("test_int8[")
         ]
-        assert statistics.median(gains) >= 1.4  # 1.8 times fewer bytes, and work of its own
+        assert statistics.median(gains) >= PROMISED_OF_INT8[isa]
 
 
 def test_a_packed_weight_takes_the_bytes_that_are_promised() -> None:

@@ -178,6 +178,7 @@ def run_gpu(*arguments: str, out: Path, **variables: str) -> subprocess.Complete
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_command_runs_the_stages(tmp_path: Path) -> None:
     done = run_gpu("--dry-run", "build", "micro", out=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from small_models import random_model, zero_weights
 from torch import Tensor, nn
 
 import mosaic_kernels as mk
-from mosaic_kernels import ops, siblings
+from mosaic_kernels import compat, ops, siblings
 from mosaic_kernels.checkpoint.writer import pack_model
 from mosaic_kernels.dense import DenseLinear
 from mosaic_kernels.errors import BackendError
@@ -353,7 +353,7 @@ def test_attention_of_one_token_is_that_of_transformers(kind: str, padded: bool)
         for _ in range(4):
             seen = torch.cat([seen, torch.ones(2, 1, dtype=torch.long)], 1)
             token = out.logits[:, -1:].argmax(-1)
-            out = model(token, attention_mask=seen, past_key_values=out.past_key_values, use_cache=True)
+            out = model(token, attention_mask=seen, use_cache=True, **compat.with_cache(model, compat.cache_of(out)))
             found.append(out.logits)
         return found
 

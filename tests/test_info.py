@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from mosaic_kernels import info
 from mosaic_kernels.info import collect, format_table, main
 from mosaic_kernels.ops import use_backend
+from mosaic_kernels.ops.isa import LEVELS
 
 
 def test_json_and_table_say_the_same(capsys: Any) -> None:
@@ -47,6 +50,47 @@ def test_variables_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MOSAIC_LOG_LEVEL=debug" in format_table(found)
 
 
+def with_isa(wish: str) -> subprocess.CompletedProcess[str]:
+    """What the command finds in a fresh process, as JSON and behind it as a table."""
+    program = (
+        "import json; from mosaic_kernels.info import collect, format_table; "
+        "found = collect(); print(json.dumps(found)); print(format_table(found))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "MOSAIC_ISA": wish}, capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("wish", LEVELS)
+def test_the_instruction_set_can_be_limited(wish: str) -> None:
+    """To a level that is there; a higher one leaves the best."""
+    found, table = with_isa(wish).stdout.split("\n", 1)
+    best = json.loads(found)["cpu"]["best_isa"]
+    expected = min(wish, best, key=LEVELS.index)
+    assert json.loads(found)["cpu"]["isa"] == expected
+    limited = f" (limited from {best} by MOSAIC_ISA; CPU has: "
+    assert f"instructions    {expected}{limited if expected != best else ' (CPU has: '}" in table
+    assert f"MOSAIC_ISA={wish}" in table
+
+
+def test_an_instruction_set_that_does_not_exist_is_refused() -> None:
+    refused = with_isa("sse9")
+    assert refused.returncode != 0
+    assert "MOSAIC_ISA='sse9' is not an instruction set; choose one of scalar, avx2, avx512" in refused.stderr
+
+
+def test_missing_cuda_kernels_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "find_spec", lambda name: None)
+    monkeypatch.setattr(info, "find_gpu", lambda: None)
+    monkeypatch.setattr(info, "find_nvcc", lambda: "/some/nvcc")
+    (line,) = [line for line in format_table(collect()).splitlines() if line.startswith("CUDA kernels")]
+    assert "not built: no NVIDIA GPU here" in line
+    assert "MOSAIC_CUDA=on pip install" in line
+    monkeypatch.setattr(info, "find_spec", lambda name: object())
+    assert "CUDA kernels    built" in format_table(collect())
+
+
 WITHOUT_KERNELS = "import sys; sys.modules['mosaic_kernels._C_cpu'] = sys.modules['mosaic_kernels._C_cuda'] = None; "
 
 
@@ -63,7 +107,7 @@ def test_a_broken_build_is_not_slow_in_silence() -> None:
     assert warning.startswith(
         "mosaic_kernels.ops.select WARNING backend 'cpu' cannot run, so cpu tensors use 'reference'"
     )
-    assert "_C_cpu did not load" in warning
+    assert "the native module _C_cpu did not load" in warning
 
 
 def test_a_build_without_kernels_is_explained() -> None:

@@ -204,7 +204,7 @@ def test_gradient_reaches_the_input(rounded: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_whole(backend: str) -> None:
     model = _int8("int8-group", shape=(130, 32))
     compiled = torch.compile(model, fullgraph=True, backend=backend)

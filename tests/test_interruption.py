@@ -115,6 +115,7 @@ def _as_from_a_terminal() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_a_real_signal(tmp_path: Path) -> None:
     """SIGINT while blocks are being solved: 130, a journal, and a command that finishes the work."""
     random_model(num_hidden_layers=60).save_pretrained(tmp_path / "deep")

@@ -14,16 +14,29 @@ PACKAGE = ROOT / "mosaic_kernels"
 
 # A module may import what stands on its own level or below; the package's __init__ ties it all together.
 LEVELS = {
-    "errors": 0, "config": 0,
-    "format": 1, "tiles": 1, "semistructured": 1, "text": 1, "cli": 1,
-    "ops": 2, "_C_cpu": 2, "_C_cuda": 2,
+    "errors": 0, "config": 0, "compat": 0,
+    "format": 1, "tiles": 1, "semistructured": 1, "text": 1, "cli": 1, "progress": 1, "cuda_toolkit": 1,
+    "ops": 2, "device": 2, "_C_cpu": 2, "_C_cuda": 2,
     "arrangement": 3, "linear": 3, "int8": 3, "siblings": 3, "dense": 3,
-    "models": 4, "decode": 4,
-    "attention": 4, "inference": 5, "checkpoint": 5, "evaluate": 5, "export": 5,
+    "models": 4, "native_block": 4, "decode": 4,
+    "attention": 4, "explanation": 5, "explain": 5,
+    "compute": 5, "inference": 5, "checkpoint": 5, "evaluate": 5, "export": 5,
     "prune": 6, "deploy": 6,
     "report": 7, "info": 7, "profile": 7,
 }  # fmt: skip
-MAY_IMPORT_TRANSFORMERS = ("models", "attention", "decode", "checkpoint", "prune.calibration", "evaluate")
+MAY_IMPORT_TRANSFORMERS = ("compat", "models", "checkpoint", "prune.calibration", "evaluate")
+# compat knows how releases of transformers and PEFT differ, and alone uses more of them than these modules.
+DOCUMENTED = (
+    "transformers", "transformers.utils.logging", "transformers.quantizers.base",
+    "transformers.utils.quantization_config", "peft",
+)  # fmt: skip
+# Names of theirs that are private, or that a release has changed.
+CHANGEABLE = {
+    "past_key_values", "cache_params", "variance_epsilon", "all_tied_weights_keys", "output_capturing",
+    "_active_collector", "_attn_implementation", "_attn_implementation_internal", "_is_hf_initialized",
+    "_hf_peft_config_loaded", "AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING",
+}  # fmt: skip
+MAY_READ_VERSIONS = ("compat", "info", "prune.report", "ops.cuda", "ops.triton.__main__")  # to print them
 MAY_IMPORT_TRITON = ("ops.triton",)
 MOST_LINES = {".py": 400, ".cpp": 600, ".cu": 600, ".h": 600, ".cuh": 600}
 
@@ -95,6 +108,34 @@ def outside(path: Path, source: str | None = None) -> list[str]:
     return found
 
 
+def names_in(source: str) -> set[str]:
+    """Everything a file calls something by: attributes, variables, arguments, and words between quotes."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        for field in ("attr", "id", "arg", "value"):
+            name = getattr(node, field, None)
+            found |= {name} if isinstance(name, str) else set()
+    return found
+
+
+def changeable(path: Path, source: str | None = None) -> list[str]:
+    """What a file uses of transformers and PEFT that only ``compat`` may, and versions it reads."""
+    source, own = path.read_text() if source is None else source, dotted(path)
+    if own == "compat":
+        return []
+    found = {name for name in names_in(source) if name in CHANGEABLE or re.match(r"(transformers|peft)\.\w", name)}
+    for name in imports(path, source):
+        module = name if re.match(r"(transformers|peft)(\.|$)", name) else ""
+        # of ``from a.b import c`` the name is a.b.c
+        if module and module not in DOCUMENTED and module.rpartition(".")[0] not in DOCUMENTED:
+            found.add(module)
+    tree = ast.walk(ast.parse(source))
+    if own and not within(own, MAY_READ_VERSIONS):
+        modules = {each.attr for each in tree if isinstance(each, ast.Attribute) and each.attr == "__version__"}
+        found |= modules | {name for name in imports(path, source) if name == "importlib.metadata.version"}
+    return sorted(found)
+
+
 @pytest.mark.parametrize("path", [p for p in MODULES if dotted(p)], ids=dotted)
 def test_imports_point_down(path: Path) -> None:
     assert level(dotted(path)) >= 0
@@ -113,6 +154,17 @@ def test_our_package_is_imported_by_its_parts(path: Path) -> None:
     names = {name.removeprefix("mosaic_kernels.") for name in imports(path) if name.startswith("mosaic_kernels.")}
     public = {name for name in names if name.partition(".")[0] not in LEVELS}
     assert public <= {"__version__"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: dotted(path) or "__init__")
+def test_one_file_knows_what_releases_of_transformers_change(path: Path) -> None:
+    assert not changeable(path)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_pass_caches_by_the_name_of_the_day(path: Path) -> None:
+    told = path.name in ("test_compat.py", Path(__file__).name)
+    assert told or "past_key_values" not in names_in(path.read_text())
 
 
 @pytest.mark.parametrize("path", [p for p in NATIVE if "csrc" in p.parts], ids=lambda path: path.name)
@@ -154,6 +206,14 @@ def test_the_checks_see_what_they_look_for() -> None:
     assert outside(linear, "import transformers") == ["transformers"]
     assert outside(PACKAGE / "prune" / "gram.py", "from triton.language import load") == ["triton"]
     assert outside(PACKAGE / "ops" / "triton" / "linear.py", "import triton") == []
+    assert changeable(linear, "from transformers.cache_utils import Cache") == ["transformers.cache_utils.Cache"]
+    assert changeable(linear, "from transformers import AutoConfig\nfrom transformers.utils import logging") == []
+    assert changeable(linear, "from peft.tuners.lora import Linear") == ["peft.tuners.lora.Linear"]
+    assert changeable(linear, "model(past_key_values=cache)") == ["past_key_values"]
+    assert changeable(linear, "config._attn_implementation") == ["_attn_implementation"]
+    assert changeable(linear, "importlib.import_module('transformers.models')") == ["transformers.models"]
+    assert changeable(linear, "if torch.__version__ > '3': pass") == ["__version__"]
+    assert changeable(PACKAGE / "compat.py", "model(past_key_values=cache)") == []
     assert strangers(ROOT / "csrc" / "cuda" / "pack.cu", '#include "simt/simt.h"\n#include "cpu/lanes.h"') == {
         "simt",
         "cpu",

@@ -155,7 +155,7 @@ def test_meta_and_back() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_whole(backend: str) -> None:
     model = mk.MosaicLinear.from_linear(_dense((64, 32), 0.5))
     compiled = torch.compile(model, fullgraph=True, backend=backend)

@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from small_models import composite, load, logits, prompt, save
+from transformers.integrations import peft as integration
 
 from mosaic_kernels.errors import UsageError
 
 peft = pytest.importorskip("peft")
 
-# peft asks every model for it
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# peft asks every model for what the second mark lets pass
+pytestmark = [
+    pytest.mark.compat,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture(params=["float", "int8"])
@@ -65,6 +71,9 @@ def test_merges_into_dense_weights(tmp_path: Path) -> None:
 
 
 def test_adapters_of_transformers_own_integration_save_and_load(tmp_path: Path) -> None:
+    wanted = getattr(integration, "MIN_PEFT_VERSION", "0")  # 5.24 wants one that nobody had released by December 2026
+    if Version(wanted) > Version(peft.__version__):
+        pytest.skip(f"transformers {transformers.__version__} adds adapters with PEFT {wanted}, not {peft.__version__}")
     base = save(composite(), tmp_path / "base")
     model = load(base)
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))

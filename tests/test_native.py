@@ -56,6 +56,14 @@ def linear(x: Tensor, weight: Tensor, threads: int) -> Tensor:
     return out
 
 
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The same for a dense weight, on one thread."""
+    out = x.new_full((x.shape[0], weight.shape[0]), float("nan"))
+    sizes = (x.shape[0], weight.shape[1], weight.shape[0], 0, CODES[x.dtype], 1)
+    _C_cpu.sparse_linear(x.data_ptr(), weight.data_ptr(), 0, 0, 0, out.data_ptr(), *sizes)
+    return out
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(level: str, dtype: torch.dtype) -> None:
     # 700 x 600 is enough work to be shared out; 1 to 9 are every register block, 40 rows expand panels
@@ -193,6 +201,11 @@ def check_guarded_round_trip(weight: Tensor) -> None:
             out, nnz, code, 1,
         )  # fmt: skip
         assert torch.equal(result.read(), linear(x.like, weight, 1))
+        if _C_cpu.isa() != "scalar":
+            _C_cpu.sparse_linear(
+                x.address, dense.address, 0, 0, bias.address, result.address, rows, columns, out, 0, code, 1
+            )
+            assert torch.equal(result.read(), dense_linear(x.like, weight))
     scores = Guarded(weight.float())
     mask, keep = Guarded(torch.zeros(out, columns, dtype=torch.bool)), Guarded(torch.tensor([3]))
     _C_cpu.select(scores.address, keep.address, mask.address, out, columns, 0, 1)

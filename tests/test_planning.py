@@ -22,8 +22,15 @@ SMALL = ("--samples", "17", "--seqlen", "8")  # one sequence of these is held ou
 SHORT = searching.Evolution(generations=1, offspring=2, rounds=((32, 1),))
 
 
-@pytest.mark.parametrize("recover", ["reconstruct", "lora"])
-@pytest.mark.parametrize("solver", ["admm", "wanda"])
+@pytest.mark.parametrize(
+    ("solver", "recover"),
+    [
+        ("admm", "reconstruct"),
+        ("admm", "lora"),
+        ("wanda", "reconstruct"),
+        pytest.param("wanda", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_recovery_keeps_every_count(recover: str, solver: str, run: Run, dense_dir: Path) -> None:
     options = ("--sparsity", "0.5", "--structured-share", "0.2", "--policy", "uniform", "--solver", solver)
     result = run(dense_dir, "--output-dir", "out", "--json", "--recover", recover, *options, *QUICK)
@@ -72,7 +79,7 @@ def test_a_resumed_run_does_not_search_again(
     assert digests(Path("out")) == digests(Path("whole"))
 
 
-@pytest.mark.parametrize("recover", ["none", "reconstruct", "lora"])
+@pytest.mark.parametrize("recover", ["none", "reconstruct", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_resumed_run_with_held_out_sequences_gives_the_same_bytes(recover: str, run: Run, dense_dir: Path) -> None:
     options = (
         "--sparsity",

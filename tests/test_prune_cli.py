@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from small_models import random_model
 
 from mosaic_kernels.checkpoint.reader import load_model
+from mosaic_kernels.evaluate.perplexity import perplexity
 from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.prune.__main__ import main, make_parser
+from mosaic_kernels.text import load_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -294,6 +296,34 @@ def test_json_is_one_line_and_complete(run: Run, dense_dir: Path, tmp_path: Path
     assert kept_weights(ModelAdapter.of(written)) == report["prunable_parameters"] - report["removed_parameters"]
 
 
+def test_perplexity_on_the_first_tokens_of_a_text(
+    run: Run, dense_dir: Path, tmp_path: Path, validation_text: Path, tokenizer: Any
+) -> None:
+    """It is that of the text that ends there."""
+    (tmp_path / "long.txt").write_text(validation_text.read_text()[:6000])
+    tokens = load_tokens(tmp_path / "long.txt", tokenizer)
+    assert len(tokens) > 400
+    model, _ = load_model(dense_dir)
+    options = (
+        "--sparsity",
+        "0.5",
+        "--solver",
+        "magnitude",
+        "--policy",
+        "uniform",
+        "--compute-dtype",
+        "bfloat16",
+        "--json",
+    )
+    result = run(
+        dense_dir, "--output-dir", "out", *options, *QUICK, "--eval-text", tmp_path / "long.txt", "--eval-tokens", "100"
+    )
+    found = json.loads(result.out)["perplexity"]
+    expected = perplexity(model, tokens[:100], 16)
+    assert found["tokens"] == expected.tokens == 6 * 15
+    assert found["dense"] == expected.perplexity
+
+
 def test_the_table_names_what_counts(run: Run, dense_dir: Path) -> None:
     result = run(dense_dir, "--output-dir", "out", *QUICK, "--sparsity", "0.6")
     report = json.loads(Path("out", "mosaic_report.json").read_text())
@@ -331,8 +361,8 @@ def test_help_shows_every_option_its_default_and_an_example(capsys: pytest.Captu
     for option in (
         "--sparsity", "--category", "--structured-share", "--pattern", "--channel-multiple", "--policy",
         "--outlier-threshold", "--max-deviation", "--solver", "--ranks", "--calibration", "--samples", "--seqlen",
-        "--seed", "--eval-text", "--device", "--dtype", "--resume", "--overwrite", "--dry-run", "--format", "--json",
-        "--output-dir",
+        "--seed", "--eval-text", "--eval-tokens", "--device", "--dtype", "--resume", "--overwrite", "--dry-run",
+        "--format", "--json", "--output-dir",
     ):  # fmt: skip
         assert option in out
     flat = " ".join(out.split())

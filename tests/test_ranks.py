@@ -59,7 +59,7 @@ from pathlib import Path
 from mosaic_kernels.errors import EnvironmentError_, NonFiniteError
 from mosaic_kernels.prune import block, journal
 from mosaic_kernels.prune.__main__ import main
-from mosaic_kernels.prune.ranks import leads
+from mosaic_kernels.cli import leads
 
 model, options = sys.argv[1], sys.argv[2:]
 solve, record = block.solve, journal.Journal.record

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -18,7 +19,7 @@ from regression import Comparison, committed_figures, misses
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-MACHINE = {"cpu": "Some CPU", "threads": 2, "isa": "avx512", "torch": "2.13", "commit": "abc"}
+MACHINE = {"cpu": "Some CPU", "threads": 2, "isa": "avx512", "torch_isa": "AVX512", "torch": "2.13", "commit": "abc"}
 COMMITTED = {"ratios": {"speed_up": 2.0}, "memory": {"weight_bytes": 1000, "load": 1.5}, "median_us": 10.0}
 
 
@@ -54,7 +55,7 @@ def test_a_figure_that_vanishes_fails_and_a_new_one_does_not() -> None:
     assert misses("b", found(), {}) == []
 
 
-@pytest.mark.parametrize("difference", [{"cpu": "Other"}, {"threads": 1}, {"isa": "avx2"}])
+@pytest.mark.parametrize("difference", [{"cpu": "Other"}, {"threads": 1}, {"isa": "avx2"}, {"torch_isa": "AVX2"}])
 def test_another_kind_of_machine_is_not_compared(tmp_path: Path, difference: dict[str, Any]) -> None:
     write(tmp_path)
     comparison = Comparison(MACHINE | difference, tmp_path)
@@ -120,9 +121,11 @@ def run_benchmarks(directory: Path, speeds: list[float], committed: list[str], *
     (directory / "results" / "fake-here.json").write_text(
         json.dumps({"machine_info": machine_of_a_process(), "benchmarks": benchmarks})
     )
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, which this may be, but the run to look at is none
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--benchmark-only", "-p", "no:cacheprovider", *arguments],
-        cwd=directory, capture_output=True, text=True, check=False,
+        cwd=directory, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.returncode == 0, done.stdout + done.stderr
 
@@ -130,9 +133,9 @@ def run_benchmarks(directory: Path, speeds: list[float], committed: list[str], *
 @pytest.mark.parametrize(
     ("speeds", "options", "passes", "says"),
     [
-        ([1.0, 1.9], [], True, "1 compared"),
+        pytest.param([1.0, 1.9], [], True, "1 compared", marks=pytest.mark.slow),
         ([1.0, 1.1], [], False, "test_steady: ratios['speed_up'] was 2 and is 1.1"),
-        ([1.0], ["--no-regression"], True, "2 passed"),
+        pytest.param([1.0], ["--no-regression"], True, "2 passed", marks=pytest.mark.slow),
     ],
 )
 def test_a_slow_benchmark_fails_the_run_when_it_is_slow_twice(
@@ -147,7 +150,11 @@ def test_a_slow_benchmark_fails_the_run_when_it_is_slow_twice(
 
 @pytest.mark.parametrize(
     ("options", "complete"),
-    [(["bench_fake.py"], True), (["-k", "steady"], False), (["bench_fake.py::test_steady"], False)],
+    [
+        (["bench_fake.py"], True),
+        pytest.param(["-k", "steady"], False, marks=pytest.mark.slow),
+        pytest.param(["bench_fake.py::test_steady"], False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_benchmark_that_vanishes_fails_a_run_of_its_whole_file(
     tmp_path: Path, options: list[str], complete: bool

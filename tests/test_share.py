@@ -74,7 +74,7 @@ def test_a_harder_structured_share_diverges_more_on_a_trained_model(tiny_llama: 
     """What is judged is real: nearly all structured is far worse than hardly any."""
     from transformers import AutoModelForCausalLM
 
-    adapter = ModelAdapter.of(AutoModelForCausalLM.from_pretrained(tiny_llama).eval())
+    adapter = ModelAdapter.of(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval())
     tokens = torch.randint(2, 4096, (6, 64), generator=torch.Generator().manual_seed(1))
     found = measure(adapter, tokens, choose_solver("admm", "fast"), zeros=True, units=True)
     ranks = Ranks("m", "c", 1, {n: {5.0: 0.1} for n in adapter.sizes()}, {}, found)

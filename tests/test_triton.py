@@ -196,7 +196,7 @@ OPERATORS: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels_compile_and_spill_nothing(
     operator: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

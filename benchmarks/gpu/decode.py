@@ -23,6 +23,7 @@ import mosaic_kernels as mk
 from gpu.bench import Bench, Row, note, reason
 from gpu.timing import Chain, Marks
 from mosaic_kernels.checkpoint.writer import pack_model
+from mosaic_kernels.compat import with_cache
 from mosaic_kernels.evaluate.latency import weight_bytes
 
 PROMPT_TOKENS, NEW_TOKENS, RUNS = 128, 128, 5
@@ -72,6 +73,7 @@ class Decoder:
         self._forward = model if forward is None else forward
         length = -(-(prompt.shape[1] + new_tokens + SPARE_TOKENS) // CACHE_MULTIPLE) * CACHE_MULTIPLE
         self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self._given = with_cache(model, self.cache)
         self.token = prompt.new_zeros(1, 1)
         self.logits: Tensor
         self.read()
@@ -82,13 +84,13 @@ class Decoder:
         """Empty the cache and read the prompt; logits after it, fp32 ``[vocabulary]``."""
         if self.cache.is_initialized:
             self.cache.reset()
-        out = self.model(input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=self.prompt, use_cache=True, logits_to_keep=1, **self._given)
         self.token.copy_(out.logits[:, -1:].argmax(-1))
         return out.logits[0, -1].float()
 
     @torch.no_grad()
     def _step(self) -> None:
-        out = self._forward(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        out = self._forward(input_ids=self.token, use_cache=True, **self._given)
         self.logits = out.logits
         self.token.copy_(out.logits[:, -1:].argmax(-1))
 

@@ -53,15 +53,17 @@ void pack_x(const void* from, int64_t rows, int64_t in_features, void* packed) {
 
 namespace {
 
-// Where whole numbers are multiplied as such: [group of 64][row of the block][64], int8 as unsigned bytes
-// with 128 added, which is how vpdpbusd wants them. Elsewhere whole numbers in fp32, laid out as pack_x does
+// Whole numbers with AVX-512: [group of 64][row of the block][64], int8 as unsigned bytes with 128 added,
+// which is how vpdpbusd wants them. With AVX2 in 16 bits or fp32, elsewhere in fp32, laid out as pack_x does
 // it.
 #if defined(__AVX512VNNI__)
-constexpr bool kWhole = true;
 constexpr int64_t kColumns = kScaleColumns;
+using Int8 = uint8_t;
+constexpr int kInt8Offset = 128;
 #else
-constexpr bool kWhole = false;
 constexpr int64_t kColumns = kWordBits;
+using Int8 = int16_t;
+constexpr int kInt8Offset = 0;
 #endif
 
 // Fewer steps than this hold an element less well than bf16 does.
@@ -127,20 +129,28 @@ bool round_rows(const void* from, int limit, int offset, int64_t rows, int64_t i
 }  // namespace
 
 XForm x_form(WeightKind kind, const LinearArgs& a) {
-  if (kind == kPackedInt8TimesInt8) return XForm::kInt8;
-  return kWhole && kind == kPackedInt8 && a.dtype == DType::kBFloat16 ? XForm::kInt16 : XForm::kPlain;
+#if defined(__AVX512VNNI__)
+  const bool whole = true;
+#elif defined(__AVX2__)
+  const bool whole = a.rows <= kWholeRows;
+#else
+  const bool whole = false;
+#endif
+  if (kind == kPackedInt8TimesInt8) return whole ? XForm::kInt8 : XForm::kInt8Float;
+  return whole && kind == kPackedInt8 && a.dtype == DType::kBFloat16 ? XForm::kInt16 : XForm::kPlain;
 }
 
 int64_t rounded_row_bytes(XForm form, int64_t in_features) {
-  const int64_t item = !kWhole ? 4 : form == XForm::kInt8 ? 1 : 2;
+  const int64_t item = form == XForm::kInt8Float ? 4 : form == XForm::kInt8 ? sizeof(Int8) : 2;
   return (in_features + kColumns - 1) / kColumns * kColumns * item;
 }
 
 template <typename T>
 bool round_x(const void* from, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales) {
-  if (!kWhole) return round_rows<T, float, false>(from, 127, 0, rows, in_features, packed, scales);
+  if (form == XForm::kInt8Float)
+    return round_rows<T, float, false>(from, 127, 0, rows, in_features, packed, scales);
   if (form == XForm::kInt8)
-    return round_rows<T, uint8_t, false>(from, 127, 128, rows, in_features, packed, scales);
+    return round_rows<T, Int8, false>(from, 127, kInt8Offset, rows, in_features, packed, scales);
   return round_rows<T, int16_t, true>(from, 32767, 0, rows, in_features, packed, scales);
 }
 
@@ -191,12 +201,6 @@ void turn_few(const char* from, int64_t row_bytes, int64_t rows, int64_t room, c
 }
 
 }  // namespace
-
-// Chunks are multiples of 4 weight rows: of 12 they would give two threads 120 and 136 rows of 256. Several
-// blocks of rows read a chunk one after the other: it should stay in L2 meanwhile.
-Turned turned(WeightKind, const LinearArgs& a) {
-  return {has_turned_rows(a) ? 4 : 0, 1 << 18, has_turned_rows(a)};
-}
 
 void turn_x(const void* from, int64_t row_bytes, int64_t rows, void* to) {
   for (int64_t tile = 0, room; tile < rows; tile += room) {

@@ -74,15 +74,20 @@ Cpu detect() {
   const bool base512 = os_zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
   const bool vbmi2 = os_zmm && bit(c, 1) && bit(c, 6),                                  // VBMI and VBMI2
       vnni = os_zmm && bit(c, 11);
-  const bool tiles = os_tiles && bit(d, 22) && bit(d, 24) && bit(d, 25);  // bf16, the tiles themselves, int8
-  bool bf16 = false;
-  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = os_zmm && bit(a, 5);
+  const bool fp16 = os_zmm && bit(d, 23), amx_bf16 = os_tiles && bit(d, 22) && bit(d, 24),
+             amx_int8 = os_tiles && bit(d, 24) && bit(d, 25);
+  bool bf16 = false, amx_fp16 = false;
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    bf16 = os_zmm && bit(a, 5);
+    amx_fp16 = amx_bf16 && bit(a, 21);
+  }
   const struct {
     bool present;
     const char* name;
-  } names[] = {{has_avx2, "avx2"},    {fma, "fma"},          {f16c, "f16c"},
-               {bmi, "bmi2"},         {base512, "avx512"},   {vbmi2, "avx512_vbmi2"},
-               {bf16, "avx512_bf16"}, {vnni, "avx512_vnni"}, {tiles, "amx"}};
+  } names[] = {{has_avx2, "avx2"},     {fma, "fma"},           {f16c, "f16c"},
+               {bmi, "bmi2"},          {base512, "avx512"},    {vbmi2, "avx512_vbmi2"},
+               {bf16, "avx512_bf16"},  {vnni, "avx512_vnni"},  {fp16, "avx512_fp16"},
+               {amx_bf16, "amx_bf16"}, {amx_int8, "amx_int8"}, {amx_fp16, "amx_fp16"}};
   for (const auto& feature : names) {
     if (!feature.present) continue;
     if (cpu.features[0]) std::strcat(cpu.features, " ");
@@ -90,7 +95,7 @@ Cpu detect() {
   }
   if (has_avx2 && fma && f16c && bmi && popcnt) cpu.best = kAvx2;
   if (cpu.best == kAvx2 && base512 && vbmi2 && bf16 && vnni) cpu.best = kAvx512;
-  if (cpu.best == kAvx512 && tiles && may_use_tiles()) cpu.best = kAmx;
+  if (cpu.best == kAvx512 && amx_bf16 && amx_int8 && may_use_tiles()) cpu.best = kAmx;
   return cpu;
 }
 

@@ -17,7 +17,8 @@ constexpr int64_t kMinChunkWork = 1 << 15;
 // Several blocks of rows read a chunk of weights one after the other: it should stay in L2 meanwhile.
 constexpr int64_t kCachedBytes = 1 << 18;
 // Chunks are multiples of the rows that kernels take at once: 4 for up to 6 rows of x, then 3 or 4; with many
-// rows of x what their level says.
+// rows of x 12, but fewer at the end of a chunk. Multiples of 12 for all would give two threads 120 and 136
+// rows of 256.
 constexpr int64_t kFewRows = 6, kFewMultiple = 4, kRowMultiple = 12;
 // Memory is asked for this far ahead, and at least one block of rows. Of a loaded machine one thread gets no
 // more than this in the time that memory takes to answer: at a distance of one block rows of 2048 and 1536
@@ -41,17 +42,6 @@ int64_t weights_of(const LinearArgs& a) {
   return a.offsets ? a.nnz + a.out_features * bitmask_words(a.in_features) : a.out_features * a.in_features;
 }
 
-WeightKind kind_of(const LinearArgs& a) {
-  if (!a.offsets) return kDense;
-  if (!a.scales) return kPacked;
-  return a.quantize_x ? kPackedInt8TimesInt8 : kPackedInt8;
-}
-
-Turned turned(const LinearArgs& a) {
-  const KernelTable& table = kernels();
-  return table.turned ? table.turned(kind_of(a), a) : Turned{0, kCachedBytes, false};
-}
-
 // The first row of chunk c when a weight is cut into `chunks` equal parts, a multiple of the most rows
 // that a kernel takes at once.
 int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
@@ -69,8 +59,10 @@ int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
       high = middle;
     }
   }
-  const int64_t turn = turned(a).multiple;
-  const int64_t multiple = turn > 0 ? turn : a.rows <= kFewRows ? kFewMultiple : kRowMultiple;
+  const KernelTable& table = kernels();
+  const int64_t multiple = table.has_turned_rows(a) ? table.turn_multiple
+                           : a.rows <= kFewRows     ? kFewMultiple
+                                                    : kRowMultiple;
   return low / multiple * multiple;
 }
 
@@ -90,14 +82,17 @@ int64_t rows_ahead(const LinearArgs& a) {
 }
 
 int64_t chunks_of(const LinearArgs& a) {
-  const int64_t work = weights_of(a) * a.rows;
-  if (a.threads <= 1 || work <= kInlineWork) {
-    return a.rows <= kRowBlock ? 1 : weights_of(a) * value_bytes(a) / turned(a).chunk_bytes + 1;
+  const int64_t work = weights_of(a) * a.rows, threads = work <= kInlineWork ? 1 : std::max(a.threads, 1);
+  const KernelTable& table = kernels();
+  const int64_t turn_chunk = table.has_turned_rows(a) ? table.turn_chunk : 0;
+  if (a.rows <= kRowBlock && turn_chunk == 0) {
+    return threads == 1 ? 1 : std::min(threads * kChunksPerThread, work / kMinChunkWork);
   }
-  if (a.rows <= kRowBlock) return std::min(a.threads * kChunksPerThread, work / kMinChunkWork);
+  const int64_t least =
+      turn_chunk ? (a.out_features - 1) / turn_chunk : weights_of(a) * value_bytes(a) / kCachedBytes;
   // Few, because every chunk reads all of x, and equal parts for every thread: 17 chunks would leave one of
   // two threads idle for a ninth of the time.
-  return (weights_of(a) * value_bytes(a) / turned(a).chunk_bytes / a.threads + 1) * a.threads;
+  return (least / threads + 1) * threads;
 }
 
 const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
@@ -105,7 +100,7 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
     return "int8 values have one scale per row, or one per row and 64 columns";
   if (a.x != first.x || a.rows != first.rows || a.in_features != first.in_features ||
       a.dtype != first.dtype || kernels().x_form(kind_of(a), a) != kernels().x_form(kind_of(first), first) ||
-      turned(a).multiple != turned(first).multiple)
+      kernels().has_turned_rows(a) != kernels().has_turned_rows(first))
     return "weights of one dispatch must take the same x, rounded alike";
   return nullptr;
 }
@@ -114,14 +109,14 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
 bool prepare_x(const KernelTable& table, const LinearArgs& a, XForm* form, LinearTask* task) {
   const int kind = static_cast<int>(a.dtype);
   const int64_t padded = bitmask_words(a.in_features) * kWordBits;
-  const bool whole = *form != XForm::kPlain, turn = turned(a).multiple > 0;
+  const bool whole = *form != XForm::kPlain, turned = table.has_turned_rows(a);
   const int x_size = table.packed_x_size(a.dtype);
   task->x = a.x;
   task->x_scales = nullptr;
   const bool as_it_is = !whole && padded == a.in_features && x_size == item_size(a.dtype);
   if (as_it_is && a.rows == 1) return true;
   const int64_t row_bytes = whole ? table.rounded_row_bytes(*form, a.in_features) : padded * x_size;
-  const int64_t room = turn ? (a.rows + kTurnRows - 1) / kTurnRows * kTurnRows : a.rows;
+  const int64_t room = turned ? (a.rows + kTurnRows - 1) / kTurnRows * kTurnRows : a.rows;
   auto* packed = static_cast<char*>(scratch(0, room * row_bytes));
   float* scales = whole ? static_cast<float*>(scratch(2, a.rows * sizeof(float))) : nullptr;
   if (!packed || (whole && !scales)) return false;
@@ -134,11 +129,11 @@ bool prepare_x(const KernelTable& table, const LinearArgs& a, XForm* form, Linea
       even = false;
     }
   };
-  const int64_t block = turn ? kTurnRows : kRowBlock;
+  const int64_t block = turned ? kTurnRows : kRowBlock;
   const int threads = a.rows * padded > kInlinePacking ? a.threads : 1;
   parallel_for(threads, (a.rows + block - 1) / block, [&](int64_t b) {
     const int64_t n = b * block, count = std::min(block, a.rows - n);
-    if (!turn) return convert(n, count, packed + n * row_bytes);
+    if (!turned) return convert(n, count, packed + n * row_bytes);
     const char* rows = static_cast<const char*>(a.x) + n * row_bytes;
     if (!as_it_is) {
       auto* each = static_cast<char*>(scratch(3, kTurnRows * row_bytes));
@@ -179,7 +174,9 @@ Status by_weights(const LinearArgs* args, int64_t count) {
       form = table.x_form(kind_of(a), a);
       if (!prepare_x(table, a, &form, &shared)) return kShortOfMemory;
     }
-    const WeightKind kind = form == XForm::kInt16 ? kPackedInt8TimesInt16 : kind_of(a);
+    const WeightKind kind = form == XForm::kInt16       ? kPackedInt8TimesInt16
+                            : form == XForm::kInt8Float ? kPackedInt8
+                                                        : kind_of(a);
     const auto run = table.linear[kind][static_cast<int>(a.dtype)];
     if (!run) return {Code::kUnavailable, "this processor has no kernel for dense weights"};
     const int64_t fast_values = std::max<int64_t>(0, a.nnz - kLoadBytes / value_bytes(a) + 1);
@@ -219,7 +216,7 @@ bool shares_rows(const LinearArgs* args, int64_t count) {
     LinearArgs last = args[i];
     last.rows -= rows_before(first, first.threads - 1);
     // Other sums than its neighbours', or weights that by_weights refuses.
-    if (!turned(args[i]).by_rows || !turned(last).by_rows || args[i].rows != first.rows) return false;
+    if (!kernels().has_turned_rows(last) || args[i].rows != first.rows) return false;
     outputs += args[i].out_features;
     work += weights_of(args[i]) * first.rows;
   }

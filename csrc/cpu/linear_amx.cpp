@@ -37,6 +37,8 @@ constexpr int64_t kSide = 16;          // rows of a tile
 constexpr int64_t kTileBytes = 1024;   // of a full tile
 constexpr int64_t kBlock = 2 * kSide;  // rows of weights, and of x, that four tiles of sums are for
 constexpr int64_t kBlockSums = kBlock * kTurnRows;
+// So many weight rows a thread gets at once: two of the larger panels.
+constexpr int64_t kChunkRows = 512;
 // Memory is asked for this far ahead. (As in linear.cpp)
 constexpr int64_t kAheadBytes = 1 << 14;
 // Rows of x for which a panel is expanded once.
@@ -556,8 +558,8 @@ bool linear_int8_amx(const LinearTask& task, int64_t begin, int64_t end) {
                                      : linear_amx<kind, T, Values<false>>)(task, begin, end);
 }
 
-Turned turned(WeightKind kind, const LinearArgs& a) {
-  return takes(kind, a) ? Turned{kBlock, 1 << 21, false} : avx512::kTable.turned(kind, a);
+bool takes_turned_rows(const LinearArgs& a) {
+  return takes(kind_of(a), a) || avx512::kTable.has_turned_rows(a);
 }
 
 // As AVX-512 does, but for int8 weights with many rows of x, which AMX multiplies as they are, and for x
@@ -602,7 +604,9 @@ KernelTable with_amx() {
   table.round_x[1] = round_x<DType::kBFloat16>;
   table.round_x[2] = round_x<DType::kFloat16>;
   table.rounded_row_bytes = rounded_row_bytes;
-  table.turned = turned;
+  table.has_turned_rows = takes_turned_rows;
+  table.turn_multiple = kBlock;
+  table.turn_chunk = kChunkRows;
   return table;
 }
 

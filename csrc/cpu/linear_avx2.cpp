@@ -1,95 +1,183 @@
 // SPDX-License-Identifier: Apache-2.0
-// Row bitmap times activations with AVX2. There is no expand instruction: eight columns at a time, their
-// byte of the bitmap picks a shuffle that moves the next values into place and zeros the rest.
+// Rows of a weight times activations with AVX2, in fp32.
 //
-//     byte of bits ── table ──> shuffle ── 16 or 32 bytes of values ──> 8 weights ── widen ──> fp32
+//     byte of bits ── table ──> shuffle ─┐
+//     8 values, in both halves of a register ─┴─> 8 weights in fp32 ── multiply-add with 8 of x
 //
-// Bound by the shuffles and loads at one row, by the multiply-adds from four rows up.
-#include <immintrin.h>
+// One row of x is bound by memory, and by some 7 instructions for 8 weights where that is fast; from two rows
+// up by the multiply-adds. A shuffle that puts bf16 into the upper halves of fp32 at once saves its widening:
+// of a weight in L2 bf16 took 0.52 of the time before, int8 0.6, fp16 0.66, fp32 0.7. (One row, Xeon,
+// Sapphire Rapids class, Dec 2026)
+//
+// Every sum is built the same way whatever the rows of x: lane by lane, column after column.
+#include "cpu/linear_avx2.h"
 
-#include "cpu/linear_blocks.h"
 #include "cpu/thread_pool.h"
 
 namespace mosaic::MOSAIC_ISA {
 namespace {
 
-constexpr int kLanes = 8;
+constexpr Shuffles<32, 2> kWiden16;
+constexpr Shuffles<32, 1> kWiden8;
+constexpr Shuffles<16, 2> kExpand16;
 
-// For each byte of bits the source of every lane, counted in values; 0x80 where the bit is clear.
-struct Shuffles {
-  alignas(64) uint8_t lane[256][8];     // for 32-bit values
-  alignas(64) uint8_t halves[256][16];  // for 16-bit values, as pairs of bytes
+// For 32-bit values: the lane that each one comes from; negative where the bit is clear.
+struct Sources {
+  alignas(64) int32_t row[256][kLanes];
 
-  constexpr Shuffles() : lane(), halves() {
+  constexpr Sources() : row() {
     for (int bits = 0; bits < 256; ++bits) {
-      uint8_t source = 0;
-      for (int i = 0; i < 8; ++i) {
+      int source = 0;
+      for (int i = 0; i < kLanes; ++i) {
         const bool kept = (bits >> i) & 1;
-        lane[bits][i] = kept ? source : 0x80;
-        halves[bits][2 * i] = kept ? 2 * source : 0x80;
-        halves[bits][2 * i + 1] = kept ? 2 * source + 1 : 0x80;
+        row[bits][i] = kept ? source : -1;
         source += kept;
       }
     }
   }
 };
-constexpr Shuffles kShuffles;
+constexpr Sources kSources;
 
-__m128i expand_16bit(uint32_t byte, const void* values) {
-  const __m128i shuffle = _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.halves[byte]));
-  return _mm_shuffle_epi8(_mm_loadu_si128(static_cast<const __m128i*>(values)), shuffle);
+// Byte q of a word and the values that it begins with -> 8 weights.
+MOSAIC_HD __m256 expand(uint32_t word, int q, const BFloat16* values) {
+  const __m256i twice =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, row_of<__m256i>(kWiden16, word, q)));
 }
 
-__m256 expand(uint32_t byte, const BFloat16* values) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(expand_16bit(byte, values)), 16));
+MOSAIC_HD __m256 expand(uint32_t word, int q, const Half* values) {
+  const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  return _mm256_cvtph_ps(_mm_shuffle_epi8(eight, row_of<__m128i>(kExpand16, word, q)));
 }
 
-__m256 expand(uint32_t byte, const Half* values) { return _mm256_cvtph_ps(expand_16bit(byte, values)); }
-
-__m256 expand(uint32_t byte, const float* values) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.lane[byte]));
-  const __m256i lane = _mm256_cvtepi8_epi32(bytes);  // negative where the bit is clear
-  const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lane);
-  return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lane, 31)), moved);
+MOSAIC_HD __m256 expand(uint32_t word, int q, const float* values) {
+  const __m256i source = row_of<__m256i>(kSources, word, q);
+  const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), source);
+  return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(source, 31)), moved);
 }
 
-__m256 expand(uint32_t byte, const int8_t* values) {
-  const __m128i shuffle = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.lane[byte]));
-  const __m128i kept = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_shuffle_epi8(kept, shuffle)));
+MOSAIC_HD __m256 expand(uint32_t word, int q, const int8_t* values) {
+  int64_t eight;
+  std::memcpy(&eight, values, sizeof eight);
+  const __m256i top = _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), row_of<__m256i>(kWiden8, word, q));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
 }
 
-float horizontal_sum(__m256 v) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+MOSAIC_HD __m256 load(const float* from) { return _mm256_loadu_ps(from); }
+MOSAIC_HD __m256 load(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+MOSAIC_HD __m256 load(const BFloat16* from) {
+  const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
 }
 
-// Scales, adds the bias and stores the sums of `count` weight rows, from `row` on, for row n of x.
-template <typename T>
-void store_sums(const LinearTask& task, int64_t row, int64_t n, const float* sums, int count) {
-  const LinearArgs& a = task.args;
-  const T* bias = static_cast<const T*>(a.bias);
-  T* out = static_cast<T*>(a.out) + n * a.out_features + row;
-  for (int r = 0; r < count; ++r) {
-    float sum = a.scale_groups == 1 ? sums[r] * a.scales[row + r] : sums[r];
-    if (task.x_scales) sum *= task.x_scales[n];
-    store(bias ? sum + to_float(bias[row + r]) : sum, out + r);
+// Where weight rows come from: kept values and bits, stored as V. kGrouped: with a scale for every 64
+// columns.
+template <typename V, bool kGrouped>
+struct Packed {
+  // 32 weights of a row. kWithin: never load past the last value of a row, for rows whose end is less than a
+  // full load from the end of the values.
+  template <bool kWithin>
+  struct Word {
+    __m256 weights(int q) const {
+      const __m256 plain = expand(bits, q, (kWithin ? copy : from) + values_before(bits, q));
+      return kGrouped ? _mm256_mul_ps(plain, _mm256_set1_ps(scale)) : plain;
+    }
+
+    uint32_t bits;
+    const V* from;
+    float scale;
+    V copy[kWithin ? 2 * kWordBits : 1];
+  };
+
+  Packed() = default;
+  Packed(const LinearTask& task, int64_t row)
+      : bits(task.args.words + row * bitmask_words(task.args.in_features)),
+        value(static_cast<const V*>(task.args.values) + task.args.offsets[row]),
+        scales(kGrouped ? task.args.scales + row * task.args.scale_groups : nullptr) {}
+
+  // Words are taken in order.
+  template <bool kWithin>
+  MOSAIC_HD void next(Packed& row, int64_t w, Word<kWithin>& word) {
+    word.bits = row.bits[w];
+    word.from = row.value;
+    if (kWithin) std::memcpy(word.copy, row.value, popcount(word.bits) * sizeof(V));
+    if (kGrouped) word.scale = row.scales[w * kWordBits / kScaleColumns];
+    row.value += popcount(word.bits);
   }
-}
 
-// R weight rows from `row` on and N rows of x from `first` on; V is what a value is stored as. kWithin: never
-// load past the last value of a row, for the rows whose end is less than a full load from the end of the
-// values.
-template <typename T, typename V, int R, int N, bool kWithin>
-void multiply(const LinearTask& task, int64_t row, int64_t first) {
-  static_assert(R * N <= 8, "the sums, a weight and its shuffle must fit 16 registers");
-  const LinearArgs& a = task.args;
-  const int64_t words = bitmask_words(a.in_features);
+  // What comes into L2 while rows [row, row + count) are read, step by step.
+  struct Ahead {
+    Ahead(const LinearTask& task, int64_t row, int64_t count, int64_t distance, int64_t steps)
+        : values(values_of(task.args, row + distance, row + distance + count, sizeof(V), steps)),
+          bits(task.args.words + (row + distance) * bitmask_words(task.args.in_features)),
+          words(bitmask_words(task.args.in_features)) {}
+    void step() { values.step(); }
+    void bits_of(int r, int64_t w) const {
+      if (w % kWordsPerLine == 0) fetch(bits + r * words + w);
+    }
+
+    Streams values;
+    const uint32_t* bits;
+    int64_t words;
+  };
+
+  const uint32_t* bits;
+  const V* value;
+  const float* scales;
+};
+
+// Dense rows. torch's F.linear reads bf16 at half the speed of memory.
+template <typename V>
+struct Dense {
+  template <bool>
+  struct Word {
+    __m256 weights(int q) const { return load(from + q * kLanes); }
+
+    const V* from;
+    V copy[kWordBits];
+  };
+
+  Dense() = default;
+  Dense(const LinearTask& task, int64_t row)
+      : columns(task.args.in_features), weight(static_cast<const V*>(task.args.values) + row * columns) {}
+
+  template <bool kWithin>
+  MOSAIC_HD void next(Dense& row, int64_t w, Word<kWithin>& word) {
+    const int64_t left = row.columns - w * kWordBits;
+    word.from = row.weight + w * kWordBits;
+    if (left >= kWordBits) return;
+    std::memset(word.copy, 0, sizeof word.copy);
+    std::memcpy(word.copy, word.from, left * sizeof(V));
+    word.from = word.copy;
+  }
+
+  struct Ahead {
+    Ahead(const LinearTask& task, int64_t row, int64_t count, int64_t distance, int64_t steps)
+        : values(at(task.args, row + distance), at(task.args, row + distance + count), steps) {}
+    static const V* at(const LinearArgs& a, int64_t row) {
+      return static_cast<const V*>(a.values) + (row < a.out_features ? row : a.out_features) * a.in_features;
+    }
+    void step() { values.step(); }
+    void bits_of(int, int64_t) const {}
+
+    Streams values;
+  };
+
+  int64_t columns;
+  const V* weight;
+};
+
+// R weight rows from `row` on and N rows of x from `first` on.
+template <typename Form, int R, int N, bool kWithin>
+void multiply(const LinearTask& task, int64_t row, int64_t first, __m256 (&sums)[N][R]) {
+  static_assert(R * N <= 12, "the sums, a weight and its shuffle must fit 16 registers");
+  const int64_t words = bitmask_words(task.args.in_features);
   const float* x = static_cast<const float*>(task.x) + first * words * kWordBits;
-  const uint32_t* bits = a.words + row * words;
-  const V* value[R];
-  for (int r = 0; r < R; ++r) value[r] = static_cast<const V*>(a.values) + a.offsets[row + r];
+  Form weight[R];
+  for (int r = 0; r < R; ++r) weight[r] = Form(task, row + r);
+  typename Form::Ahead ahead(task, row, R, task.rows_ahead, words);
 
   __m256 sum[R][N];
 #pragma GCC unroll 4
@@ -98,78 +186,65 @@ void multiply(const LinearTask& task, int64_t row, int64_t first) {
     for (int n = 0; n < N; ++n) sum[r][n] = _mm256_setzero_ps();
 
   for (int64_t w = 0; w < words; ++w, x += N * kWordBits) {
+    if (!kWithin) ahead.step();
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const uint32_t word = bits[r * words + w];
-      V copy[kWithin ? kWordBits + kLanes : 1];
-      const V* from = value[r];
-      if (kWithin) {
-        std::memcpy(copy, from, popcount(word) * sizeof(V));
-        from = copy;
-      }
+      // Row after row: a loop over bytes outside, which loads x once for all rows, keeps so many addresses
+      // that they are spilled. (2 rows of x 1.05, 4 rows 1.2 times as long; Xeon, Sapphire Rapids class, Dec
+      // 2026)
+      typename Form::template Word<kWithin> word;
+      Form::template next<kWithin>(weight[r], w, word);
+      if (!kWithin) ahead.bits_of(r, w);
+      const float* own = N > 2 ? as_is(x) : x;
 #pragma GCC unroll 4
-      for (int q = 0; q < kWordBits / kLanes; ++q) {
-        const uint32_t byte = (word >> (q * kLanes)) & 0xff;
-        __m256 weight = expand(byte, from);
-        if (sizeof(V) == 1 && a.scale_groups > 1) {
-          const float scale = a.scales[(row + r) * a.scale_groups + w * kWordBits / kScaleColumns];
-          weight = _mm256_mul_ps(weight, _mm256_set1_ps(scale));
-        }
-        from += popcount(byte);
+      for (int q = 0; q < kWordBytes; ++q) {
+        const __m256 weights = word.weights(q);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
-          sum[r][n] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x + n * kWordBits + q * kLanes), sum[r][n]);
+          sum[r][n] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(own + n * kWordBits + q * kLanes), sum[r][n]);
         }
       }
-      value[r] += popcount(word);
     }
   }
 
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) {
-    float sums[R];
+  for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sums[r] = horizontal_sum(sum[r][n]);
-    store_sums<T>(task, row, first + n, sums, R);
-  }
+    for (int r = 0; r < R; ++r) sums[n][r] = sum[r][n];
 }
 
-// From kPanelRows rows of x on, weights are expanded once for all of them instead of once for every 8:
+template <typename T, typename Form, int R, int N, bool kWithin>
+void multiply_store(const LinearTask& task, int64_t row, int64_t first) {
+  __m256 sums[N][R];
+  multiply<Form, R, N, kWithin>(task, row, first, sums);
+  for (int n = 0; n < N; ++n) store_sums<T>(task, row, first + n, sums[n], R);
+}
+
+// From kPanelRows rows of x on, weights are expanded once for all of them instead of once for every 6:
 //
 //     12 weight rows x 256 columns ── expand ──> panel (12 KB) x block of 8 rows of x (8 KB), both in L1
 //
 // Sums wait in memory between two panels, as vectors, so that every one of them adds up what it does at one
-// row, in the same order: the same bits.
-constexpr int64_t kPanelRows = 32;
+// row, in the same order: the same bits. 7 rows take 1.3 times as long as 6, 8 as long as 7; without panels 8
+// took 1.3 times as long, 16 1.5 times. (4096x4096, half kept, bf16, Xeon, Sapphire Rapids class, Dec 2026)
+constexpr int64_t kPanelRows = 7;
 constexpr int64_t kPanelWeights = 12;
 constexpr int64_t kPanelWords = 8;
 constexpr int64_t kPanelColumns = kPanelWords * kWordBits;
 
-// The next `words` words of a weight row to `to`; returns where its values go on.
-template <typename V, bool kWithin>
-const V* expand_words(const LinearArgs& a, int64_t row, int64_t first, int64_t words, const V* value,
-                      float* to) {
-  const uint32_t* bits = a.words + row * bitmask_words(a.in_features) + first;
-  for (int64_t w = 0; w < words; ++w) {
-    V copy[kWithin ? kWordBits + kLanes : 1];
-    const V* from = value;
-    if (kWithin) {
-      std::memcpy(copy, from, popcount(bits[w]) * sizeof(V));
-      from = copy;
+// The next `words` words of a weight row to `to`.
+template <typename Form, bool kWithin>
+void expand_words(Form& row, int64_t r, int64_t first, int64_t words, typename Form::Ahead& ahead,
+                  float* to) {
+  for (int64_t w = first; w < first + words; ++w) {
+    typename Form::template Word<kWithin> word;
+    Form::template next<kWithin>(row, w, word);
+    if (!kWithin) {
+      ahead.step();
+      ahead.bits_of(static_cast<int>(r), w);
     }
-    for (int q = 0; q < kWordBits / kLanes; ++q, to += kLanes) {
-      const uint32_t byte = (bits[w] >> (q * kLanes)) & 0xff;
-      __m256 weight = expand(byte, from);
-      if (sizeof(V) == 1 && a.scale_groups > 1) {
-        const float scale = a.scales[row * a.scale_groups + (first + w) * kWordBits / kScaleColumns];
-        weight = _mm256_mul_ps(weight, _mm256_set1_ps(scale));
-      }
-      _mm256_store_ps(to, weight);
-      from += popcount(byte);
-    }
-    value += popcount(bits[w]);
+    for (int q = 0; q < kWordBytes; ++q, to += kLanes) _mm256_store_ps(to, word.weights(q));
   }
-  return value;
 }
 
 // Adds R weight rows of the panel times N rows of x to their sums, [row of x][row of the panel][8].
@@ -203,21 +278,21 @@ void add_products(const float* panel, const float* x, int64_t x_stride, int64_t 
 
 // Weight rows [row, row + count), at most kPanelWeights, times all rows of x. Rows that the panel lacks are
 // multiplied as zeros and not stored.
-template <typename T, typename V>
+template <typename T, typename Form>
 void multiply_panel(const LinearTask& task, int64_t row, int64_t count, int64_t guarded, float* panel,
                     float* sums) {
   const LinearArgs& a = task.args;
   const int64_t words = bitmask_words(a.in_features), used = (count + 2) / 3 * 3;
-  const V* value[kPanelWeights];
-  for (int64_t r = 0; r < count; ++r) value[r] = static_cast<const V*>(a.values) + a.offsets[row + r];
+  Form weight[kPanelWeights];
+  for (int64_t r = 0; r < count; ++r) weight[r] = Form(task, row + r);
+  typename Form::Ahead ahead(task, row, kPanelWeights, kPanelWeights, words * kPanelWeights);
   std::memset(panel, 0, kPanelWeights * kPanelColumns * sizeof(float));
   std::memset(sums, 0, a.rows * kPanelWeights * kLanes * sizeof(float));
   for (int64_t first = 0; first < words; first += kPanelWords) {
     const int64_t here = words - first < kPanelWords ? words - first : kPanelWords;
     for (int64_t r = 0; r < count; ++r) {
-      float* to = panel + r * kPanelColumns;
-      value[r] = row + r < guarded ? expand_words<V, false>(a, row + r, first, here, value[r], to)
-                                   : expand_words<V, true>(a, row + r, first, here, value[r], to);
+      const auto expand_some = row + r < guarded ? expand_words<Form, false> : expand_words<Form, true>;
+      expand_some(weight[r], r, first, here, ahead, panel + r * kPanelColumns);
     }
     for (int64_t block = 0; block < a.rows; block += kRowBlock) {
       const int64_t rows = a.rows - block < kRowBlock ? a.rows - block : kRowBlock, stride = rows * kWordBits;
@@ -231,63 +306,75 @@ void multiply_panel(const LinearTask& task, int64_t row, int64_t count, int64_t 
         };
         int64_t n = 0;
         for (; n + 4 <= rows; n += 4) add(n, Count<4>());
-        for (; n < rows; ++n) add(n, Count<1>());
+        if (rows - n == 3) add(n, Count<3>());
+        if (rows - n == 2) add(n, Count<2>());
+        if (rows - n == 1) add(n, Count<1>());
       }
     }
   }
   for (int64_t n = 0; n < a.rows; ++n) {
-    float whole[kPanelWeights];
-    for (int64_t r = 0; r < count; ++r) {
-      whole[r] = horizontal_sum(_mm256_load_ps(sums + (n * kPanelWeights + r) * kLanes));
-    }
-    store_sums<T>(task, row, n, whole, static_cast<int>(count));
+    store_sums<T>(task, row, n, reinterpret_cast<const __m256*>(sums) + n * kPanelWeights,
+                  static_cast<int>(count));
   }
 }
 
 // False where memory is short.
-template <typename T, typename V>
-bool multiply_panels(const LinearTask& task, int64_t begin, int64_t end, int64_t guarded) {
+template <typename T, typename Form>
+bool multiply_panels(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
   constexpr int64_t kPanel = kPanelWeights * kPanelColumns;
   auto* panel = static_cast<float*>(scratch(1, (kPanel + task.args.rows * kPanelWeights * kLanes) * 4));
   if (!panel) return false;
   for (int64_t row = begin; row < end; row += kPanelWeights) {
     const int64_t count = end - row < kPanelWeights ? end - row : kPanelWeights;
-    multiply_panel<T, V>(task, row, count, guarded, panel, panel + kPanel);
+    multiply_panel<T, Form>(task, row, count, guarded, panel, panel + kPanel);
   }
   return true;
 }
 
-template <typename T, typename V>
-void multiply_all(const LinearTask& task, int64_t begin, int64_t end) {
-  const int64_t guarded = first_guarded_row(task, begin, end);
-  if (task.args.rows >= kPanelRows && multiply_panels<T, V>(task, begin, end, guarded)) return;
+// Weight rows [begin, end), of which those from `guarded` on must not be read past their ends.
+template <typename T, typename Form>
+void multiply_all(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
+  if (task.args.rows >= kPanelRows && multiply_panels<T, Form>(task, begin, guarded, end)) return;
   for_each_block(task.args.rows, [&](int64_t first, auto count) {
     constexpr int N = decltype(count)::value;
-    constexpr int kRows = N <= 2 ? 4 : N <= 4 ? 2 : 1;
+    constexpr int kRows = N <= 3 ? 4 : N <= 4 ? 3 : N <= 6 ? 2 : 1;
     int64_t row = begin;
-    for (; row + kRows <= guarded; row += kRows) multiply<T, V, kRows, N, false>(task, row, first);
-    for (; row < guarded; ++row) multiply<T, V, 1, N, false>(task, row, first);
-    for (; row < end; ++row) multiply<T, V, 1, N, true>(task, row, first);
+    for (; row + kRows <= guarded; row += kRows) multiply_store<T, Form, kRows, N, false>(task, row, first);
+    for (; row < guarded; ++row) multiply_store<T, Form, 1, N, false>(task, row, first);
+    for (; row < end; ++row) multiply_store<T, Form, 1, N, true>(task, row, first);
   });
+}
+
+template <typename T, typename V, bool kGrouped>
+bool multiply_packed(const LinearTask& task, int64_t begin, int64_t end) {
+  fetch_first_rows(task, begin, end, sizeof(V));
+  multiply_all<T, Packed<V, kGrouped>>(task, begin, first_guarded_row(task, begin, end), end);
+  return true;
 }
 
 }  // namespace
 
 template <typename T>
 bool linear(const LinearTask& task, int64_t begin, int64_t end) {
-  multiply_all<T, T>(task, begin, end);
-  return true;
+  return multiply_packed<T, T, false>(task, begin, end);
 }
 
 template <typename T>
 bool linear_int8(const LinearTask& task, int64_t begin, int64_t end) {
-  multiply_all<T, int8_t>(task, begin, end);
+  if (task.args.scale_groups > 1) return multiply_packed<T, int8_t, true>(task, begin, end);
+  return multiply_packed<T, int8_t, false>(task, begin, end);
+}
+
+template <typename T>
+bool linear_dense(const LinearTask& task, int64_t begin, int64_t end) {
+  multiply_all<T, Dense<T>>(task, begin, end, end);
   return true;
 }
 
-#define MOSAIC_INSTANTIATE(T)                                   \
-  template bool linear<T>(const LinearTask&, int64_t, int64_t); \
-  template bool linear_int8<T>(const LinearTask&, int64_t, int64_t);
+#define MOSAIC_INSTANTIATE(T)                                        \
+  template bool linear<T>(const LinearTask&, int64_t, int64_t);      \
+  template bool linear_int8<T>(const LinearTask&, int64_t, int64_t); \
+  template bool linear_dense<T>(const LinearTask&, int64_t, int64_t);
 MOSAIC_INSTANTIATE(float)
 MOSAIC_INSTANTIATE(BFloat16)
 MOSAIC_INSTANTIATE(Half)

@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "cpu/linear_blocks.h"
+#include "cpu/linear_streams.h"
 #include "cpu/thread_pool.h"
 
 namespace mosaic::MOSAIC_ISA {
@@ -34,64 +35,6 @@ template <typename T>
 const T* as_is(const T* p) {
   __asm__("" : "+r"(p));
   return p;
-}
-
-inline void fetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1); }
-
-// Memory that is wanted soon, asked for into L2 as eight streams side by side: the processor waits for the
-// addresses of several pages of 4 KB at once (two threads read 38 GB/s in one stream each, 52 in four, 53 in
-// eight). Each line is asked for once, in equal portions over `steps` steps: asking word by word, sixteen
-// times for a line of bits, took a fifth of the time where memory was not the limit. (Zen 4, Nov 2026)
-class Streams {
- public:
-  Streams(const void* begin, const void* end, int64_t steps = 1)
-      : next_(static_cast<const char*>(begin)), length_((static_cast<const char*>(end) - next_) / kStreams) {
-    const int64_t lines = (length_ + kLine / 2) / kLine;
-    period_ = lines > 0 && lines < steps ? static_cast<int>(steps / lines) : 1;
-  }
-  void step() {
-    if (--wait_ != 0) return;
-    wait_ = period_;
-    fetch_lines();
-  }
-  void fetch_all() {
-    for (int64_t done = 0; done < length_; done += kLine) fetch_lines();
-  }
-
- private:
-  static constexpr int kStreams = 8;
-  static constexpr int64_t kLine = 64;
-
-  void fetch_lines() {
-#pragma GCC unroll 8
-    for (int s = 0; s < kStreams; ++s) fetch(next_ + s * length_);
-    next_ += kLine;
-  }
-
-  const char* next_;  // of the first stream
-  int64_t length_;
-  int period_, wait_ = 1;
-};
-
-// The values of weight rows [begin, end), as far as there are such.
-inline Streams values_of(const LinearArgs& a, int64_t begin, int64_t end, int64_t value_bytes,
-                         int64_t steps = 1) {
-  const auto at = [&](int64_t row) {
-    return static_cast<const char*>(a.values) +
-           a.offsets[row < a.out_features ? row : a.out_features] * value_bytes;
-  };
-  return {at(begin), at(end), steps};
-}
-
-constexpr int64_t kWordsPerLine = 16;
-
-// A chunk's first rows, for which nothing asked while others were computed.
-inline void fetch_first_rows(const LinearTask& task, int64_t begin, int64_t end, int64_t value_bytes) {
-  const LinearArgs& a = task.args;
-  if (begin + task.rows_ahead < end) end = begin + task.rows_ahead;
-  const int64_t words = bitmask_words(a.in_features);
-  Streams(a.words + begin * words, a.words + end * words).fetch_all();
-  values_of(a, begin, end, value_bytes).fetch_all();
 }
 
 template <typename T>

@@ -12,13 +12,13 @@ extern const KernelTable kTable;
 const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
                             {MOSAIC_EACH_DTYPE(linear),
                              MOSAIC_EACH_DTYPE(linear_int8),
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
                              {nullptr, linear_int8_times_int16<BFloat16>, nullptr},
                              MOSAIC_EACH_DTYPE(linear_int8_times_int8),
                              MOSAIC_EACH_DTYPE(linear_dense)},
-#else  // whole numbers come in fp32, and other numbers do too
+#else
                              {},
-                             MOSAIC_EACH_DTYPE(linear_int8),
+                             {},
                              {}},
 #endif
                             packed_x_size,
@@ -26,11 +26,12 @@ const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
                             x_form,
                             MOSAIC_EACH_DTYPE(round_x),
                             rounded_row_bytes,
+                            has_turned_rows,
+                            kTurnMultiple,
+                            kTurnChunk,
 #if defined(__AVX512VNNI__)
-                            turned,
                             turn_x,
 #else
-                            nullptr,
                             nullptr,
 #endif
                             pack_bits,

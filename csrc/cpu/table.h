@@ -10,21 +10,8 @@ namespace mosaic::cpu {
 // Rows of x go through the linear kernels in blocks of this many (the last one may be smaller).
 constexpr int64_t kRowBlock = 8;
 
-// Levels that turn x (see turn_x) do so from 24 rows on, and take it in tiles of 32. Up to 17 rows tiles
-// took 1.1 to 1.7 times as long as blocks, but with a scale for every 64 columns 0.7 to 1.0 times from 12
-// rows on, 0.65 to 0.85 at 16. (4096x4096 and 2048x2048, Zen 4, Nov 2026)
+// Rows of x are turned in blocks of this many (the last one may be smaller), each of one or several tiles.
 constexpr int64_t kTurnRows = 32;
-inline bool has_turned_rows(const LinearArgs& a) { return a.rows >= (a.scale_groups > 1 ? 12 : 24); }
-
-// How a level takes a call's rows of x.
-struct Turned {
-  int64_t multiple;     // of weight rows that a kernel takes at once; 0 where x is not turned
-  int64_t chunk_bytes;  // of weights: about as much a kernel should get at once
-  bool by_rows;         // threads may take rows of x instead, and each expand all weights
-};
-
-// The room for rows of the next tile when `rows` are left.
-constexpr int64_t turned_rows(int64_t rows) { return rows > 24 ? kTurnRows : rows > 8 ? 16 : 8; }
 
 struct LinearTask {
   LinearArgs args;
@@ -38,11 +25,18 @@ struct LinearTask {
 };
 
 // What a kernel multiplies by: numbers as they are, or whole numbers and a scale for each row of x. kInt16 is
-// tried where a level prefers it, and given up for rows that sixteen bits do not hold well. How kInt8 is
-// stored is the level's own affair; kSignedInt8 is stored as such.
-enum class XForm { kPlain, kInt8, kInt16, kSignedInt8 };
+// tried where a level prefers it, and given up for rows that sixteen bits do not hold well.
+// kInt8Float are whole numbers of eight bits in fp32, for levels and rows that have no other products of
+// them. How kInt8 is stored is the level's own affair; kSignedInt8 is stored as such.
+enum class XForm { kPlain, kInt8, kInt16, kInt8Float, kSignedInt8 };
 
 enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt16, kPackedInt8TimesInt8, kDense, kWeightKinds };
+
+MOSAIC_HD WeightKind kind_of(const LinearArgs& a) {
+  if (!a.offsets) return kDense;
+  if (!a.scales) return kPacked;
+  return a.quantize_x ? kPackedInt8TimesInt8 : kPackedInt8;
+}
 
 // Some query heads that share a key head, over a piece of its tokens. What is found of a head: the greatest
 // score, the sum of the weights e^(score - greatest), and from kAttendHeader on the sums of weighted values.
@@ -100,10 +94,12 @@ struct KernelTable {
   bool (*round_x[3])(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed,
                      float* scales);
   int64_t (*rounded_row_bytes)(XForm, int64_t in_features);
-  // nullptr where the level takes blocks only.
-  Turned (*turned)(WeightKind, const LinearArgs&);
-  // Up to kTurnRows rows of x, each interleaved or rounded alone, to tiles of [row_bytes / 4][turned_rows]
-  // items of 4 bytes; nullptr where the level takes blocks only.
+  // Whether the linear kernels take x turned. They then take weight rows in multiples of `turn_multiple`, and
+  // best some `turn_chunk` at a time; 0: as many as stay in L2.
+  bool (*has_turned_rows)(const LinearArgs&);
+  int64_t turn_multiple, turn_chunk;
+  // Up to kTurnRows rows of x, each interleaved or rounded alone, to tiles of [row_bytes / 4][rows of a tile]
+  // items of 4 bytes: lanes are rows of x, and missing ones zero.
   void (*turn_x)(const void* from, int64_t row_bytes, int64_t rows, void* to);
 
   // Bits of one row: of what is not zero and, unless `keep` is null, kept; returns their number.

@@ -154,6 +154,9 @@ def _quality(report: Mapping[str, Any]) -> str:
 def _made(report: Mapping[str, Any]) -> str:
     method = f"policy `{report['policy']}`, solver `{report['solver']}`, seed {report['seed']}"
     lines = [f"- {report['category']} pruning, {method}"]
+    computed, stored = report.get("device", {}).get("compute_dtype"), report.get("dtype")
+    if computed and stored and computed != stored:
+        lines.append(f"- computed in {computed}, weights rounded to {stored}")
     calibration = report.get("calibration")
     if calibration:
         lines.append(f"- calibration: {_calibration(calibration)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mosaic_kernels import compat
 from mosaic_kernels.errors import UsageError
 from mosaic_kernels.linear import MosaicLinear
 
@@ -15,9 +16,8 @@ def guard_merge() -> None:
     PEFT adds a dense update to ``base_layer.weight``; on packed values torch's message is about the
     shapes of two tensors, which helps nobody.
     """
-    from peft.tuners.lora.layer import Linear
-
-    merge = Linear.merge
+    layer = compat.lora_linear()
+    merge = layer.merge
 
     def checked(self: Any, *args: Any, **options: Any) -> Any:
         if isinstance(self.get_base_layer(), MosaicLinear):
@@ -27,4 +27,4 @@ def guard_merge() -> None:
             )
         return merge(self, *args, **options)
 
-    Linear.merge = checked
+    layer.merge = checked

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers draws progress bars into log files too; ours go to terminals only."""
+"""transformers draws progress bars of its own, into log files too; ours says what is under way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def bars_on_terminals_only() -> Iterator[None]:
-    """Keep transformers' bars away while the block runs, unless stderr is a terminal."""
+def no_bars_of_transformers(*, downloads: bool = False) -> Iterator[None]:
+    """Keep transformers' bars away while the block runs: a terminal shows one bar.
+
+    Args:
+        downloads: files may be fetched, of which only transformers knows how far it is: a terminal shows that.
+    """
     from transformers.utils import logging
 
-    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+    if not logging.is_progress_bar_enabled() or (downloads and sys.stderr.isatty()):
         yield
         return
     logging.disable_progress_bar()

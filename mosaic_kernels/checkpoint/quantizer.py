@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mosaic_kernels import compat
 from mosaic_kernels.checkpoint.files import Header, tensor_headers
 from mosaic_kernels.checkpoint.layout import apply_layout, describe, is_uniform, packed_weights, stock_shapes
 from mosaic_kernels.config import Weights
@@ -109,7 +109,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         self.quantization_config.lay_out(ModelAdapter.of(model))
         for module in model.modules():
             if isinstance(module, MosaicLinear):  # or else, where it stays on disk, it is filled with normal numbers
-                module._is_hf_initialized = True  # type: ignore[assignment]
+                compat.keep_as_loaded(module)
         files = options.get("checkpoint_files")
         if files:
             _require_tensors(model, tensor_headers(files))
@@ -125,7 +125,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Bring the description up to date before saving; ``None``: the model's own tensors are written."""
-        if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is written
+        if compat.has_adapter(model):  # only the adapter is written
             return None, {}
         old = self.quantization_config
         new = MosaicConfig.of(ModelAdapter.of(model), format=old.format, provenance=old.provenance)
@@ -134,12 +134,25 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
             del model.config.auto_map
         return None, {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Make a packed model dense, in place; what ``model.dequantize()`` calls.
+
+        Every packed projection becomes an ordinary ``nn.Linear`` with its zeros, which trains where the embeddings do.
+
+        Args:
+            dtype: of the whole model afterwards; left out, what it computes in now.
+        """
+        return super().dequantize(model, dtype=dtype or ModelAdapter.of(model).dtype)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # by its name, as a config that was saved has it
+            dtype = getattr(torch, dtype)
         adapter = ModelAdapter.of(model)
+        trains = model.get_input_embeddings().weight.requires_grad
         for block, name, layer in adapter.projections():
             if isinstance(layer, MosaicLinear):
-                block.replace(name, layer.to_dense(adapter.dtype).to(dtype))
-        return model
+                block.replace(name, layer.to_dense(adapter.dtype).requires_grad_(trains))
+        return model if dtype is None else model.to(dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
         """Forget the format after ``dequantize``, but keep the shapes where the stock config has no words for them."""
@@ -151,6 +164,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             config = MosaicConfig.of(adapter, format="dense", provenance=self.quantization_config.provenance)
             self.quantization_config = model.config.quantization_config = config
+            model.is_quantized = False  # so that it may be cast and trained; the format is for shapes alone
 
     def is_serializable(self, *args: Any, **options: Any) -> bool:
         return True
@@ -172,7 +186,7 @@ _WHOLE_NUMBERS = {torch.int8: "I8", torch.uint8: "U8"}
 def _require_tensors(model: Any, headers: Mapping[str, Header]) -> None:
     """Refuse files that lack a tensor of the model or hold another: transformers would make it up, or cast it."""
     wanted = model.state_dict()
-    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = compat.tied_weights(model)
     tied = {**tied, **{source: target for target, source in tied.items()}}
     for name, tensor in wanted.items():
         shape = tuple(tensor.shape)
@@ -194,12 +208,4 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
 
 
-def _register() -> None:
-    method = MosaicConfig.METHOD
-    if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # registering twice raises
-        auto.register_quantization_config(method)(MosaicConfig)
-    if method not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantizer(method)(MosaicQuantizer)
-
-
-_register()
+compat.register_format(MosaicConfig.METHOD, MosaicConfig, MosaicQuantizer)

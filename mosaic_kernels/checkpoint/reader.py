@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mosaic_kernels.checkpoint.files import read_json, tensor_headers, weight_files
-from mosaic_kernels.checkpoint.progress import bars_on_terminals_only
+from mosaic_kernels.checkpoint.progress import no_bars_of_transformers
 from mosaic_kernels.cli import resolve_device
 from mosaic_kernels.errors import (
     EnvironmentError_,
@@ -24,6 +24,7 @@ from mosaic_kernels.errors import (
     UsageError,
 )
 from mosaic_kernels.models import SUPPORTED_MODEL_TYPES, ModelAdapter
+from mosaic_kernels.progress import station
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def load_model(
     path, _ = _require_supported(source)
     if path is not None:
         tensor_headers(weight_files(path))  # finds a truncated shard now, by name
-    with _load_errors(source):
+    with station("load"), _load_errors(source):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path or source, dtype=_dtype(dtype), trust_remote_code=False, output_loading_info=True
         )
@@ -162,7 +163,7 @@ def _load_tokenizer(source: str | Path) -> Any:
 def _load_errors(source: str | Path) -> Iterator[None]:
     """The border to transformers and the hub: what they raise becomes an error of ours."""
     try:
-        with bars_on_terminals_only():
+        with no_bars_of_transformers(downloads=not Path(source).is_dir()):
             yield
     except (MosaicError, MemoryError, torch.OutOfMemoryError):
         raise

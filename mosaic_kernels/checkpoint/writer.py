@@ -11,20 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mosaic_kernels import ops
 from mosaic_kernels.checkpoint import autoload
 from mosaic_kernels.checkpoint.card import model_card, public_name
 from mosaic_kernels.checkpoint.directory import OutputDirectory, require_space, write_errors
 from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
-from mosaic_kernels.checkpoint.progress import bars_on_terminals_only
+from mosaic_kernels.checkpoint.progress import no_bars_of_transformers
 from mosaic_kernels.config import Weights
-from mosaic_kernels.format import weights_group
+from mosaic_kernels.format import packed_bytes, weights_group
 from mosaic_kernels.inference import prepare_inference
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.linear import MosaicLinear
-from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.models import Block, ModelAdapter
+from mosaic_kernels.progress import station
 
 __all__ = ["OutputDirectory", "pack_model", "write_checkpoint"]
 
@@ -37,7 +38,8 @@ def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
 
     In ``float``, a projection without zeros, or with fewer than its bitmask costs (1/16 in bf16, 1/32 in
     fp32), stays dense; as ``int8`` one without zeros takes 9 bits a weight. Float values that are packed
-    already become int8 where that is asked for. The model's ``config.quantization_config`` then describes
+    already become int8 where that is asked for. What counts is the dtype in which a projection is stored, also
+    where the model computes in another. The model's ``config.quantization_config`` then describes
     it, so that ``save_pretrained`` writes a checkpoint that loads again.
 
     Raises:
@@ -45,17 +47,25 @@ def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
     """
     from mosaic_kernels.checkpoint.quantizer import MosaicConfig
 
-    for block, name, layer in adapter.projections():
-        if isinstance(layer, MosaicLinear) and (weights == "float" or layer.scales is not None):
-            continue
-        packed = layer.packed if isinstance(layer, MosaicLinear) else ops.pack(layer.weight.detach())
-        if weights != "float":
-            packed = quantize(packed, weights_group(weights))
-        if isinstance(layer, MosaicLinear) or packed.nbytes < layer.weight.nbytes:
-            block.replace(name, MosaicLinear.from_packed(packed, layer.bias).train(layer.training))
+    with station("pack", len(adapter.sizes()), "projection") as here:
+        for block, name, layer in adapter.projections():
+            _pack_projection(block, name, layer, weights)
+            here.advance()
     model: Any = adapter.model
     prepare_inference(model, attention=False)
     model.config.quantization_config = MosaicConfig.of(adapter)
+
+
+def _pack_projection(block: Block, name: str, layer: nn.Linear, weights: Weights) -> None:
+    if isinstance(layer, MosaicLinear) and (weights == "float" or layer.scales is not None):
+        return
+    packed = layer.packed if isinstance(layer, MosaicLinear) else ops.pack(layer.weight.detach())
+    if weights != "float":
+        packed = quantize(packed, weights_group(weights))
+    itemsize = block.stored_dtype(name).itemsize
+    held = packed_bytes(*packed.shape, packed.nnz, itemsize, weights)
+    if isinstance(layer, MosaicLinear) or held < layer.weight.numel() * itemsize:
+        block.replace(name, MosaicLinear.from_packed(packed, layer.bias).train(layer.training))
 
 
 def write_checkpoint(
@@ -98,7 +108,7 @@ def write_checkpoint(
     with write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         require_space(directory, sum(t.nbytes for t in (tensors or dict(model.named_parameters())).values()))
-        with _saved_as(model, settings), bars_on_terminals_only():
+        with station("write"), _saved_as(model, settings), no_bars_of_transformers():
             model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)

@@ -8,9 +8,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mosaic_kernels.cli import peak_memory_bytes, run_command
+from mosaic_kernels.config import ComputeDtype
 from mosaic_kernels.errors import ModelLoadError, UsageError
 
 DEFAULT_SEQLEN = 2048
@@ -53,6 +54,14 @@ def make_parser() -> argparse.ArgumentParser:
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     running.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
+    running.add_argument(
+        "--compute-dtype",
+        choices=get_args(ComputeDtype),
+        default="auto",
+        help="of perplexity and accuracy; auto: that of the weights, or float32 for a dense model on a CPU that "
+        "multiplies theirs slowly; named, also of --latency, which measures the model as it loads otherwise "
+        "(default: %(default)s)",
+    )
     running.add_argument("--json", action="store_true", help="one JSON line on stdout instead of a table")
     return parser
 
@@ -60,9 +69,12 @@ def make_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """The measurements that the arguments ask for, under the names that ``--json`` prints."""
     from mosaic_kernels.checkpoint.reader import load_model
+    from mosaic_kernels.compute import computing_in, settle_evaluation_dtype
     from mosaic_kernels.evaluate.latency import latency, weight_bytes
     from mosaic_kernels.evaluate.perplexity import perplexity
     from mosaic_kernels.evaluate.zero_shot import check_zero_shot, zero_shot
+    from mosaic_kernels.explain import explain
+    from mosaic_kernels.models import ModelAdapter
     from mosaic_kernels.text import load_tokens, windows
 
     if arguments.text is None and arguments.zero_shot is None and not arguments.latency:
@@ -87,13 +99,30 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         if seqlen > limit:
             raise UsageError(f"--seqlen {seqlen} is more than the {limit} positions this model knows")
         parts = windows(load_tokens(arguments.text, tokenizer), seqlen)[: arguments.samples]
-        result.update(vars(perplexity(model, parts.flatten(), seqlen, arguments.batch_size)))
-    if arguments.zero_shot is not None:
-        result["zero_shot"] = zero_shot(
-            model, tokenizer, arguments.zero_shot, tasks, arguments.limit, arguments.batch_size
-        )
-    if arguments.latency:
+
+    def measure_quality() -> None:
+        if arguments.text is not None:
+            result.update(vars(perplexity(model, parts.flatten(), seqlen, arguments.batch_size)))
+        if arguments.zero_shot is not None:
+            result["zero_shot"] = zero_shot(
+                model, tokenizer, arguments.zero_shot, tasks, arguments.limit, arguments.batch_size
+            )
+
+    def measure_speed() -> None:
         result.update(vars(latency(model, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)))
+        result["runs"] = explain(model).summary
+
+    asked = arguments.compute_dtype
+    if needing is not None or asked != "auto":
+        adapter = ModelAdapter.of(model)
+        computing = settle_evaluation_dtype(asked, adapter)
+        result["compute_dtype"] = computing.name
+        with computing_in(adapter, computing):
+            measure_quality()
+            if arguments.latency and asked != "auto":
+                measure_speed()
+    if arguments.latency and asked == "auto":  # as a user would load it
+        measure_speed()
     return {**result, "weight_bytes": weight_bytes(model), "peak_memory_bytes": peak_memory_bytes()}
 
 
@@ -102,12 +131,13 @@ def format_table(result: dict[str, Any]) -> str:
     mib, peak = 1 << 20, result["peak_memory_bytes"]
     lines = []
     if "perplexity" in result:
-        measured = f"on {result['tokens']:,} tokens in {result['seconds']:.1f} s"
+        measured = f"on {result['tokens']:,} tokens in {result['seconds']:.1f} s, in {result['compute_dtype']}"
         lines.append(f"perplexity   {result['perplexity']:.3f} {measured}")
     lines += _accuracy_lines(result.get("zero_shot", {}))
     if "decode_tokens_per_s" in result:
         lines.append(f"decode       {result['decode_tokens_per_s']:,.1f} tokens/s")
         lines.append(f"prefill      {result['prefill_tokens_per_s']:,.1f} tokens/s")
+        lines.append(f"runs         {result['runs']}")
     lines.append(f"weights      {result['weight_bytes'] / mib:,.1f} MiB")
     device = "" if peak["device"] is None else f", device {peak['device'] / mib:,.0f} MiB"
     lines.append(f"peak memory  host {peak['host'] / mib:,.0f} MiB{device}")

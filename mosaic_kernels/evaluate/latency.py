@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mosaic_kernels import compat
 from mosaic_kernels.errors import UsageError
 from mosaic_kernels.format import bitmask_bytes, bitmask_words
 from mosaic_kernels.linear import MosaicLinear
+from mosaic_kernels.progress import station
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,13 @@ def latencies(
     try:
         for model in models:
             model.eval()
-        rounds = [
-            [_run(model, i, new_tokens) for model, i in zip(models, ids, strict=True)] for _ in range(repeats + 1)
-        ]
+        rounds: list[list[tuple[float, float]]] = []
+        with station("latency", (repeats + 1) * len(models), "run", numbered=True) as here:
+            for _ in range(repeats + 1):
+                rounds.append([])
+                for model, i in zip(models, ids, strict=True):
+                    rounds[-1].append(_run(model, i, new_tokens))
+                    here.advance()  # between what is measured
     finally:
         for model, mode in zip(models, training, strict=True):
             model.train(mode)
@@ -107,7 +113,7 @@ def _run(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     token = out.logits[:, -1:].argmax(-1)
     read = _now(ids)
     for _ in range(new_tokens):
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, use_cache=True, **compat.with_cache(model, compat.cache_of(out)))
         token = out.logits[:, -1:].argmax(-1)
     return read - started, _now(ids) - read
 

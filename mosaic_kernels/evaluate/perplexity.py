@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic_kernels.errors import CalibrationError, NonFiniteError, UsageError
+from mosaic_kernels.progress import station
 from mosaic_kernels.text import windows
 
 # Logits of a vocabulary of 128k at 2048 tokens are 1 GiB in fp32: so many are made at once, and so
@@ -39,13 +40,14 @@ class Perplexity:
 
 
 @torch.no_grad()  # not inference_mode: an index that a layer builds now must serve a later backward pass
-def perplexity(model: Any, tokens: Tensor, seqlen: int, batch_size: int = 8) -> Perplexity:
+def perplexity(model: Any, tokens: Tensor, seqlen: int, batch_size: int = 8, name: str = "evaluate") -> Perplexity:
     """Perplexity in windows of ``seqlen`` tokens that do not overlap, the field's convention.
 
     Args:
         model: a Hugging Face causal language model; its training mode is restored.
         tokens: ``int64 [tokens]``; the rest beyond whole windows is left out.
         seqlen: tokens in a window, the first of which is not predicted.
+        name: what it is called while it is under way.
         batch_size: windows at once, fewer where their logits would take too much memory.
 
     Raises:
@@ -66,15 +68,17 @@ def perplexity(model: Any, tokens: Tensor, seqlen: int, batch_size: int = 8) -> 
     training, total = model.training, 0.0
     model.eval()
     try:
-        for first in range(0, len(parts), at_once):
-            batch = parts[first : first + at_once].to(embedding.weight.device)
-            nll = _nll_sum(model(input_ids=batch, use_cache=False).logits, batch)
-            if not math.isfinite(nll):
-                raise NonFiniteError(
-                    f"the model's logits are NaN or Inf in windows {first} to {first + len(batch) - 1} of the text; "
-                    "check the weights, or evaluate in float32"
-                )
-            total += nll
+        with station(name, parts.numel(), "token") as here:
+            for first in range(0, len(parts), at_once):
+                batch = parts[first : first + at_once].to(embedding.weight.device)
+                nll = _nll_sum(model(input_ids=batch, use_cache=False).logits, batch)
+                if not math.isfinite(nll):
+                    raise NonFiniteError(
+                        f"the model's logits are NaN or Inf in windows {first} to {first + len(batch) - 1} of the "
+                        "text; check the weights, or evaluate in float32"
+                    )
+                total += nll
+                here.advance(batch.numel())
     finally:
         model.train(training)
     count = len(parts) * (seqlen - 1)

@@ -64,7 +64,7 @@ def read_tasks(directory: str | Path, tasks: Sequence[str] | None = None) -> dic
     Raises:
         UsageError: no such directory or task, or a line fits no layout; the message names file and line.
     """
-    folder = Path(directory)
+    folder = Path(directory).expanduser()
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; give one with a TASK.jsonl for each task")
     known = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -17,6 +16,7 @@ from typing import Any
 
 from mosaic_kernels.errors import EnvironmentError_, NonFiniteError, UsageError
 from mosaic_kernels.evaluate.task_files import MEAN, TaskFile, read_tasks
+from mosaic_kernels.progress import Station, station
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,10 @@ def zero_shot(
     files = check_zero_shot(directory, tasks)
     training = model.training
     try:
-        with tempfile.TemporaryDirectory() as folder, _quiet(), _offline():
+        with (
+            station("zero-shot", _sequences(files, limit), "sequence") as here,
+            _counted(model, here), tempfile.TemporaryDirectory() as folder, _quiet(), _offline(),
+        ):  # fmt: skip
             scores = _run(model, tokenizer, files, limit, batch_size, Path(folder))
     finally:
         model.train(training)
@@ -103,6 +106,22 @@ def _run(
         # bootstrap_iters=0: no standard errors, or it starts a process for each core; ours has a closed form
         found = evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=False)["results"]
     return {name: _scores(name, files[name], task.instances, found[name]) for name, task in tasks.items()}
+
+
+def _sequences(files: Mapping[str, TaskFile], limit: int | None) -> int:
+    """How many sequences the model will judge: one for each choice; lm-eval judges some of them together."""
+    rows = (row for file in files.values() for row in file.rows[:limit])
+    return sum(len(row.get("choices") or row.get("context_options") or [""]) for row in rows)
+
+
+@contextmanager
+def _counted(model: Any, here: Station) -> Iterator[None]:
+    """Count every sequence that goes through the model."""
+    handle = model.register_forward_hook(lambda _, __, output: here.advance(len(output.logits)))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _config(name: str, file: TaskFile, folder: Path) -> dict[str, Any]:
@@ -161,11 +180,9 @@ def _mean(scores: list[Scores]) -> Scores:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval prints and draws progress bars: to stderr, and only where that is a terminal."""
-    with Path(os.devnull).open("w") as nowhere:
-        target = sys.stderr if sys.stderr.isatty() else nowhere
-        with redirect_stdout(target), redirect_stderr(target):
-            yield
+    """lm-eval prints and draws progress bars: nowhere, as ours says how far it is."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 @contextmanager

@@ -13,16 +13,19 @@ from torch import Tensor
 
 from mosaic_kernels.errors import KernelError, UsageError
 from mosaic_kernels.format import bitmask_bytes
+from mosaic_kernels.ops import isa
+from mosaic_kernels.ops.missing import why_missing
 
-try:
-    from mosaic_kernels import _C_cpu
+try:  # a name in `from mosaic_kernels import` would be blamed on a circular import where there is no such file
+    import mosaic_kernels._C_cpu as _C_cpu
 except ImportError as error:
-    _IMPORT_ERROR: str | None = f"the module _C_cpu did not load ({error}); build it with `pip install .`"
+    _IMPORT_ERROR: str | None = why_missing("_C_cpu", error)
 else:
-    _IMPORT_ERROR = None
+    _IMPORT_ERROR, BEST_ISA = None, isa.limit(_C_cpu)  # what the processor has, whatever MOSAIC_ISA says
     unchanged = _C_cpu.unchanged
 
 __all__ = [
+    "BEST_ISA",
     "DENSE_ROWS",
     "KERNELS",
     "TILES",
@@ -49,8 +52,8 @@ _SCOPES = {"matrix": 0, "row": 1, "group": 2}
 
 # Whether this processor multiplies bf16 in tiles: then the kernels gain at many rows, too.
 TILES = _IMPORT_ERROR is None and _C_cpu.isa() == "amx"
-# Whether dense_linear_raw runs here: it takes AVX-512.
-DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() in ("avx512", "amx")
+# Whether dense_linear_raw runs here: it takes AVX2.
+DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() != "scalar"
 
 
 def _forced_threads() -> int:
@@ -232,7 +235,7 @@ def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` for few rows of ``x``, by the sparse kernels' own loop.
 
     Raises:
-        BackendError: the instruction set in use has no such kernel (it takes AVX-512).
+        BackendError: the instruction set in use has no such kernel (it takes AVX2).
     """
     out_features, in_features = weight.shape
     x, weight, bias = _fitting(x, weight, None, bias, in_features, out_features)

@@ -15,7 +15,7 @@ from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import bitmask_bytes, bitmask_words, row_offsets, words_from_bits
 
 try:
-    from mosaic_kernels import _C_cuda
+    import mosaic_kernels._C_cuda as _C_cuda
 except ImportError as error:
     _IMPORT_ERROR: str | None = f"the module _C_cuda was not built or did not load ({error})"
 else:

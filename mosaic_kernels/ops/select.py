@@ -100,6 +100,31 @@ def _resolve(op: str, device: torch.device) -> Callable[..., Any]:
     return _registry["reference"].kernels[op]
 
 
+def running(op: str, device: torch.device) -> str:
+    """The name of the backend that runs ``op`` on tensors of ``device``.
+
+    Raises:
+        BackendError: a forced backend cannot run here, or lacks this operator.
+    """
+    chosen = kernel(op, device)
+    return next(name for name, backend in _registry.items() if backend.kernels.get(op) is chosen)
+
+
+def why_not_ours(op: str, device: torch.device) -> str | None:
+    """Why the reference or a forced backend, and not this device's own, runs ``op``; ``None`` where its own does."""
+    if _forced is not None and (_forced == "reference" or device.type not in _registry[_forced].devices):
+        by_variable = os.environ.get("MOSAIC_BACKEND") == _forced
+        return f"MOSAIC_BACKEND={_forced}" if by_variable else f"use_backend({_forced!r}) is in force"
+    own = [each for each in _registry.values() if device.type in each.devices and each.name != "reference"]
+    able = [each for each in own if op in each.kernels]
+    reasons = {each.name: each.why_not() for each in able}
+    if None in reasons.values():
+        return None
+    return (
+        "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or f"no kernel of '{op}' for {device.type}"
+    )
+
+
 def _report(passed_over: list[tuple[str, str]], device: torch.device, chosen: str) -> None:
     """Log, once for each, the backends that should have run: a broken build must not be slow in silence."""
     for name, reason in passed_over:

@@ -18,7 +18,7 @@ from mosaic_kernels.semistructured import TwoOfFour
 from mosaic_kernels.tiles import TILE_WORDS, UNIT, TileBitmap, tile_counts
 
 with contextlib.suppress(ImportError):  # ops.cuda.why_not says so
-    from mosaic_kernels import _C_cuda
+    import mosaic_kernels._C_cuda as _C_cuda
 
 __all__ = ["KERNELS", "Group", "Rows", "rows_of", "tile_linear"]
 

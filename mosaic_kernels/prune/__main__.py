@@ -8,8 +8,18 @@ import json
 import sys
 from typing import get_args
 
-from mosaic_kernels.cli import run_command
-from mosaic_kernels.config import Category, OutputFormat, Policy, PruneConfig, Quality, Recovery, SolverName, Weights
+from mosaic_kernels.cli import leads, run_command
+from mosaic_kernels.config import (
+    Category,
+    ComputeDtype,
+    OutputFormat,
+    Policy,
+    PruneConfig,
+    Quality,
+    Recovery,
+    SolverName,
+    Weights,
+)
 
 _EXAMPLE = """example:
   python -m mosaic_kernels.prune examples/tiny-llama --output-dir out --sparsity 0.6 \\
@@ -86,10 +96,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--eval-text", metavar="FILE", help="perplexity on this text before and after")
+    evaluation.add_argument("--eval-tokens", type=int, metavar="N", help="first tokens of that text (default: all)")
 
     running = parser.add_argument_group("running")
     running.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    running.add_argument("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    running.add_argument("--dtype", help="of stored weights: auto (the checkpoint's), float32, bfloat16 or float16")
+    running.add_argument(
+        "--compute-dtype",
+        choices=get_args(ComputeDtype),
+        help="of the arithmetic; auto: that of the weights, or float32 on a CPU that multiplies theirs slowly; "
+        "what is stored stays as it is",
+    )
     running.add_argument("--format", choices=get_args(OutputFormat), help="packed, or ordinary weights with zeros")
     running.add_argument(
         "--weights",
@@ -122,7 +139,7 @@ def _body(argv: list[str]) -> None:
         print(json.dumps(prediction) if as_json else describe(prediction))
         return
     from mosaic_kernels.prune.pipeline import prune
-    from mosaic_kernels.prune.ranks import launcher, leads
+    from mosaic_kernels.prune.ranks import launcher
     from mosaic_kernels.prune.report import format_table
 
     command = [*launcher(), "-m", "mosaic_kernels.prune", *argv]

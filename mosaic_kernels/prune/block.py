@@ -164,7 +164,8 @@ class _Work:
             for name, weight in weights.items():
                 if owners[name] == self.team.rank:
                     wanted, full_name = self._wanted(name, statistics), self.block.full_name(name)
-                    weight.copy_(solve(self.solver, wanted, statistics, self.targets[name], full_name, weight.dtype))
+                    stored = self.block.stored_dtype(name)
+                    weight.copy_(solve(self.solver, wanted, statistics, self.targets[name], full_name, stored))
 
         self.team.gather(solve_mine)
         for name, weight in weights.items():
@@ -184,7 +185,7 @@ class _Work:
     def _keep_all(self, stage: int) -> None:
         for name in STAGES[stage]:
             weight = self.block.projection(name).weight
-            weight.copy_(keep_all(weight.detach()))
+            weight.copy_(keep_all(weight.detach(), self.block.stored_dtype(name)))
 
 
 def _dense_side(batch: Batch) -> Tensor:

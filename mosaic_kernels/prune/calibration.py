@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration tokens: from a local text file, a dataset of the hub, or drawn at random."""
+"""Calibration tokens: from a text file, a dataset of the hub, texts or token ids at hand, or drawn at random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mosaic_kernels.errors import CalibrationError, EnvironmentError_
-from mosaic_kernels.text import load_tokens
+from mosaic_kernels.prune.given import MOST_ITEMS, Sequences, Stream, Texts, given_calibration
+from mosaic_kernels.text import load_tokens, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ DATASETS = {
     "c4": ("allenai/c4", "en", "train", "text"),
     "ptb": ("ptb_text_only", "penn_treebank", "train", "sentence"),
 }
-DATASET_DOCUMENTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Calibration:
 
     Attributes:
         tokens: ``int64 [samples, seqlen]``.
-        source: file, dataset or ``random``.
+        source: file, dataset, ``random``, or what was given instead, such as ``tensor [8, 64]``.
         digest: SHA-256 of the tokens, in hexadecimal.
     """
 
@@ -48,38 +48,73 @@ class Calibration:
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
 
-def calibrate(source: str, tokenizer: Any, vocabulary: int, *, samples: int, seqlen: int, seed: int) -> Calibration:
+def calibrate(source: Any, tokenizer: Any, vocabulary: int, *, samples: int, seqlen: int, seed: int) -> Calibration:
     """Draw ``samples`` windows of ``seqlen`` tokens, the same ones for the same seed.
 
     Args:
-        source: path of a text file, a name in :data:`DATASETS`, a hub dataset id with a ``text``
-            column, or ``random`` for uniformly random tokens.
-        tokenizer: of the model; ``None`` is enough for ``random``.
+        source: path of a text file, a name in :data:`DATASETS`, a hub dataset id with a ``text`` column, ``random`` for
+            uniformly random tokens, or texts or token ids: see :func:`~mosaic_kernels.prune.given.given_calibration`.
+            Sequences of token ids that have one length are used as they are, the first ``samples`` of them.
+        tokenizer: of the model; ``None`` is enough for ``random`` and for token ids.
         vocabulary: number of tokens the model knows.
 
     Raises:
-        CalibrationError: unreadable, empty or binary text, or fewer tokens than one window.
+        UsageError: ``source`` is nothing of that kind.
+        CalibrationError: unreadable, empty or binary text, fewer tokens than one window, or ids the model lacks.
         EnvironmentError_: a dataset is needed but the hub cannot be reached.
     """
     generator = torch.Generator().manual_seed(seed)
-    if source == "random":
-        return Calibration(torch.randint(vocabulary, (samples, seqlen), generator=generator), source)
+    given = given_calibration(source, samples)
+    if given == "random":
+        return Calibration(torch.randint(vocabulary, (samples, seqlen), generator=generator), given)
+    if isinstance(given, Sequences):
+        return _as_they_are(given, vocabulary, samples)
+    if isinstance(given, Stream):
+        _require_known(given.tokens, vocabulary, given.description)
+        return Calibration(_windows(given.tokens, given.description, samples, seqlen, generator), given.description)
     if tokenizer is None:
         raise CalibrationError(
             "calibration text needs a tokenizer: add its files to the model directory (in Python: pass tokenizer=), "
             "or use --calibration random"
         )
-    tokens = _cached_tokens(Path(source), tokenizer) if _is_file(source) else _dataset_tokens(source, tokenizer)
-    if tokens.numel() < seqlen:
-        raise CalibrationError(
-            f"{source} has {tokens.numel()} tokens but one window needs {seqlen}: give a text of at least "
-            f"{seqlen} tokens (about {seqlen * 4} characters), or lower --seqlen"
-        )
-    if int(tokens.max()) >= vocabulary:
+    name = given if isinstance(given, str) else given.description
+    if isinstance(given, Texts):
+        tokens = tokenize("\n\n".join(given.texts), tokenizer)
+    else:
+        tokens = _cached_tokens(Path(given), tokenizer) if _is_file(given) else _dataset_tokens(given, tokenizer)
+    if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise CalibrationError(
             f"the tokenizer makes token {int(tokens.max())} but the model knows {vocabulary}: one is of another model"
         )
-    return Calibration(_draw(tokens, samples, seqlen, generator), source)
+    return Calibration(_windows(tokens, name, samples, seqlen, generator), name)
+
+
+def _as_they_are(given: Sequences, vocabulary: int, samples: int) -> Calibration:
+    _require_known(given.tokens, vocabulary, given.description)
+    if len(given.tokens) > samples:
+        logger.info("calibration: the first %d sequences of the %s", samples, given.description)
+    return Calibration(given.tokens[:samples].clone(), given.description)
+
+
+def _require_known(tokens: Tensor, vocabulary: int, name: str) -> None:
+    """Refuse token ids that the model does not know."""
+    strange = ((tokens < 0) | (tokens >= vocabulary)).nonzero()
+    if len(strange):
+        *sequence, place = strange[0].tolist()
+        where = f"token {place} of sequence {sequence[0]}" if sequence else f"token {place}"
+        raise CalibrationError(
+            f"calibration ({name}): {where} is {int(tokens[tuple(strange[0])])}, but the model knows the ids 0 to "
+            f"{vocabulary - 1}: they were made by the tokenizer of another model"
+        )
+
+
+def _windows(tokens: Tensor, name: str, samples: int, seqlen: int, generator: torch.Generator) -> Tensor:
+    if tokens.numel() < seqlen:
+        raise CalibrationError(
+            f"{name} has {tokens.numel()} tokens but one window needs {seqlen}: give a text of at least "
+            f"{seqlen} tokens (about {seqlen * 4} characters), or lower --seqlen"
+        )
+    return _draw(tokens, samples, seqlen, generator)
 
 
 def _is_file(source: str) -> bool:
@@ -137,11 +172,10 @@ def _dataset_tokens(source: str, tokenizer: Any) -> Tensor:
         ) from error
     try:
         stream = load_dataset(name, configuration, split=split, streaming=True)
-        texts = [document[column] for document in stream.take(DATASET_DOCUMENTS)]
+        texts = [document[column] for document in stream.take(MOST_ITEMS)]
     except Exception as error:  # the hub's errors have no common base
         raise EnvironmentError_(
             f"calibration dataset '{source}' could not be read ({type(error).__name__}: {error}); "
             "give a local text file, which works offline"
         ) from error
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return tokenize("\n\n".join(texts), tokenizer)

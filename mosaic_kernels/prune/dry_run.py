@@ -10,6 +10,7 @@ import torch
 
 from mosaic_kernels.checkpoint.reader import load_skeleton
 from mosaic_kernels.cli import resolve_device
+from mosaic_kernels.compute import settle_compute_dtype
 from mosaic_kernels.config import DEFAULT_SEQLEN, PruneConfig
 from mosaic_kernels.models import STAGES, ModelAdapter
 from mosaic_kernels.prune.capture import TOKENS_PER_BATCH
@@ -33,7 +34,8 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
         Totals, bytes before and after, predicted peak host bytes, and per projection shape and zeros.
     """
     config = make_config(options)
-    config = settle_category(config, resolve_device(config.device))
+    device = resolve_device(config.device)
+    config = settle_category(config, device)
     skeleton = load_skeleton(model, dtype=config.dtype)
     adapter = ModelAdapter.of(skeleton)
     ranks = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
@@ -42,6 +44,7 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
     known = known and (ranks is not None or not config.needs_ranks)
     plan = make_plan(adapter, ranks, config if known else replace(config, policy="uniform"))
     dtype = next(skeleton.parameters()).dtype
+    computing = settle_compute_dtype(config.compute_dtype, adapter.dtype, device)
     dense = sum(p.numel() * p.element_size() for p in skeleton.parameters())
     projections = plan.predicted_bytes(dtype.itemsize, packed=config.format == "mosaic", weights=config.weights)
     pruned = dense - plan.prunable * dtype.itemsize + projections
@@ -51,6 +54,7 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
         "model": model,
         "category": config.category,
         "policy": config.policy,
+        "compute_dtype": computing.name,
         "targets": "exact" if known else "uniform until a ranking is made",
         "prunable_parameters": plan.prunable,
         "removed_parameters": plan.removed,
@@ -61,8 +65,8 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
             "host": _peak(
                 adapter,
                 plan,
-                dense,
-                dtype,
+                dense // dtype.itemsize * computing.dtype.itemsize,
+                computing.dtype,
                 config.samples,
                 seqlen,
                 config,
@@ -135,7 +139,7 @@ def describe(prediction: dict[str, Any]) -> str:
         f"             {prediction['structured_removed']:,} in heads and channels, "
         f"{prediction['unstructured_zeros']:,} as zeros",
         f"bytes        {size['dense']:,} -> {size['pruned']:,} ({size['pruned'] / size['dense']:.1%})",
-        f"peak memory  about {peak / 2**30:.2f} GiB on the host",
+        f"peak memory  about {peak / 2**30:.2f} GiB on the host, computing in {prediction['compute_dtype']}",
         "",
     ]
     lines += [

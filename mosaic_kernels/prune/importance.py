@@ -12,6 +12,7 @@ from typing import Any
 from mosaic_kernels import ops
 from mosaic_kernels.errors import UsageError
 from mosaic_kernels.models import STAGES, Block, ModelAdapter
+from mosaic_kernels.progress import station
 from mosaic_kernels.prune.capture import Batch, collect_and_advance
 from mosaic_kernels.prune.sensitivity import Sensitivity
 
@@ -113,11 +114,13 @@ def rank(
     blocks: dict[str, dict[float, float]] = {}
     tokens = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in batches)
     current = list(batches)
-    for block in adapter.blocks:
-        statistics, current = collect_and_advance(block, current, with_gram=False)
-        norms = {name: statistics[stage].column_norms for stage, names in enumerate(STAGES) for name in names}
-        ratios, blocks[block.prefix] = _outlier_ratios(block, norms, thresholds)
-        projections |= ratios
+    with station("rank", len(adapter.blocks), "block", numbered=True) as here:
+        for block in adapter.blocks:
+            statistics, current = collect_and_advance(block, current, with_gram=False)
+            norms = {name: statistics[stage].column_norms for stage, names in enumerate(STAGES) for name in names}
+            ratios, blocks[block.prefix] = _outlier_ratios(block, norms, thresholds)
+            projections |= ratios
+            here.advance()
     return Ranks(model, calibration, tokens, projections, blocks)
 
 

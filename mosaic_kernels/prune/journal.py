@@ -90,13 +90,14 @@ class Journal:
         return self.directory / _BLOCK_FILE.format(f"{block.index:05d}")
 
     def record(self, block: Block) -> None:
-        """Write the projections of a finished block."""
+        """Write the projections of a finished block, in the dtypes they are stored in."""
         tensors = {}
         for name in PROJECTIONS:
             layer = block.projection(name)
-            tensors[f"{name}.weight"] = layer.weight.detach().cpu().contiguous()
+            tensors[f"{name}.weight"] = layer.weight.detach().to("cpu", block.stored_dtype(name)).contiguous()
             if layer.bias is not None:
-                tensors[f"{name}.bias"] = layer.bias.detach().cpu().contiguous()
+                stored = block.stored_dtype(name, "bias")
+                tensors[f"{name}.bias"] = layer.bias.detach().to("cpu", stored).contiguous()
         self.write(self._path(block), lambda part: save_file(tensors, part))
 
     def restore(self, block: Block) -> bool:
@@ -111,12 +112,12 @@ class Journal:
             return False
         for name in PROJECTIONS:
             old = block.projection(name)
-            place, trains = old.weight.device, old.weight.requires_grad
+            place, dtype, trains = old.weight.device, old.weight.dtype, old.weight.requires_grad
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            layer.weight = nn.Parameter(weight.to(place, copy=True), requires_grad=trains)
+            layer.weight = nn.Parameter(weight.to(place, dtype, copy=True), requires_grad=trains)
             if bias is not None:
-                layer.bias = nn.Parameter(bias.to(place, copy=True), requires_grad=trains)
+                layer.bias = nn.Parameter(bias.to(place, old.bias.dtype, copy=True), requires_grad=trains)
             block.replace(name, layer.train(old.training))
         block.refresh_heads()
         return True

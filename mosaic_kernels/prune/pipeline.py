@@ -7,22 +7,21 @@ import hashlib
 import json
 import logging
 import shlex
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mosaic_kernels.checkpoint.directory import write_errors
 from mosaic_kernels.checkpoint.reader import check_finite, load_model
 from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
 from mosaic_kernels.cli import current_device
+from mosaic_kernels.compute import computing_in, settle_compute_dtype
 from mosaic_kernels.config import DEFAULT_SEQLEN, Category, PruneConfig
 from mosaic_kernels.errors import CalibrationError, EnvironmentError_, Interrupted, UsageError
 from mosaic_kernels.evaluate.perplexity import Perplexity, perplexity
@@ -30,19 +29,21 @@ from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import Block, ModelAdapter
 from mosaic_kernels.ops import reference
 from mosaic_kernels.ops.select import kernel
+from mosaic_kernels.progress import station
 from mosaic_kernels.prune.block import prune_block, share_block
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
 from mosaic_kernels.prune.composite import Plan
+from mosaic_kernels.prune.given import given_calibration, sequence_length
 from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.journal import Journal, has_blocks
 from mosaic_kernels.prune.masked_lora import lora_layer
 from mosaic_kernels.prune.planning import settle_plan, settle_ranks
-from mosaic_kernels.prune.ranks import Team, joined, shows_progress
+from mosaic_kernels.prune.ranks import Team, joined
 from mosaic_kernels.prune.recover import HELD_OUT, dense_teacher, recover_lora
 from mosaic_kernels.prune.report import make_report
 from mosaic_kernels.prune.solvers import choose_solver
-from mosaic_kernels.prune.timing import Split, measuring
+from mosaic_kernels.prune.timing import Clock, Split, measuring
 from mosaic_kernels.text import load_tokens
 
 logger = logging.getLogger(__name__)
@@ -52,22 +53,6 @@ _RESULT_OPTIONS = (
     "sparsity", "category", "structured_share", "pattern", "channel_multiple", "policy", "outlier_threshold",
     "max_deviation", "solver", "quality", "recover", "seed", "dtype",
 )  # fmt: skip
-
-
-@dataclass
-class _Clock:
-    """Seconds per station."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-
-    def lap(self, station: str, since: float) -> float:
-        now = time.perf_counter()
-        self.seconds[station] = self.seconds.get(station, 0.0) + now - since
-        return now
-
-    def stop(self) -> None:
-        self.seconds["total"] = time.perf_counter() - self.started
 
 
 def prune(
@@ -85,7 +70,11 @@ def prune(
         output_dir: where to write the checkpoint. Needed for a path; optional for a model.
         tokenizer: of a model given as an object, where calibration or evaluation text is used.
         command: the command line, for the report and for the resume hint.
-        **options: fields of :class:`~mosaic_kernels.config.PruneConfig`.
+        **options: fields of :class:`~mosaic_kernels.config.PruneConfig`. ``calibration`` is the path of a text file,
+            the name of a dataset, ``random``, a list of texts, a tensor of token ids, or any iterable of texts or of
+            sequences of token ids. Of text and of one flat sequence of ids ``samples`` windows of ``seqlen`` tokens are
+            drawn by ``seed``; of a tensor ``[sequences, tokens]`` (or sequences of one length) the first ``samples``
+            are used as they are, and ``seqlen`` is their length.
 
     Returns:
         The report, the same object as ``mosaic_report.json``.
@@ -115,7 +104,7 @@ def prune(
         if not isinstance(model, (str, Path)):  # pruned where it is
             device = next(model.parameters()).device
         try:
-            with current_device(device), measuring() as split:
+            with current_device(device), measuring() as split, station(f"prune {_name(model)}"):
                 return _run(model, tokenizer, config, output, list(command), split, device, team)
         except KeyboardInterrupt:
             if not team.leads:
@@ -133,14 +122,13 @@ def make_config(options: dict[str, Any]) -> PruneConfig:
     """A checked configuration from keyword options; unknown names are a usage error."""
     for name in ("ranks", "eval_text"):
         if options.get(name) is not None:
-            options = {**options, name: Path(options[name])}
-    if "calibration" in options:
-        options = {**options, "calibration": str(options["calibration"])}
+            options = {**options, name: Path(options[name]).expanduser()}
     unknown = sorted(set(options) - set(PruneConfig.__dataclass_fields__))
     if unknown:
         known = ", ".join(PruneConfig.__dataclass_fields__)
         raise UsageError(f"unknown option {unknown[0]!r}; the options are: {known}")
-    return PruneConfig(**options)
+    config = PruneConfig(**options)
+    return replace(config, calibration=given_calibration(config.calibration, config.samples))
 
 
 def _run(
@@ -153,45 +141,47 @@ def _run(
     device: torch.device,
     team: Team,
 ) -> dict[str, Any]:
-    clock = _Clock()
+    clock = Clock()
     if config.recover != "none":  # descent goes through the sequences one after the other: all of them, everywhere
         team = team.whole()
     adapter, tokenizer = team.each(lambda: _load(source, tokenizer, config, device))
     model: Any = adapter.model
     config = settle_category(config, device)
-    name = str(source) if isinstance(source, (str, Path)) else str(model.config._name_or_path or "in-memory model")
+    computing = team.from_first(lambda: settle_compute_dtype(config.compute_dtype, adapter.dtype, device))
+    name = _name(source)
     lap = clock.lap("load", clock.started)
 
-    seqlen = _seqlen(config, model)
-    calibration, eval_tokens, given = team.each(lambda: _read(config, adapter, tokenizer, seqlen))
-    digest = _weights_digest(adapter)
-    journal = team.first(lambda: _journal(output, calibration, config, name, digest))
-    dense = None if eval_tokens is None else team.first(lambda: perplexity(model, eval_tokens, seqlen))
-    batches = team.each(lambda: _embed(adapter, calibration.tokens, config, team))
-    lap = clock.lap("calibrate", lap)
+    limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+    seqlen = sequence_length(config.calibration, config.seqlen, limit)
+    with station("calibrate"):
+        calibration, eval_tokens, given = team.each(lambda: _read(config, adapter, tokenizer, seqlen))
+        digest = _weights_digest(adapter)
+    computes = "as stored" if computing.dtype is adapter.dtype else computing.name
+    journal = team.first(lambda: _journal(output, calibration, config, computes, name, digest))
 
-    ranks = settle_ranks(adapter, calibration, config, name, given, journal, team)
-    plan = settle_plan(adapter, ranks, calibration, config, journal, team)
-    lap = clock.lap("allocate", lap)
-    batches = _prune_blocks(adapter, batches, plan, config, journal, team)
-    lap = clock.lap("prune", lap)
-    tuned = None
-    if config.recover == "lora" and plan.removed:
-        teacher = dense_teacher(adapter, batches)
-        tuned = team.first(lambda: recover_lora(model, calibration.tokens, teacher=teacher, seed=config.seed))
-        clock.lap("recover", lap)
+    def judged(which: str) -> Perplexity | None:
+        return None if eval_tokens is None else perplexity(model, eval_tokens, seqlen, name=f"evaluate {which}")
+
+    with computing_in(adapter, computing) as working:
+        dense = team.first(lambda: judged("dense"))
+        batches = team.each(lambda: _embed(working, calibration.tokens, config, team))
+        lap = clock.lap("calibrate", lap)
+        ranks = settle_ranks(working, calibration, config, name, given, journal, team)
+        plan = settle_plan(working, ranks, calibration, config, journal, team)
+        lap = clock.lap("allocate", lap)
+        batches = _prune_blocks(working, batches, plan, config, journal, team)
+        lap = clock.lap("prune", lap)
+        tuned = None
+        if config.recover == "lora" and plan.removed:
+            tuned = team.first(lambda: _recover(working, batches, calibration.tokens, config))
+            clock.lap("recover", lap)
+        judgements = team.first(lambda: _packed(working, config, judged))
 
     def finish() -> dict[str, Any]:
-        pack_model(adapter)
-        pruned = None if eval_tokens is None else perplexity(model, eval_tokens, seqlen)
-        before_int8 = None
-        if config.weights != "float":
-            pack_model(adapter, config.weights)
-            if eval_tokens is not None:
-                before_int8, pruned = pruned, perplexity(model, eval_tokens, seqlen)
+        pruned, before_int8 = judgements or (None, None)
         report = make_report(
-            adapter, plan, ranks, config, command=command, model=name, seconds=clock.seconds, by_kind=split.seconds,
-            tuned=tuned, perplexities=_perplexities(config, dense, pruned, before_int8),
+            adapter, plan, ranks, config, computing, calibration, command=command, model=name, seconds=clock.seconds,
+            by_kind=split.seconds, tuned=tuned, perplexities=_perplexities(config, dense, pruned, before_int8),
         )  # fmt: skip
         if output is None:
             clock.stop()
@@ -200,6 +190,10 @@ def _run(
         return report
 
     return team.from_first(finish)
+
+
+def _name(model: Any) -> str:
+    return str(model) if isinstance(model, (str, Path)) else str(model.config._name_or_path or "in-memory model")
 
 
 def _load(source: Any, tokenizer: Any, config: PruneConfig, device: torch.device) -> tuple[ModelAdapter, Any]:
@@ -221,18 +215,36 @@ def _read(
     """Calibration sequences, and the tokens to evaluate on and the ranking where they are given."""
     if config.eval_text is not None and tokenizer is None:
         raise UsageError("evaluation text needs a tokenizer: add its files to the model directory, or pass tokenizer=")
-    eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)
+    eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)[: config.eval_tokens]
     vocabulary = cast(Any, adapter.model).get_input_embeddings().num_embeddings
     calibration = calibrate(
         config.calibration, tokenizer, vocabulary, samples=config.samples, seqlen=seqlen, seed=config.seed
     )
     if config.recover != "none" and len(calibration.tokens) < 2:
         raise CalibrationError(
-            f"recovery needs a second sequence to judge by, and {config.calibration} makes one of {seqlen} tokens: "
+            f"recovery needs a second sequence to judge by, and {calibration.source} makes one of {seqlen} tokens: "
             "give more text or a smaller --seqlen"
         )
     given = None if config.ranks is None else Ranks.load(config.ranks, adapter, config.outlier_threshold)
     return calibration, eval_tokens, given
+
+
+def _recover(adapter: ModelAdapter, batches: Sequence[Batch], tokens: Tensor, config: PruneConfig) -> dict[str, Any]:
+    """Train a masked update of the whole model towards the dense one's predictions; what came of it."""
+    teacher = dense_teacher(adapter, batches)
+    return recover_lora(adapter.model, tokens, teacher=teacher, seed=config.seed, stored=adapter.blocks[0].stored)
+
+
+def _packed(
+    adapter: ModelAdapter, config: PruneConfig, judged: Callable[[str], Perplexity | None]
+) -> tuple[Perplexity | None, Perplexity | None]:
+    """Pack the model: its perplexity, and that before its values were rounded to int8 where they are."""
+    pack_model(adapter)
+    floats = judged("pruned")
+    if config.weights == "float":
+        return floats, None
+    pack_model(adapter, config.weights)
+    return judged(config.weights), floats
 
 
 def _embed(adapter: ModelAdapter, tokens: Tensor, config: PruneConfig, team: Team) -> list[Batch]:
@@ -253,15 +265,6 @@ def settle_category(config: PruneConfig, device: torch.device) -> PruneConfig:
     return replace(config, category=category)
 
 
-def _seqlen(config: PruneConfig, model: Any) -> int:
-    limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
-    if config.seqlen is None:
-        return min(DEFAULT_SEQLEN, limit)
-    if config.seqlen > limit:
-        raise UsageError(f"--seqlen {config.seqlen} is more than the {limit} positions this model knows")
-    return config.seqlen
-
-
 def _unpack_projections(adapter: ModelAdapter) -> None:
     """A model that was pruned before is pruned again from its dense form."""
     for block, name, layer in adapter.projections():
@@ -279,14 +282,20 @@ def _weights_digest(adapter: ModelAdapter) -> str:
 
 
 def _journal(
-    output: OutputDirectory | None, calibration: Calibration, config: PruneConfig, name: str, weights: str
+    output: OutputDirectory | None,
+    calibration: Calibration,
+    config: PruneConfig,
+    computes: str,
+    name: str,
+    weights: str,
 ) -> Journal | None:
     if output is None:
         return None
-    options = {option: asdict(config)[option] for option in _RESULT_OPTIONS}
+    options = {option: getattr(config, option) for option in _RESULT_OPTIONS}
     ranks = None if config.ranks is None else config.ranks.read_text()
     samples, seqlen = calibration.tokens.shape
     options |= {"samples": samples, "seqlen": seqlen, "calibration": calibration.digest}
+    options |= {"compute_dtype": computes}
     return Journal(output.journal, {"model": name, "weights": weights, "ranks": ranks, **options})
 
 
@@ -300,20 +309,19 @@ def _prune_blocks(
     beside = keeps_dense_side(config)
     if beside:
         batches = [replace(batch, dense=batch.hidden) for batch in batches]
-    bar = tqdm(adapter.blocks, desc="block", unit="block", disable=not shows_progress(), file=sys.stderr)
-    for block, units in zip(bar, plan.units, strict=True):
-        bar.set_description(f"block ({block.index + 1}/{len(adapter.blocks)})")
-        dense = block.copy() if beside else None
-        if team.from_first(partial(_restore, journal, block)):
-            share_block(block, team)
-            batches = advance(block, batches, dense)
-            continue
-        recover = config.recover == "reconstruct"
-        batches = prune_block(
-            block, batches, solver, units, plan.zeros, config.group, dense,
-            per_row=config.per_row, recover=recover, team=team,
-        )  # fmt: skip
-        team.first(partial(_record, journal, block))
+    with station("block", len(adapter.blocks), "block", numbered=True) as here:
+        for block, units in zip(adapter.blocks, plan.units, strict=True):
+            dense = block.copy() if beside else None
+            if team.from_first(partial(_restore, journal, block)):
+                share_block(block, team)
+                batches = advance(block, batches, dense)
+            else:
+                batches = prune_block(
+                    block, batches, solver, units, plan.zeros, config.group, dense,
+                    per_row=config.per_row, recover=config.recover == "reconstruct", team=team,
+                )  # fmt: skip
+                team.first(partial(_record, journal, block))
+            here.advance()
     return batches
 
 
@@ -353,7 +361,7 @@ def _write(
     config: PruneConfig,
     output: OutputDirectory,
     report: dict[str, Any],
-    clock: _Clock,
+    clock: Clock,
 ) -> None:
     started = time.perf_counter()
     write_checkpoint(

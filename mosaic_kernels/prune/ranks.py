@@ -13,7 +13,6 @@ import datetime
 import logging
 import os
 import pickle
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from mosaic_kernels.cli import resolve_device
+from mosaic_kernels.cli import launched, resolve_device
 from mosaic_kernels.errors import CalibrationError, EnvironmentError_, ExitCode, MosaicError, UsageError
 
 T = TypeVar("T")
@@ -221,21 +220,6 @@ def _own_device(device: str) -> torch.device:
     return torch.device("cuda", local) if place.index is None else place
 
 
-def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return distributed.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def leads() -> bool:
-    """Whether this process is the one that prints; known before the team is joined."""
-    return not launched() or os.environ.get("RANK") == "0"
-
-
 def launcher() -> list[str]:
     """The words that start such a process, for the command line in the report and in the resume hint."""
     return ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"] if launched() else ["python"]
-
-
-def shows_progress() -> bool:
-    """Whether progress bars are drawn: on a terminal, by one process."""
-    return leads() and sys.stderr.isatty()

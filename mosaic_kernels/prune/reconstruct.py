@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from mosaic_kernels.errors import MosaicError
 from mosaic_kernels.models import STAGES
+from mosaic_kernels.progress import Station, station
 from mosaic_kernels.prune.capture import Stop
 from mosaic_kernels.prune.pair import DRIFT_SHARE
 from mosaic_kernels.prune.solvers import keep_all
@@ -87,7 +88,8 @@ def reconstruct(walk: Walk, beside: Walk, stage: int, tuning: Tuning | None = No
         logger.info("%s: not reconstructed, one calibration sequence cannot be judged by another", name)
         return False
     before = half.error(half.weights, judges)
-    found, after = _tune(half, parts, judges, tuning, before)
+    with station("recover", tuning.epochs * len(parts), "step", detail=True) as here:
+        found, after = _tune(half, parts, judges, tuning, before, here)
     fate = "put back" if found is None else "taken"
     logger.info("%s: error %.4f, %.4f after reconstruction: %s", name, before / power, after / power, fate)
     if found is None:
@@ -104,6 +106,7 @@ class _Half:
     Attributes:
         module: the decoder block.
         weights: the projections' weights as they stand in it, by name, without gradient.
+        stored: the dtypes that new weights are rounded to.
     """
 
     def __init__(self, walk: Walk, stage: int) -> None:
@@ -112,6 +115,7 @@ class _Half:
         self.module, self.stage, self._block = walk.block.module, stage, walk.block
         names = [f"{name}.weight" for part in STAGES[stage - 1 : stage + 1] for name in part]
         self.weights = {name: self.module.get_parameter(name).detach() for name in names}
+        self.stored = {name: walk.block.stored_dtype(name.removesuffix(".weight")) for name in names}
 
     def output(self, weights: dict[str, Tensor], part: _Part) -> Tensor:
         """``[sequences, seqlen, hidden]``, with gradients where the weights have them."""
@@ -144,7 +148,7 @@ class _Half:
 
 
 def _tune(
-    half: _Half, parts: Sequence[_Part], judges: Sequence[_Part], tuning: Tuning, before: float
+    half: _Half, parts: Sequence[_Part], judges: Sequence[_Part], tuning: Tuning, before: float, here: Station
 ) -> tuple[dict[str, Tensor] | None, float]:
     """Weights of the best epoch and their error; without weights, the best error that was not good enough."""
     keep = {name: weight != 0 for name, weight in half.weights.items()}
@@ -163,8 +167,9 @@ def _tune(
                 group["lr"] = rate * share
             _step(half, masters, keep, parts[index], optimizer)
             step += 1
-        rounded = {name: _rounded(masters[name], keep[name], half.weights[name].dtype) for name in masters}
-        error = half.error(rounded, judges)
+            here.advance()
+        rounded = {name: _rounded(masters[name], keep[name], half.stored[name]) for name in masters}
+        error = half.error({name: weight.to(half.weights[name].dtype) for name, weight in rounded.items()}, judges)
         if error < lowest:  # never true of NaN
             lowest = error
             best = rounded if error < before else None

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mosaic_kernels.errors import CalibrationError, UsageError
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.progress import Station, station
 from mosaic_kernels.prune.capture import Batch, predict
 from mosaic_kernels.prune.masked_lora import lora_layer
 from mosaic_kernels.prune.timing import timed
@@ -48,6 +49,7 @@ def recover_lora(
     rate: float = 3e-3,
     tokens_per_step: int = 1024,
     seed: int = 0,
+    stored: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Any]:
     """Train a masked low-rank update of every prunable projection and merge it, in place.
 
@@ -65,6 +67,7 @@ def recover_lora(
         steps: of AdamW, with a learning rate that rises for a twentieth and then falls from ``rate`` as a cosine.
         tokens_per_step: rounded down to whole sequences, at least one.
         seed: of the first ``A`` and of the order of the sequences.
+        stored: dtypes to round merged weights to, by the parameter's full name; by default their own.
 
     Returns:
         ``accepted``, ``loss`` (``"kl"`` or ``"cross-entropy"``), its values on held-out sequences ``before`` and
@@ -80,12 +83,13 @@ def recover_lora(
     # calibration text: it learns that text, so give a teacher where there is one (one run each).
     started = time.perf_counter()
     _check(tokens, rank, steps, rate)
-    adapter = ModelAdapter.of(model)
+    adapter = ModelAdapter.of(model).storing(stored or {})
     run = _Run(model, tokens, teacher, max(1, tokens_per_step // tokens.shape[1]), seed)
     with _restored(model), _adapted(adapter, rank, alpha, seed) as layers:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         before = run.judge()
-        after = run.train(trained, steps, rate, before)
+        with station("recover", steps, "step") as here:
+            after = run.train(trained, steps, rate, before, here)
         accepted = after < before
         for layer in layers if accepted else ():
             layer.merge()
@@ -139,7 +143,7 @@ class _Run:
         losses = [self.loss(part).double() * len(part) for part in torch.split(places, self.at_once)]
         return float(sum(torch.stack(losses).tolist())) / len(places)
 
-    def train(self, parameters: Sequence[nn.Parameter], steps: int, rate: float, before: float) -> float:
+    def train(self, parameters: Sequence[nn.Parameter], steps: int, rate: float, before: float, here: Station) -> float:
         """Train, and leave the best state behind; returns its loss on held-out sequences."""
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.model.dtype == torch.float16)
@@ -159,6 +163,7 @@ class _Run:
                 if found < lowest:
                     lowest = found
                     best = [parameter.detach().clone() for parameter in parameters] if found < before else None
+            here.advance()
         if best is not None:
             with torch.no_grad():
                 for parameter, value in zip(parameters, best, strict=True):
@@ -212,6 +217,7 @@ def _adapted(adapter: ModelAdapter, rank: int, alpha: float, seed: int) -> Itera
     from peft import LoraConfig, get_peft_model
 
     names = [block.full_name(name) for block, name, _ in adapter.projections()]
+    stored = [block.stored_dtype(name) for block, name, _ in adapter.projections()]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
     config._register_custom_module({nn.Linear: masked})
     model: Any = adapter.model
@@ -222,7 +228,10 @@ def _adapted(adapter: ModelAdapter, rank: int, alpha: float, seed: int) -> Itera
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, config)
     try:
-        yield [model.get_submodule(name) for name in names]
+        layers = [model.get_submodule(name) for name in names]
+        for layer, dtype in zip(layers, stored, strict=True):
+            layer.stored = dtype
+        yield layers
     finally:
         adapted.unload()
         vars(model).pop("peft_config", None)  # PEFT before 0.19 leaves it behind

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from mosaic_kernels.cli import peak_memory_bytes
+from mosaic_kernels.compute import Computing
 from mosaic_kernels.config import OutputFormat, PruneConfig
+from mosaic_kernels.device import name_of
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.prune.calibration import Calibration
 from mosaic_kernels.prune.composite import Plan
 from mosaic_kernels.prune.importance import Ranks
 
@@ -25,6 +28,8 @@ def make_report(
     plan: Plan,
     ranks: Ranks,
     config: PruneConfig,
+    computing: Computing,
+    calibration: Calibration,
     *,
     command: Sequence[str],
     model: str,
@@ -59,13 +64,16 @@ def make_report(
         "command": list(command),
         "seed": config.seed,
         "versions": _versions(),
-        "device": _device(adapter),
+        "device": {**_device(adapter), "compute_dtype": computing.name, "compute_dtype_why": computing.why},
+        "dtype": name_of(adapter.dtype),
         "category": config.category,
         "policy": config.policy,
         "solver": config.solver,
         "quality": config.quality,
         "recover": {"method": config.recover, **(tuned or {})},
         "weights": config.weights,
+        "calibration": dict(zip(("samples", "seqlen"), calibration.tokens.shape, strict=True))
+        | {"source": calibration.source},
         "prunable_parameters": plan.prunable,
         "removed_parameters": structured + zeros,
         "removed_difference": structured + zeros - plan.budget,
@@ -124,10 +132,13 @@ def _dense_bytes(adapter: ModelAdapter, plan: Plan) -> int:
 def format_table(report: dict[str, Any]) -> str:
     """The result as people read it."""
     dense, pruned = report["bytes"]["dense"], report["bytes"]["pruned"]
+    calibration = report["calibration"]
     stored = "" if report["weights"] == "float" else f", weights {report['weights']}"
     lines = [
         f"model          {report['model']}",
         f"method         {report['category']}, policy {report['policy']}, solver {report['solver']}",
+        f"dtype          {report['dtype']}, computed in {report['device']['compute_dtype']}",
+        f"calibration    {calibration['samples']} sequences of {calibration['seqlen']} tokens: {calibration['source']}",
         f"removed        {report['removed_parameters']:,} of {report['prunable_parameters']:,} prunable parameters "
         f"({report['sparsity']:.2%})",
         f"               {report['structured_removed']:,} in heads and channels, "
@@ -135,7 +146,7 @@ def format_table(report: dict[str, Any]) -> str:
         f"bytes          {dense:,} -> {pruned:,} ({pruned / dense:.1%})" + stored,
     ]
     if report["removed_difference"]:
-        lines.insert(4, f"               {report['removed_difference']:+,} from the exact budget")
+        lines.insert(6, f"               {report['removed_difference']:+,} from the exact budget")
     if report["perplexity"] is not None:
         found = report["perplexity"]
         change = f"{found['dense']:.2f} -> {found['pruned']:.2f}"

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import logging
 import random
-import sys
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mosaic_kernels.models import STAGES, ModelAdapter
+from mosaic_kernels.progress import station
 from mosaic_kernels.prune.allocate import MOST_SPARSE
 from mosaic_kernels.prune.block import prune_block
 from mosaic_kernels.prune.capture import Batch, collect_and_advance, embed, predictions
 from mosaic_kernels.prune.composite import Plan
 from mosaic_kernels.prune.gram import InputStatistics
-from mosaic_kernels.prune.ranks import shows_progress
 from mosaic_kernels.prune.sensitivity import GRAM_TOKENS, divergence
 from mosaic_kernels.prune.solvers import Target, choose_solver, keep_all, solve
 from mosaic_kernels.prune.timing import timed
@@ -69,16 +67,16 @@ def search(adapter: ModelAdapter, plan: Plan, tokens: Tensor, seed: int, evoluti
     dice = random.Random(seed)
     best = plan.zeros
     first = cost = judges[-1](best)
-    bar = tqdm(range(evolution.generations), desc="search", disable=not shows_progress(), file=sys.stderr)
-    for _ in bar:
-        rivals = [_mutated(best, sizes, evolution, dice) for _ in range(evolution.offspring)]
-        for judge, (_, survivors) in zip(judges, evolution.rounds, strict=True):
-            marked = sorted(((judge(zeros), i) for i, zeros in enumerate(rivals)))[:survivors]
-            rivals = [rivals[i] for _, i in marked]
-        if marked[0][0] < cost:
-            best, cost = rivals[0], marked[0][0]
-            bar.set_postfix_str(f"{cost:.4f} nats")
-        pool.forget(best)
+    with station("search", evolution.generations, "generation", numbered=True) as here:
+        for _ in range(evolution.generations):
+            rivals = [_mutated(best, sizes, evolution, dice) for _ in range(evolution.offspring)]
+            for judge, (_, survivors) in zip(judges, evolution.rounds, strict=True):
+                marked = sorted(((judge(zeros), i) for i, zeros in enumerate(rivals)))[:survivors]
+                rivals = [rivals[i] for _, i in marked]
+            if marked[0][0] < cost:
+                best, cost = rivals[0], marked[0][0]
+            pool.forget(best)
+            here.advance()
     logger.info("search: divergence %.4f -> %.4f nats", first, cost)
     return replace(plan, zeros=best)
 
@@ -119,16 +117,19 @@ class _Pool:
         batches: list[Batch] = embed(adapter, tokens[:solving])
         blocks = []
         self.statistics: dict[str, InputStatistics] = {}
-        for block, units in zip(adapter.blocks, plan.units, strict=True):
-            twin = block.copy()
-            prune_block(twin, batches, self.solver, units, dict.fromkeys(plan.zeros, 0), None)
-            found, batches = collect_and_advance(twin, batches, with_gram=True)
-            self.statistics |= {block.full_name(name): found[stage] for stage in found for name in STAGES[stage]}
-            blocks.append(twin)
+        with station("search, inputs of block", len(adapter.blocks), "block", numbered=True) as here:
+            for block, units in zip(adapter.blocks, plan.units, strict=True):
+                twin = block.copy()
+                prune_block(twin, batches, self.solver, units, dict.fromkeys(plan.zeros, 0), None)
+                found, batches = collect_and_advance(twin, batches, with_gram=True)
+                self.statistics |= {block.full_name(name): found[stage] for stage in found for name in STAGES[stage]}
+                blocks.append(twin)
+                here.advance()
         self.blocks = tuple(blocks)
         self.places = {
             block.full_name(name): block.projection(name) for block in blocks for names in STAGES for name in names
         }
+        self.stored = {block.full_name(name): block.stored_dtype(name) for block, name, _ in adapter.projections()}
         self.whole = {name: layer.weight.detach().clone() for name, layer in self.places.items()}
         self.solved: dict[tuple[str, int], Tensor] = {}
         self.installed: dict[str, int] = {}
@@ -152,8 +153,10 @@ class _Pool:
 
     def _weight(self, name: str, count: int) -> Tensor:
         if (name, count) not in self.solved:
-            whole = self.whole[name]
+            whole, stored = self.whole[name], self.stored[name]
             self.solved[name, count] = (
-                solve(self.solver, whole, self.statistics[name], Target(count), name) if count else keep_all(whole)
+                solve(self.solver, whole, self.statistics[name], Target(count), name, stored)
+                if count
+                else keep_all(whole, stored)
             )
         return self.solved[name, count]

@@ -9,7 +9,6 @@ the whole model change says what that error is worth. The same for heads and cha
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mosaic_kernels.models import PROJECTIONS, STAGES, Block, ModelAdapter
+from mosaic_kernels.progress import Station, station
 from mosaic_kernels.prune.capture import Batch, advance, collect_and_advance, embed, predictions
 from mosaic_kernels.prune.gram import InputStatistics
-from mosaic_kernels.prune.ranks import ALONE, Team, shows_progress
+from mosaic_kernels.prune.ranks import ALONE, Team
 from mosaic_kernels.prune.solvers import Solver, Target, solve
 from mosaic_kernels.prune.structured import refit, sweep
 from mosaic_kernels.prune.timing import timed
@@ -154,29 +153,32 @@ def measure(
         per_projection if zeros else before.per_projection,
         dict(before.removal),
     )
-    batches = embed(adapter, tokens[: max(1, GRAM_TOKENS // tokens.shape[1])])
-    probe = _Probe(adapter, embed(adapter, tokens[: max(1, PROBE_TOKENS // tokens.shape[1])]))
 
-    def probe_mine() -> Sensitivity:
-        nonlocal batches
-        for block in tqdm(adapter.blocks, desc="probes", unit="block", disable=not shows_progress(), file=sys.stderr):
+    def probe_mine(here: Station) -> Sensitivity:
+        batches = embed(adapter, tokens[: max(1, GRAM_TOKENS // tokens.shape[1])])
+        probe = _Probe(adapter, embed(adapter, tokens[: max(1, PROBE_TOKENS // tokens.shape[1])]))
+        for block in adapter.blocks:
             if block.index % team.world == team.rank:
                 statistics, batches = collect_and_advance(block, batches, with_gram=True)
                 if zeros:
                     for part in _together(per_projection):
                         _probe_zeros(probe, block, part, statistics, solver, found)
+                        here.advance()
                 if units:
-                    groups, channels = (
-                        _probe_groups(probe, block, statistics[1]),
-                        _probe_channels(probe, block, statistics[3]),
-                    )
+                    groups = _probe_groups(probe, block, statistics[1])
+                    here.advance()
+                    channels = _probe_channels(probe, block, statistics[3])
+                    here.advance()
                     found.removal[block.prefix] = groups, channels
             else:
                 batches = advance(block, batches)
+                here.advance(each)
             probe.advance(block)
         return found
 
-    return _merged(adapter, team.gather(probe_mine))
+    each = zeros * len(_together(per_projection)) + units * 2
+    with station("probe", each * len(adapter.blocks), "probe", numbered=True) as here:
+        return _merged(adapter, team.gather(lambda: probe_mine(here)))
 
 
 def _together(per_projection: bool) -> list[list[tuple[int, str]]]:
@@ -235,8 +237,8 @@ def _probe_zeros(
     pruned, errors = {}, []
     for stage, name in part:
         full_name = block.full_name(name)
-        weight = block.projection(name).weight.detach()
-        found.curves[full_name], error, pruned[name] = _curve(weight, statistics[stage], solver, full_name)
+        weight, stored = block.projection(name).weight.detach(), block.stored_dtype(name)
+        found.curves[full_name], error, pruned[name] = _curve(weight, stored, statistics[stage], solver, full_name)
         errors.append(error)
     worth = probe.divergence(block, pruned) / max(sum(errors), 1e-12)
     for _, name in part:
@@ -275,7 +277,7 @@ def _removal(
         features = swept.kept[level].repeat_interleave(unit)
         narrowed = torch.zeros_like(weight)
         narrowed[:, features] = refit(weight, gram, features, name)
-        costs.append(max(probe.divergence(block, {consumer: narrowed.to(layer.weight.dtype)}), 1e-12))
+        costs.append(max(probe.divergence(block, {consumer: block.rounded(consumer, narrowed)}), 1e-12))
     costs = [max(costs[: i + 1]) for i in range(len(costs))]  # noise must not make removing more look cheaper
     losses = np.maximum(swept.losses, 1e-30)
     at = [losses[swept.removed.index(level)] for level in levels]
@@ -285,14 +287,16 @@ def _removal(
     return RemovalCost((0, *swept.removed), (0.0, *map(float, known)))
 
 
-def _curve(weight: Tensor, statistics: InputStatistics, solver: Solver, name: str) -> tuple[Curve, float, Tensor]:
+def _curve(
+    weight: Tensor, stored: torch.dtype, statistics: InputStatistics, solver: Solver, name: str
+) -> tuple[Curve, float, Tensor]:
     """Error curve of one projection; its error at ``PROBE_SPARSITY``, and the weight pruned to it."""
     gram, size = statistics.mean_gram, weight.numel()
     dense = weight.float()
     energy = float(((dense @ gram) * dense).sum().clamp_min(1e-30))
     points, probed = [], (0.0, weight)
     for sparsity in CURVE_SPARSITIES:
-        pruned = solve(solver, dense, statistics, Target(round(sparsity * size)), name, weight.dtype)
+        pruned = solve(solver, dense, statistics, Target(round(sparsity * size)), name, stored)
         change = pruned.float() - dense
         error = float(((change @ gram) * change).sum()) / energy
         points.append((sparsity, error))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mosaic_kernels.config import PruneConfig
 from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.progress import station
 from mosaic_kernels.prune.block import prune_block
 from mosaic_kernels.prune.capture import Batch, embed, predictions
 from mosaic_kernels.prune.composite import Plan, make_plan
@@ -52,9 +53,11 @@ def choose_share(
 
     def try_mine() -> dict[float, float]:
         found = {}
-        for share in shares[team.rank :: team.world]:
+        mine = shares[team.rank :: team.world]
+        for number, share in enumerate(mine, start=1):
             plan = make_plan(adapter, ranks, replace(config, structured_share=share))
-            found[share] = divergence(predictions(adapter, (), _pruned(adapter, batches, plan)), dense)
+            pruned = _pruned(adapter, batches, plan, f"share trial {number}/{len(mine)}")
+            found[share] = divergence(predictions(adapter, (), pruned), dense)
         return found
 
     tried = {share: cost for found in team.gather(try_mine) for share, cost in found.items()}
@@ -65,9 +68,11 @@ def choose_share(
     return replace(config, structured_share=chosen)
 
 
-def _pruned(adapter: ModelAdapter, batches: list[Batch], plan: Plan) -> list[Batch]:
+def _pruned(adapter: ModelAdapter, batches: list[Batch], plan: Plan, name: str) -> list[Batch]:
     """The batches that judge, after every block was pruned."""
     solver = choose_solver("admm", "fast")
-    for block, units in zip(adapter.blocks, plan.units, strict=True):
-        batches = prune_block(block.copy(), batches, solver, units, plan.zeros, None)
+    with station(name, len(adapter.blocks), "block") as here:
+        for block, units in zip(adapter.blocks, plan.units, strict=True):
+            batches = prune_block(block.copy(), batches, solver, units, plan.zeros, None)
+            here.advance()
     return [batch for batch in batches if batch.held_out]

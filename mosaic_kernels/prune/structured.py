@@ -198,10 +198,12 @@ def _remove(
     refitted = refit(weight, gram, features, name)
     bias = None
     if layer.bias is not None and mean is not None:
-        bias = (layer.bias.detach().float() + weight @ mean - refitted @ mean[features]).to(layer.bias.dtype)
-    refitted = refitted.to(layer.weight.dtype)
+        made = layer.bias.detach().float() + weight @ mean - refitted @ mean[features]
+        bias = block.rounded(consumer, made, "bias")
+    refitted = block.rounded(consumer, refitted)
     if not bool(torch.isfinite(refitted).all()):
-        raise NonFiniteError(f"{name}: the refitted weights overflow {refitted.dtype}; run with --dtype float32")
+        stored = block.stored_dtype(consumer)
+        raise NonFiniteError(f"{name}: the refitted weights overflow {stored}; run with --dtype float32")
     block.replace(consumer, like(layer, refitted, bias))
     rows = {producer: kept.repeat_interleave(width) for producer, width in producers.items()}
     for producer, left in rows.items():

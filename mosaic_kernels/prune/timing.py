@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the seconds of a run go, by kind of work rather than by station."""
+"""Where the seconds of a run go, by station and by kind of work."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Literal, ParamSpec, TypeVar
 
 import torch
@@ -15,6 +16,24 @@ import torch
 Kind = Literal["forward", "gram", "probe", "solve", "tune"]
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@dataclass
+class Clock:
+    """Seconds of each station."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def lap(self, station: str, since: float) -> float:
+        """Book the time since ``since`` on a station; the time now."""
+        now = time.perf_counter()
+        self.seconds[station] = self.seconds.get(station, 0.0) + now - since
+        return now
+
+    def stop(self) -> None:
+        """Book the whole run."""
+        self.seconds["total"] = time.perf_counter() - self.started
 
 
 class _Mark:

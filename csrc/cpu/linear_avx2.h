@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the AVX2 kernels share. There is no expand instruction: eight columns at a time, their byte of the
+// bitmap picks a shuffle that moves the next values into place and zeros the rest.
+//
+// A word of 32 columns takes 16 instructions besides: for each of its bytes a rotation and a mask give the
+// shuffle's address, a mask and a popcount where its values begin. None of these waits for another byte's.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/linear_blocks.h"
+#include "cpu/linear_streams.h"
+
+namespace mosaic::MOSAIC_ISA {
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kWordBytes = kWordBits / kLanes;
+
+// For each byte of bits a shuffle that puts its values, kItem bytes each, at the end of every kBytes / 8
+// bytes of zeros. 0x80 becomes zero.
+template <int kBytes, int kItem>
+struct Shuffles {
+  alignas(64) uint8_t row[256][kBytes];
+
+  constexpr Shuffles() : row() {
+    constexpr int kPlace = kBytes / kLanes, kZeros = kPlace - kItem;
+    for (int bits = 0; bits < 256; ++bits) {
+      int source = 0;
+      for (int i = 0; i < kLanes; ++i) {
+        const bool kept = (bits >> i) & 1;
+        for (int b = 0; b < kPlace; ++b) {
+          row[bits][i * kPlace + b] = static_cast<uint8_t>(kept && b >= kZeros ? source + b - kZeros : 0x80);
+        }
+        source += kept ? kItem : 0;
+      }
+    }
+  }
+};
+
+// The row of a table that byte q of a word picks.
+template <typename Vector, typename Table>
+MOSAIC_HD Vector row_of(const Table& table, uint32_t word, int q) {
+  constexpr int kShift = sizeof table.row[0] == 32 ? 5 : 4;
+  static_assert(sizeof table.row[0] == 1 << kShift && sizeof(Vector) == 1 << kShift);
+  const int by = (8 * q - kShift) & 31;
+  const uint32_t offset = (word >> by | word << ((32 - by) & 31)) & 255u << kShift;
+  return *reinterpret_cast<const Vector*>(reinterpret_cast<const char*>(table.row) + offset);
+}
+
+// Keeps the compiler from loading what it finds there once for several rows: it would spill it, and the sums.
+template <typename T>
+MOSAIC_HD const T* as_is(const T* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
+// How many values of a word come before its byte q.
+MOSAIC_HD int64_t values_before(uint32_t word, int q) {
+  uint32_t bits = word & bits_below(8 * q);
+  __asm__("" : "+r"(bits));  // or gcc counts the bits of a register's half, whose other half it waits for
+  return q == 0 ? 0 : popcount(bits);
+}
+
+float horizontal_sum(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Adds up the lanes of `count` weight rows' sums, from `row` on, for row n of x; scales, adds the bias and
+// stores. The sums come in memory: where gcc adds lanes of several registers side by side, it keeps them in
+// memory all the time.
+template <typename T>
+void store_sums(const LinearTask& task, int64_t row, int64_t n, const __m256* sums, int count) {
+  const LinearArgs& a = task.args;
+  const T* bias = static_cast<const T*>(a.bias);
+  T* out = static_cast<T*>(a.out) + n * a.out_features + row;
+  for (int r = 0; r < count; ++r) {
+    float sum = horizontal_sum(sums[r]);
+    if (a.scale_groups == 1) sum *= a.scales[row + r];
+    if (task.x_scales) sum *= task.x_scales[n];
+    store(bias ? sum + to_float(bias[row + r]) : sum, out + r);
+  }
+}
+
+}  // namespace
+}  // namespace mosaic::MOSAIC_ISA

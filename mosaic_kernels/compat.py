@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differences between the supported releases of transformers and PEFT, and every private name of theirs.
+
+No other file of the package knows them (``tests/test_layering.py`` holds them to it). What a release calls things is
+found out by looking, not by comparing version numbers, so that one that only moves a name fails in a way that can be
+told. Importing this module imports neither library.
+
+Where something that decoder blocks need to take tokens natively is gone, they are left as transformers made them and
+:func:`why_not_native` says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor, nn
+
+# How models, blocks, attention modules and outputs name the cache: from transformers 5.24 on, and up to 5.23.
+CACHE_NAMES = ("cache", "past_key_values")
+
+# Modules after whose import our part is added to them: checkpoint/__init__.py.
+QUANTIZERS = "transformers.quantizers.auto"
+LORA_LAYERS = "peft.tuners.lora.layer"
+
+# A root mean square norm's epsilon.
+NORM_EPSILON = "variance_epsilon"
+
+# Where a config's __dict__ holds what it answers for _attn_implementation, after four calls of Python.
+_ATTENTION = "_attn_implementation_internal"
+# The module whose hooks stay on modules once a model was asked for its hidden states or attentions.
+_CAPTURING = "transformers.utils.output_capturing"
+_BLOCK_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings")
+
+
+def cache_name(module: nn.Module | type[nn.Module]) -> str:
+    """The argument in which a model, decoder block or attention module takes its cache."""
+    kind = module if isinstance(module, type) else type(module)
+    return _cache_argument(kind.forward) or _name_in_outputs()
+
+
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """``cache`` as the argument ``model`` takes it in: ``model(input_ids=ids, **with_cache(model, cache))``."""
+    return {cache_name(model): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's output brings along."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+@functools.cache
+def _cache_argument(forward: Callable[..., Any]) -> str | None:
+    names = inspect.signature(forward).parameters
+    return next((name for name in CACHE_NAMES if name in names), None)
+
+
+@functools.cache
+def _name_in_outputs() -> str:
+    """For a module that hands its arguments on, as PEFT's and torch.compile's do."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    names = inspect.signature(CausalLMOutputWithPast).parameters
+    return next(name for name in CACHE_NAMES if name in names)
+
+
+def decoder_layer(family: str) -> type[nn.Module]:
+    """The class of a model family's decoder blocks, e.g. of ``llama``."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    kind: type[nn.Module] = getattr(module, f"{family.capitalize()}DecoderLayer")
+    return kind
+
+
+def decoder_family(kind: type[nn.Module]) -> str | None:
+    """The family of which ``kind`` is transformers' own decoder block; ``None`` for any other class."""
+    start, _, family = kind.__module__.rpartition(".modeling_")
+    is_block = start == f"transformers.models.{family}" and kind.__name__ == f"{family.capitalize()}DecoderLayer"
+    return family if is_block else None
+
+
+def block_arguments(kind: type[nn.Module]) -> frozenset[str]:
+    """The arguments of a decoder block that say where a token stands; others change what the block computes."""
+    return frozenset((*_BLOCK_ARGUMENTS, cache_name(kind)))
+
+
+def why_not_native(kind: type[nn.Module] | None = None) -> str | None:
+    """Why decoder blocks of the installed transformers cannot take tokens natively; ``None`` where they can.
+
+    Args:
+        kind: transformers' class of the blocks; ``None`` asks for Llama's.
+    """
+    kind = decoder_layer("llama") if kind is None else kind
+    arguments = inspect.signature(kind.forward).parameters
+    unknown = [name for name in _BLOCK_ARGUMENTS if name not in arguments]
+    if _cache_argument(kind.forward) is None:
+        unknown.append(" or ".join(CACHE_NAMES))
+    if unknown:
+        return _unknown(f"{kind.__name__}.forward has no argument {', '.join(unknown)}")
+    try:  # who asks for hidden states must get those of every module
+        collector = importlib.import_module(_CAPTURING)._active_collector
+    except (ImportError, AttributeError):
+        return _unknown(f"{_CAPTURING} has no _active_collector")
+    return None if hasattr(collector, "get") else _unknown(f"{_CAPTURING}._active_collector cannot be asked")
+
+
+def _unknown(found: str) -> str:
+    return f"transformers {version('transformers')} is not known to this release of mosaic-kernels: {found}"
+
+
+def attention_setting(config: Any) -> tuple[dict[str, Any], str] | None:
+    """The dictionary and the key that hold a config's attention implementation, to watch it; ``None`` if not found."""
+    settings: dict[str, Any] = object.__getattribute__(config, "__dict__")
+    return (settings, _ATTENTION) if settings.get(_ATTENTION) == config._attn_implementation else None
+
+
+def attention_of(config: Any) -> str | None:
+    """The name of the attention implementation that a model or module with this config calls."""
+    found: str | None = config._attn_implementation
+    return found
+
+
+def captures_nothing(hook: Any) -> bool:
+    """Whether a hook is transformers' own for outputs that can be asked for, and returns at once: none are now."""
+    if getattr(hook, "__module__", None) != _CAPTURING or hook.__name__ != "output_capturing_hook":
+        return False
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    return collector is not None and not collector.get()
+
+
+def is_silu(activation: nn.Module) -> bool:
+    """Whether a feed-forward network's activation is SiLU."""
+    return type(activation).__name__ in ("SiLU", "SiLUActivation")
+
+
+def sdpa() -> Callable[..., tuple[Tensor, None]]:
+    """The function behind transformers' attention implementation ``sdpa``."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    found: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
+    return found
+
+
+def register_attention(name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
+    """Make ``function`` an attention implementation of transformers, with the masks of ``sdpa``."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def register_format(method: str, config: type, quantizer: type) -> None:
+    """Let ``from_pretrained`` read checkpoints whose ``quant_method`` is ``method``; calls may repeat."""
+    from transformers.quantizers import auto
+
+    if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # registering twice raises
+        auto.register_quantization_config(method)(config)
+    if method not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(method)(quantizer)
+
+
+def keep_as_loaded(module: nn.Module) -> None:
+    """Keep transformers from filling a module that stays on disk with random numbers."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def tied_weights(model: Any) -> Mapping[str, str]:
+    """Names of tensors that no file holds, and of those whose memory they share."""
+    found: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return found
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether transformers' own integration has put an adapter of PEFT on ``model``."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def lora_linear() -> Any:
+    """PEFT's class of a linear layer with a LoRA adapter."""
+    from peft.tuners.lora import layer  # also while its package is being imported
+
+    return layer.Linear

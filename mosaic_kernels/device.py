@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine can do: the floating-point types in which its processor multiplies matrices quickly."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from mosaic_kernels import _C_cpu
+except ImportError:  # not built: what the processor has is then unknown, and measured
+    _features: frozenset[str] | None = None
+else:
+    _features = frozenset(_C_cpu.features().split())
+
+logger = logging.getLogger(__name__)
+
+# A type counts as fast where its products reach this part of the speed of fp32's. The cases lie far apart: bf16 3.3x
+# and fp16 1.0x fp32 with their instructions, 0.17x both with AVX2 alone (Xeon, Sapphire Rapids class, Dec 2026);
+# 0.06 to 0.1x on Zen 3. At equal speed half the bytes are the better choice.
+FAST = 0.8
+
+# Instructions that multiply a type, as the native module names them.
+_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+# 67 million operations: 0.4 ms in fp32 on the Xeon above, 27 ms in bf16 on Zen 3, where two of them fill the time.
+# Smaller products tell less: of 64 x 256 x 256, fp16 reaches 0.75x of fp32 instead of 1.0x.
+_ROWS, _FEATURES = 128, 512
+_SECONDS, _MOST_ROUNDS = 0.05, 12
+
+
+@dataclass(frozen=True)
+class Products:
+    """How the processor multiplies matrices of one floating-point type.
+
+    Attributes:
+        fast: at least about as fast as fp32.
+        ratio: measured speed of torch's ``F.linear`` over its speed in fp32.
+        instructions: the processor has instructions for such products; ``None`` where that is unknown.
+    """
+
+    fast: bool
+    ratio: float
+    instructions: bool | None
+
+
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of ``dtype`` on this CPU at least about as fast as fp32 ones.
+
+    The first call for a dtype measures for about 50 ms; later ones know. Not for code inside a compiled graph.
+    """
+    return products(dtype).fast
+
+
+@functools.cache
+def products(dtype: torch.dtype) -> Products:
+    """What CPUID says of products of ``dtype``, and what a measurement says; where they differ it is right.
+
+    They differ where torch lacks a kernel for instructions the processor has, or is told not to use them
+    (``ONEDNN_MAX_CPU_ISA``), and where it has a kernel that needs none.
+    """
+    if dtype is torch.float32:
+        return Products(True, 1.0, True)
+    known = None if _features is None else not _features.isdisjoint(_INSTRUCTIONS.get(dtype, ()))
+    ratio = _speed_over_fp32(dtype)
+    fast = ratio >= FAST
+    if known is not None and fast is not known:
+        logger.info(
+            "this processor %s instructions for %s products, but torch's are %.2gx as fast as float32's",
+            "has" if known else "has no", name_of(dtype), ratio,
+        )  # fmt: skip
+    return Products(fast, ratio, known)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _speed_over_fp32(dtype: torch.dtype) -> float:
+    """Speed of products in ``dtype`` over those in fp32: the least times of some rounds in turns, on one thread.
+
+    The clock is the thread's own CPU time, and there is one thread: what else the machine runs hardly counts.
+    """
+    pairs = [_operands(torch.float32), _operands(dtype)]
+    least = [float("inf"), float("inf")]
+    with _one_thread(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        started, rounds = time.thread_time(), 0
+        # the first round builds torch's kernels, so that one more is needed
+        while rounds < 2 or (rounds < _MOST_ROUNDS and time.thread_time() - started < _SECONDS):
+            for i, (x, weight) in enumerate(pairs):
+                before = time.thread_time()
+                F.linear(x, weight)
+                least[i] = min(least[i], time.thread_time() - before)
+            rounds += 1
+    return least[0] / max(least[1], 1e-9)
+
+
+def _operands(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, weight = (torch.ones(rows, _FEATURES, dtype=dtype, device="cpu") for rows in (_ROWS, _FEATURES))
+    return x, weight
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tests ``pytest -m quick`` runs, and whether these run a part of every module of the package.
+
+For every edit: under two minutes on two cores. A test belongs here if it takes less than a second or is the only one
+that reaches a module so soon. Nothing that compiles, starts torchrun or trains.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+PACKAGE = Path(__file__).parents[1] / "mosaic_kernels"
+
+# Whole files, and beginnings of the names of tests in the others.
+FILES = (
+    "test_allocate", "test_calibration", "test_capture", "test_cli", "test_config", "test_directory", "test_format",
+    "test_gram", "test_journal", "test_layering", "test_models", "test_quickstart", "test_sass_budget", "test_search",
+    "test_sensitivity", "test_setup", "test_solvers", "test_sweep", "test_task_files", "test_tiles",
+)  # fmt: skip
+TESTS: dict[str, tuple[str, ...]] = {
+    "test_2to4": ("test_is_two", "test_tiles_hold", "test_stored", "test_special", "test_bands", "test_other"),
+    "test_admm": ("test_refit_is", "test_more_refit"),
+    "test_arrangement": ("test_it_is_the_same_layer", "test_other_layers", "test_copies", "test_casts"),
+    "test_attend": ("test_masks",),
+    "test_block": ("test_a_pattern_holds", "test_rows_lose", "test_nothing_to_remove"),
+    "test_checkpoint": ("test_shards", "test_files_beside", "test_model_card", "test_registering"),
+    "test_composite": ("test_structured_removes", "test_the_default_share", "test_a_pattern"),
+    "test_compute": ("test_auto", "test_the_way_there", "test_options"),
+    "test_decode": ("test_int8_weights", "test_heads_shared"),
+    "test_dry_run": ("test_dry_run_as_people",),
+    "test_evaluate": ("test_perplexity_is", "test_latency_counts", "test_weight_bytes", "test_command_prints_a"),
+    "test_generate": ("test_a_static_cache",),
+    "test_importance": ("test_ratios_equal", "test_round_trip"),
+    "test_inference": ("test_one_dispatch", "test_copies", "test_dense_linear_is"),
+    "test_info": ("test_json", "test_the_active", "test_missing"),
+    "test_int8": ("test_quantize_rounds", "test_scales_are", "test_quantize_refuses"),
+    "test_linear": ("test_computes", "test_looks", "test_back", "test_gradient", "test_casts"),
+    "test_linear_group": ("test_a_group_is_its_parts", "test_dense_rows"),
+    "test_lora": ("test_merges",),
+    "test_native": ("test_levels", "test_offsets", "test_no_threads"),
+    "test_ops": ("test_unpack", "test_arguments", "test_pack_of"),
+    "test_pair": ("test_where_nothing", "test_the_dense_side"),
+    "test_pipeline": ("test_nothing_is_removed", "test_the_report", "test_an_interrupted_object", "test_an_unknown"),
+    "test_processor": ("test_the_measurement", "test_a_contradiction"),
+    "test_prune_cli": ("test_missing_directory", "test_wrong_options", "test_json", "test_help"),
+    "test_ranks": ("test_a_process_alone", "test_sequences", "test_the_largest"),
+    "test_reader": ("test_skeleton", "test_descriptions", "test_a_path"),
+    "test_recover": (
+        "test_reconstruction_leaves",
+        "test_only_kept",
+        "test_lora_changes_kept_weights_only_and_leaves_no_trace[qwen2",
+        "test_an_unknown",
+    ),
+    "test_score": ("test_groups_are", "test_ties_are", "test_packing"),
+    "test_share": ("test_the_model_is_left", "test_nothing_is_tried"),
+    "test_solver_steps": ("test_a_step", "test_a_proposal"),
+    "test_structured": ("test_channels_go", "test_dead_units", "test_refit_is", "test_block_shape"),
+    "test_text": ("test_windows", "test_unusable", "test_too_short"),
+    "test_timing": ("test_nested", "test_a_probe"),
+    "test_units": ("test_what_must_not", "test_no_other"),
+    "test_triton": ("test_triton_has", "test_a_device"),
+    "test_zero_shot": ("test_the_best", "test_bad_arguments"),
+}
+
+
+def is_quick(file: str, test: str) -> bool:
+    """Whether ``file`` (without ``.py``) or this test of it (with its parameters) is in the lists above."""
+    return file in FILES or test.startswith(TESTS.get(file, ("\0",)))
+
+
+class Executed:
+    """Notes in which files of the package a function is called, from ``start`` to ``stop``."""
+
+    def __init__(self) -> None:
+        self._codes: set[CodeType] = set()
+
+    def start(self) -> None:
+        sys.settrace(self._call)
+
+    def stop(self) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame: FrameType, event: str, argument: Any) -> None:
+        self._codes.add(frame.f_code)  # and None: no line of it is traced
+
+    def missing(self) -> list[str]:
+        """Modules of the package that define functions, none of which was called."""
+        called = {code.co_filename for code in self._codes if code.co_name != "<module>"}
+        return [
+            str(path.relative_to(PACKAGE.parent))
+            for path in sorted(PACKAGE.rglob("*.py"))
+            if defines_functions(path.read_text()) and str(path) not in called
+        ]
+
+
+def defines_functions(source: str) -> bool:
+    return any(isinstance(node, ast.FunctionDef) for node in ast.walk(ast.parse(source)))
