@@ -5,19 +5,16 @@
 //     x, turned by the driver ── 64 bytes of each of 16 rows ──> [16 items of 4 bytes][16 rows of x]
 //     tdpbf16ps, tdpbssd: the product of both is added to a tile of sums, [16 weight rows][16 rows of x]
 //
-// Four tiles of sums, for 32 weight rows and 32 rows of x, need four loads for four products. One of the two
-// operands has to come from L1: a short piece
-// of a tile of x stays there for all weight rows of a panel in L2. (A product took 4.3 ns and a load 2.5 from
-// L1, 5.6 from L2, where its lines are neighbours, and 10 where every other one is another tile's; Xeon,
-// Sapphire Rapids class, Dec 2026)
+// Four tiles of sums, for 32 weight rows and 32 rows of x, need four loads for four products. A product
+// took 4.3 ns, and a load 2.5 from L1, 5.6 from L2 where its lines are neighbours, and 10 where every other
+// line belongs to another tile. So a short piece of a tile of x stays in L1 for all weight rows of a panel,
+// which is in L2. (Xeon, Sapphire Rapids class, Dec 2026)
 //
-// Numbers that AMX and AVX-512 add up in another order differ in their last bits, so the number of rows of x
-// alone decides who computes: a row of x has the same bits in every batch of kLeastRows rows and more, on any
-// number of threads. A chain of sums has one term for 32 columns. tdpbf16ps treats denormal numbers as zero,
-// as vdpbf16ps does.
-#include <immintrin.h>
-
-#include "cpu/linear_tiles_avx512.h"
+// AMX and AVX-512 add up in different orders, and their sums differ in the last bits. The number of rows of x
+// alone decides which of them computes, so a row of x has the same bits in every batch of kLeastRows rows and
+// more (of int8 weights: kLeastRowsOfInt8), on any number of threads. Of 32 columns one sum is added to a
+// chain, so 11008 columns make a chain of 344. tdpbf16ps treats denormal numbers as zero, as vdpbf16ps does.
+#include "cpu/linear_amx.h"
 
 namespace mosaic::avx512 {
 extern const cpu::KernelTable kTable;
@@ -33,10 +30,6 @@ namespace {
 // times with int8, and 16 .37 and .55 times. (4096 x 4096, 50 % kept, one thread; Xeon, Sapphire Rapids
 // class, Dec 2026)
 constexpr int64_t kLeastRows = 8, kLeastRowsOfInt8 = 12;
-constexpr int64_t kSide = 16;          // rows of a tile
-constexpr int64_t kTileBytes = 1024;   // of a full tile
-constexpr int64_t kBlock = 2 * kSide;  // rows of weights, and of x, that four tiles of sums are for
-constexpr int64_t kBlockSums = kBlock * kTurnRows;
 // So many weight rows a thread gets at once: two of the larger panels.
 constexpr int64_t kChunkRows = 512;
 // Memory is asked for this far ahead. (As in linear.cpp)
@@ -45,212 +38,6 @@ constexpr int64_t kAheadBytes = 1 << 14;
 constexpr int64_t kRowsAtOnce = 512;
 // tdpbssd adds up to 127 x 127 x 2^16 in int32; wider weights are left to AVX-512.
 constexpr int64_t kMostWholeColumns = 1 << 16;
-
-// The tiles' shapes, as ldtilecfg reads them. Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 x.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-constexpr TileShapes shapes_for(int x_rows) {
-  TileShapes shapes;
-  for (int t = 0; t < 8; ++t) {
-    shapes.rows[t] = kSide;
-    shapes.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? 64 : 4 * x_rows);
-  }
-  return shapes;
-}
-
-constexpr TileShapes kShapes = shapes_for(16), kNarrowShapes = shapes_for(8);
-
-// gcc's intrinsics tell the compiler neither what they read nor that tiles change.
-void use_shapes(const TileShapes& shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
-void release_tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
-template <int kTile>
-MOSAIC_HD void load_tile(const void* from, int64_t stride) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kTile>
-MOSAIC_HD void store_tile(void* to, int64_t stride) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kTile>
-MOSAIC_HD void clear_tile() {
-  __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
-}
-
-struct Bf16Tiles {
-  template <int kSum, int kWeights, int kX>
-  MOSAIC_HD void add() {
-    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kWeights), "i"(kX));
-  }
-};
-
-struct Int8Tiles {
-  template <int kSum, int kWeights, int kX>
-  MOSAIC_HD void add() {
-    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kWeights), "i"(kX));
-  }
-};
-
-// What four weight rows will be read from soon, asked for into L2 while others are expanded.
-struct Ahead {
-  const char* values[4];
-  const char* bits[4];
-  int64_t value_bytes;  // of a step, on average
-  int64_t bit_bytes;
-
-  void step(int64_t s) const {
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) fetch(values[r] + s * value_bytes);
-    if (s % 16 != 0) return;
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) fetch(bits[r] + s * bit_bytes);
-  }
-};
-
-// Where weights come from. expand() takes R of them a few steps of 64 bytes further: row r's next value is at
-// value[r], and step s of it goes to `to` + s * kTileBytes + r * 64.
-//
-// Kept values of bf16.
-struct Bf16Values {
-  using Tiles = Bf16Tiles;
-  static constexpr bool kWhole = false, kScaled = false;
-  static constexpr int64_t kStepWords = 1, kValueBytes = 2;
-
-  static const char* row(const LinearArgs& a, int64_t row) {
-    return static_cast<const char*>(a.values) + a.offsets[row] * kValueBytes;
-  }
-  template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t row, int64_t first, int64_t steps, const Ahead& ahead,
-                     const char** value, char* to) {
-    const int64_t words = bitmask_words(a.in_features);
-    const uint32_t* bits = a.words + row * words + first;
-    const BFloat16* next[R];
-    for (int r = 0; r < R; ++r) next[r] = reinterpret_cast<const BFloat16*>(value[r]);
-    for (int64_t s = 0; s < steps; ++s, to += kTileBytes) {
-      ahead.step(s);
-      const uint32_t* word = as_is(bits + s);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const uint32_t kept = word[r * words];
-        _mm512_store_si512(to + r * kStepBytes, kWithin ? Traits<BFloat16>::expand_within(kept, next[r])
-                                                        : Traits<BFloat16>::expand(kept, next[r]));
-        next[r] += popcount(kept);
-      }
-    }
-    for (int r = 0; r < R; ++r) value[r] = reinterpret_cast<const char*>(next[r]);
-  }
-};
-
-// Dense rows of bf16. They are copied, because tiles of rows that are a multiple of 4 KB apart evict each
-// other.
-struct DenseBf16 {
-  using Tiles = Bf16Tiles;
-  static constexpr bool kWhole = false, kScaled = false;
-  static constexpr int64_t kStepWords = 1, kValueBytes = 2;
-
-  static const char* row(const LinearArgs& a, int64_t row) {
-    return static_cast<const char*>(a.values) + row * a.in_features * kValueBytes;
-  }
-  template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t, int64_t first, int64_t steps, const Ahead& ahead,
-                     const char** value, char* to) {
-    for (int64_t s = 0; s < steps; ++s, to += kTileBytes) {
-      ahead.step(s);
-      const int64_t left = a.in_features - (first + s) * kWordBits;
-      const __mmask32 present = left < kWordBits ? bits_below(static_cast<uint32_t>(left)) : ~0u;
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        _mm512_store_si512(to + r * kStepBytes, _mm512_maskz_loadu_epi16(present, value[r] + s * kStepBytes));
-      }
-    }
-    for (int r = 0; r < R; ++r) value[r] += steps * kStepBytes;
-  }
-};
-
-// Kept values of int8, as bf16, which holds them exactly. With a scale for every 64 columns the weight is
-// rounded to bf16, by at most 1/6 of what rounding it to int8 cost.
-template <bool kGrouped>
-struct WidenedInt8 {
-  using Tiles = Bf16Tiles;
-  static constexpr bool kWhole = false, kScaled = false;
-  static constexpr int64_t kStepWords = 1, kValueBytes = 1;
-
-  static const char* row(const LinearArgs& a, int64_t row) {
-    return static_cast<const char*>(a.values) + a.offsets[row];
-  }
-  template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t row, int64_t first, int64_t steps, const Ahead& ahead,
-                     const char** value, char* to) {
-    const int64_t words = bitmask_words(a.in_features);
-    const uint32_t* bits = a.words + row * words + first;
-    const float* scales = a.scales + row * a.scale_groups;
-    const char* next[R];
-    for (int r = 0; r < R; ++r) next[r] = value[r];
-    for (int64_t s = 0; s < steps; ++s, to += kTileBytes) {
-      ahead.step(s);
-      const uint32_t* word = as_is(bits + s);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const uint32_t kept = word[r * words];
-        const __m256i values =
-            kWithin ? _mm256_maskz_loadu_epi8(bits_below(popcount(kept)), next[r])
-                    : in_register(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next[r])));
-        next[r] += popcount(kept);
-        const __m256i bytes = _mm256_maskz_expand_epi8(kept, values);
-        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-        if (kGrouped) {
-          const __m512 scale = _mm512_set1_ps(scales[r * a.scale_groups + (first + s) / 2]);
-          low = _mm512_mul_ps(low, scale);
-          high = _mm512_mul_ps(high, scale);
-        }
-        _mm512_store_si512(to + r * kStepBytes, Traits<BFloat16>::round(low, high));
-      }
-    }
-    for (int r = 0; r < R; ++r) value[r] = next[r];
-  }
-};
-
-// Kept values of int8 as they are, for x rounded to int8.
-template <bool kGrouped>
-struct Int8Values {
-  using Tiles = Int8Tiles;
-  static constexpr bool kWhole = !kGrouped;  // sums are whole numbers, in int32
-  static constexpr bool kScaled = kGrouped;  // a step's sums are scaled before they are added up
-  static constexpr int64_t kStepWords = 2, kValueBytes = 1;
-
-  static const char* row(const LinearArgs& a, int64_t row) {
-    return static_cast<const char*>(a.values) + a.offsets[row];
-  }
-  template <int R, bool kWithin>
-  static void expand(const LinearArgs& a, int64_t row, int64_t first, int64_t steps, const Ahead& ahead,
-                     const char** value, char* to) {
-    const int64_t words = bitmask_words(a.in_features);
-    const uint32_t* bits = a.words + row * words + 2 * first;
-    const char* next[R];
-    for (int r = 0; r < R; ++r) next[r] = value[r];
-    for (int64_t s = 0; s < steps; ++s, to += kTileBytes) {
-      ahead.step(s);
-      const uint32_t* word = as_is(bits + 2 * s);
-      const bool whole = 2 * (first + s) + 1 < words;
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        uint64_t kept = word[r * words];
-        if (whole) std::memcpy(&kept, word + r * words, sizeof kept);
-        const int count = __builtin_popcountll(kept);
-        const __m512i values =
-            kWithin ? _mm512_maskz_loadu_epi8(count < 64 ? (1ull << count) - 1 : ~0ull, next[r])
-                    : in_register(_mm512_loadu_si512(next[r]));
-        next[r] += count;
-        _mm512_store_si512(to + r * kStepBytes, _mm512_maskz_expand_epi8(kept, values));
-      }
-    }
-    for (int r = 0; r < R; ++r) value[r] = next[r];
-  }
-};
 
 // Up to 32 weight rows times up to 32 rows of x.
 struct Block {
@@ -540,8 +327,6 @@ bool takes(WeightKind kind, const LinearArgs& a) {
   if (kind == kPackedInt8TimesInt8) return a.in_features <= kMostWholeColumns;
   return a.dtype == DType::kBFloat16 && kind != kPackedInt8TimesInt16;
 }
-
-using Run = bool (*)(const LinearTask&, int64_t, int64_t);
 
 // A kernel that takes what AMX multiplies, and leaves the rest to AVX-512.
 template <WeightKind kind, typename T, typename Values>
