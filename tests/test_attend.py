@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIECE = 256  # tokens
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
+@pytest.fixture(params=["scalar", "avx2", "avx512", "amx"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this processor has."""
     before = _C_cpu.isa()

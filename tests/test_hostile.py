@@ -25,7 +25,8 @@ from mosaic_kernels.ops import cpu, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BEST = _C_cpu.isa()
-LEVELS = ("scalar", "avx2", "avx512")[: ("scalar", "avx2", "avx512").index(BEST) + 1]
+_LEVELS = ("scalar", "avx2", "avx512", "amx")
+LEVELS = _LEVELS[: _LEVELS.index(BEST) + 1]
 
 # none, one, and around a byte, a vector, a word, a block of the kernels, a warp's 32 words
 WIDTHS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 511, 512, 513, 1023, 1025)

@@ -25,7 +25,8 @@ from mosaic_kernels.ops import cpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BEST = _C_cpu.isa()
-LEVELS = ("scalar", "avx2", "avx512")[: ("scalar", "avx2", "avx512").index(BEST) + 1]
+_LEVELS = ("scalar", "avx2", "avx512", "amx")
+LEVELS = _LEVELS[: _LEVELS.index(BEST) + 1]
 
 
 @pytest.fixture(params=LEVELS)
@@ -33,6 +34,11 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     _C_cpu.set_isa(request.param)
     yield request.param
     _C_cpu.set_isa(BEST)
+
+
+def turned_from(level: str, dtype: torch.dtype) -> int:
+    """The rows of x from which on a level adds up in another order than for fewer."""
+    return {"avx512": 24, "amx": 8 if dtype is torch.bfloat16 else 24}.get(level, 1 << 30)
 
 
 def sparse(out: int, columns: int, density: float, dtype: torch.dtype) -> Tensor:
@@ -65,8 +71,8 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(l
     alone = torch.cat([linear(row[None], weight, 1) for row in x])
     assert bool(alone.isfinite().all())
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 40):
-        if level == "avx512" and rows >= 24:
-            continue  # turned: see below
+        if rows >= turned_from(level, dtype):
+            continue  # see below
         for threads in (1, 2, 5):
             assert torch.equal(linear(x[:rows].contiguous(), weight, threads), alone[:rows])
 
@@ -86,7 +92,9 @@ def test_a_row_of_many_has_the_same_bits_whatever_stands_beside_it(
     positive = linear(x.abs(), weight.abs(), 1)
     exact = x.double().abs() @ weight.double().abs().T
     assert bool(((positive.double() - exact).abs() <= (torch.finfo(dtype).eps + 2e-6) * exact).all())
-    for rows in (24, 25, 32, 33, 41, 57, 64, 71, 96, 128, 295):
+    for rows in (8, 9, 16, 17, 24, 25, 32, 33, 41, 57, 64, 71, 96, 128, 295):
+        if rows < min(24, turned_from(level, dtype)):
+            continue
         for threads in (1, 2, 3, 5):
             assert torch.equal(linear(x[:rows].contiguous(), weight, threads), together[:rows])
 
@@ -185,7 +193,7 @@ def check_guarded_round_trip(weight: Tensor) -> None:
     _C_cpu.unpack(unpacked.address, values.address, *rest)
     assert torch.equal(unpacked.read(), weight)
     words = Guarded(RowIndex.from_bitmask(bits.read()).words)
-    for rows in (1, 3, 8, 24, 25, 35, 41):  # from 24 on panels, with tiles of 32, 16 and 8
+    for rows in (1, 3, 8, 17, 24, 25, 35, 41):  # from 24 on, or 8, panels, with tiles of 32, 16 and 8
         x, bias = Guarded(torch.randn(rows, columns).to(weight.dtype)), Guarded(weight.new_zeros(out))
         result = Guarded(weight.new_zeros(rows, out))
         _C_cpu.sparse_linear(

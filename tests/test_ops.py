@@ -26,7 +26,7 @@ from mosaic_kernels.format import PackedWeight
 from mosaic_kernels.ops import cuda, reference, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEVELS = ("scalar", "avx2", "avx512")
+_LEVELS = ("scalar", "avx2", "avx512", "amx")
 BEST = _C_cpu.isa()
 BACKENDS = ("reference", *(f"cpu-{level}" for level in _LEVELS[: _LEVELS.index(BEST) + 1]))
 

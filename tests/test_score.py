@@ -17,7 +17,7 @@ from mosaic_kernels.errors import KernelError, NonFiniteError
 from mosaic_kernels.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEVELS = ("scalar", "avx2", "avx512")
+LEVELS = ("scalar", "avx2", "avx512", "amx")
 BEST = _C_cpu.isa()
 
 # A single weight; off a word and a vector by one; longer than a piece (1024) and several rows of that; enough

@@ -14,7 +14,7 @@ from mosaic_kernels import _C_cpu, ops
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.ops import reference
 
-LEVELS = ("scalar", "avx2", "avx512")
+LEVELS = ("scalar", "avx2", "avx512", "amx")
 BEST = _C_cpu.isa()
 EPS = torch.finfo(torch.float32).eps
 

@@ -128,16 +128,16 @@ bool round_rows(const void* from, int limit, int offset, int64_t rows, int64_t i
 
 }  // namespace
 
-XForm x_form(WeightKind kind, DType dtype, [[maybe_unused]] int64_t rows) {
+XForm x_form(WeightKind kind, const LinearArgs& a) {
 #if defined(__AVX512VNNI__)
   const bool whole = true;
 #elif defined(__AVX2__)
-  const bool whole = rows <= kWholeRows;
+  const bool whole = a.rows <= kWholeRows;
 #else
   const bool whole = false;
 #endif
   if (kind == kPackedInt8TimesInt8) return whole ? XForm::kInt8 : XForm::kInt8Float;
-  return whole && kind == kPackedInt8 && dtype == DType::kBFloat16 ? XForm::kInt16 : XForm::kPlain;
+  return whole && kind == kPackedInt8 && a.dtype == DType::kBFloat16 ? XForm::kInt16 : XForm::kPlain;
 }
 
 int64_t rounded_row_bytes(XForm form, int64_t in_features) {
@@ -201,6 +201,12 @@ void turn_few(const char* from, int64_t row_bytes, int64_t rows, int64_t room, c
 }
 
 }  // namespace
+
+// Chunks are multiples of 4 weight rows: of 12 they would give two threads 120 and 136 rows of 256. Several
+// blocks of rows read a chunk one after the other: it should stay in L2 meanwhile.
+Turned turned(WeightKind, const LinearArgs& a) {
+  return {has_turned_rows(a) ? 4 : 0, 1 << 18, has_turned_rows(a)};
+}
 
 void turn_x(const void* from, int64_t row_bytes, int64_t rows, void* to) {
   for (int64_t tile = 0, room; tile < rows; tile += room) {

@@ -8,6 +8,10 @@
 #if defined(MOSAIC_X86)
 #include <cpuid.h>
 #endif
+#if defined(MOSAIC_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace mosaic {
 namespace scalar {
@@ -20,10 +24,16 @@ namespace avx512 {
 extern const cpu::KernelTable kTable;
 }
 
+#if defined(MOSAIC_AMX)
+namespace amx {
+const cpu::KernelTable& kernel_table();
+}
+#endif
+
 namespace cpu {
 namespace {
 
-enum Level { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Level { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 struct Cpu {
   Level best = kScalar;
@@ -32,6 +42,18 @@ struct Cpu {
 
 #if defined(MOSAIC_X86)
 bool bit(unsigned word, int position) { return (word >> position) & 1u; }
+
+// Linux keeps tiles from a process until it asks for them: a thread's state grows by 8 KB with its first
+// tile. All threads of the process get them. The system refuses where it is too old (before 5.16), or a
+// thread's signal stack too small.
+bool may_use_tiles() {
+#if defined(MOSAIC_AMX)
+  constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Cpu detect() {
   Cpu cpu;
@@ -52,7 +74,8 @@ Cpu detect() {
   const bool base512 = os_zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
   const bool vbmi2 = os_zmm && bit(c, 1) && bit(c, 6),                                  // VBMI and VBMI2
       vnni = os_zmm && bit(c, 11);
-  const bool fp16 = os_zmm && bit(d, 23), amx_bf16 = os_tiles && bit(d, 22) && bit(d, 24);
+  const bool fp16 = os_zmm && bit(d, 23), amx_bf16 = os_tiles && bit(d, 22) && bit(d, 24),
+             amx_int8 = os_tiles && bit(d, 25) && bit(d, 24);
   bool bf16 = false, amx_fp16 = false;
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
     bf16 = os_zmm && bit(a, 5);
@@ -61,10 +84,10 @@ Cpu detect() {
   const struct {
     bool present;
     const char* name;
-  } names[] = {{has_avx2, "avx2"},     {fma, "fma"},          {f16c, "f16c"},
-               {bmi, "bmi2"},          {base512, "avx512"},   {vbmi2, "avx512_vbmi2"},
-               {bf16, "avx512_bf16"},  {vnni, "avx512_vnni"}, {fp16, "avx512_fp16"},
-               {amx_bf16, "amx_bf16"}, {amx_fp16, "amx_fp16"}};
+  } names[] = {{has_avx2, "avx2"},     {fma, "fma"},           {f16c, "f16c"},
+               {bmi, "bmi2"},          {base512, "avx512"},    {vbmi2, "avx512_vbmi2"},
+               {bf16, "avx512_bf16"},  {vnni, "avx512_vnni"},  {fp16, "avx512_fp16"},
+               {amx_bf16, "amx_bf16"}, {amx_fp16, "amx_fp16"}, {amx_int8, "amx_int8"}};
   for (const auto& feature : names) {
     if (!feature.present) continue;
     if (cpu.features[0]) std::strcat(cpu.features, " ");
@@ -72,10 +95,14 @@ Cpu detect() {
   }
   if (has_avx2 && fma && f16c && bmi && popcnt) cpu.best = kAvx2;
   if (cpu.best == kAvx2 && base512 && vbmi2 && bf16 && vnni) cpu.best = kAvx512;
+  if (cpu.best == kAvx512 && amx_bf16 && amx_int8 && may_use_tiles()) cpu.best = kAmx;
   return cpu;
 }
 
 const KernelTable* table_of(Level level) {
+#if defined(MOSAIC_AMX)
+  if (level == kAmx) return &amx::kernel_table();
+#endif
   return level == kAvx512 ? &avx512::kTable : level == kAvx2 ? &avx2::kTable : &scalar::kTable;
 }
 #else
@@ -102,14 +129,14 @@ const char* isa() { return kernels().name; }
 const char* features() { return processor().features; }
 
 Status set_isa(const char* level) {
-  const char* const names[] = {"scalar", "avx2", "avx512"};
-  for (int i = 0; i < 3; ++i) {
+  const char* const names[] = {"scalar", "avx2", "avx512", "amx"};
+  for (int i = 0; i < 4; ++i) {
     if (std::strcmp(level, names[i]) != 0) continue;
     if (i > processor().best) return invalid("set_isa: this processor lacks that instruction set");
     current().store(table_of(static_cast<Level>(i)));
     return {};
   }
-  return invalid("set_isa: the levels are 'scalar', 'avx2' and 'avx512'");
+  return invalid("set_isa: the levels are 'scalar', 'avx2', 'avx512' and 'amx'");
 }
 
 }  // namespace cpu

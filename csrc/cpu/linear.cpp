@@ -17,9 +17,8 @@ constexpr int64_t kMinChunkWork = 1 << 15;
 // Several blocks of rows read a chunk of weights one after the other: it should stay in L2 meanwhile.
 constexpr int64_t kCachedBytes = 1 << 18;
 // Chunks are multiples of the rows that kernels take at once: 4 for up to 6 rows of x, then 3 or 4; with many
-// rows of x 12, but 8 or 4 at the end of a chunk. Multiples of 12 for all would give two threads 120 and 136
-// rows of 256.
-constexpr int64_t kFewRows = 6, kFewMultiple = 4, kRowMultiple = 12, kTurnMultiple = 4;
+// rows of x what their level says.
+constexpr int64_t kFewRows = 6, kFewMultiple = 4, kRowMultiple = 12;
 // Memory is asked for this far ahead, and at least one block of rows. Of a loaded machine one thread gets no
 // more than this in the time that memory takes to answer: at a distance of one block rows of 2048 and 1536
 // columns, 30 % kept, took 1.04 to 1.12 times as long, those of 4096 the same. (Zen 4, Nov 2026)
@@ -42,6 +41,17 @@ int64_t weights_of(const LinearArgs& a) {
   return a.offsets ? a.nnz + a.out_features * bitmask_words(a.in_features) : a.out_features * a.in_features;
 }
 
+WeightKind kind_of(const LinearArgs& a) {
+  if (!a.offsets) return kDense;
+  if (!a.scales) return kPacked;
+  return a.quantize_x ? kPackedInt8TimesInt8 : kPackedInt8;
+}
+
+Turned turned(const LinearArgs& a) {
+  const KernelTable& table = kernels();
+  return table.turned ? table.turned(kind_of(a), a) : Turned{0, kCachedBytes, false};
+}
+
 // The first row of chunk c when a weight is cut into `chunks` equal parts, a multiple of the most rows
 // that a kernel takes at once.
 int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
@@ -59,8 +69,8 @@ int64_t first_row(const LinearArgs& a, int64_t c, int64_t chunks) {
       high = middle;
     }
   }
-  const bool turned = kernels().turn_x && has_turned_rows(a);
-  const int64_t multiple = turned ? kTurnMultiple : a.rows <= kFewRows ? kFewMultiple : kRowMultiple;
+  const int64_t turn = turned(a).multiple;
+  const int64_t multiple = turn > 0 ? turn : a.rows <= kFewRows ? kFewMultiple : kRowMultiple;
   return low / multiple * multiple;
 }
 
@@ -69,12 +79,6 @@ struct Part {
   bool (*run)(const LinearTask&, int64_t begin, int64_t end);
   int64_t chunks;
 };
-
-WeightKind kind_of(const LinearArgs& a) {
-  if (!a.offsets) return kDense;
-  if (!a.scales) return kPacked;
-  return a.quantize_x ? kPackedInt8TimesInt8 : kPackedInt8;
-}
 
 int64_t value_bytes(const LinearArgs& a) { return a.scales ? 1 : item_size(a.dtype); }
 
@@ -88,21 +92,20 @@ int64_t rows_ahead(const LinearArgs& a) {
 int64_t chunks_of(const LinearArgs& a) {
   const int64_t work = weights_of(a) * a.rows;
   if (a.threads <= 1 || work <= kInlineWork) {
-    return a.rows <= kRowBlock ? 1 : weights_of(a) * value_bytes(a) / kCachedBytes + 1;
+    return a.rows <= kRowBlock ? 1 : weights_of(a) * value_bytes(a) / turned(a).chunk_bytes + 1;
   }
   if (a.rows <= kRowBlock) return std::min(a.threads * kChunksPerThread, work / kMinChunkWork);
   // Few, because every chunk reads all of x, and equal parts for every thread: 17 chunks would leave one of
   // two threads idle for a ninth of the time.
-  return (weights_of(a) * value_bytes(a) / kCachedBytes / a.threads + 1) * a.threads;
+  return (weights_of(a) * value_bytes(a) / turned(a).chunk_bytes / a.threads + 1) * a.threads;
 }
 
 const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
   if (a.scales && a.scale_groups != 1 && a.scale_groups != scale_groups_of(a.in_features))
     return "int8 values have one scale per row, or one per row and 64 columns";
   if (a.x != first.x || a.rows != first.rows || a.in_features != first.in_features ||
-      a.dtype != first.dtype ||
-      kernels().x_form(kind_of(a), a.dtype, a.rows) != kernels().x_form(kind_of(first), a.dtype, a.rows) ||
-      has_turned_rows(a) != has_turned_rows(first))
+      a.dtype != first.dtype || kernels().x_form(kind_of(a), a) != kernels().x_form(kind_of(first), first) ||
+      turned(a).multiple != turned(first).multiple)
     return "weights of one dispatch must take the same x, rounded alike";
   return nullptr;
 }
@@ -111,14 +114,14 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
 bool prepare_x(const KernelTable& table, const LinearArgs& a, XForm* form, LinearTask* task) {
   const int kind = static_cast<int>(a.dtype);
   const int64_t padded = bitmask_words(a.in_features) * kWordBits;
-  const bool whole = *form != XForm::kPlain, turned = table.turn_x && has_turned_rows(a);
+  const bool whole = *form != XForm::kPlain, turn = turned(a).multiple > 0;
   const int x_size = table.packed_x_size(a.dtype);
   task->x = a.x;
   task->x_scales = nullptr;
   const bool as_it_is = !whole && padded == a.in_features && x_size == item_size(a.dtype);
   if (as_it_is && a.rows == 1) return true;
   const int64_t row_bytes = whole ? table.rounded_row_bytes(*form, a.in_features) : padded * x_size;
-  const int64_t room = turned ? (a.rows + kTurnRows - 1) / kTurnRows * kTurnRows : a.rows;
+  const int64_t room = turn ? (a.rows + kTurnRows - 1) / kTurnRows * kTurnRows : a.rows;
   auto* packed = static_cast<char*>(scratch(0, room * row_bytes));
   float* scales = whole ? static_cast<float*>(scratch(2, a.rows * sizeof(float))) : nullptr;
   if (!packed || (whole && !scales)) return false;
@@ -131,11 +134,11 @@ bool prepare_x(const KernelTable& table, const LinearArgs& a, XForm* form, Linea
       even = false;
     }
   };
-  const int64_t block = turned ? kTurnRows : kRowBlock;
+  const int64_t block = turn ? kTurnRows : kRowBlock;
   const int threads = a.rows * padded > kInlinePacking ? a.threads : 1;
   parallel_for(threads, (a.rows + block - 1) / block, [&](int64_t b) {
     const int64_t n = b * block, count = std::min(block, a.rows - n);
-    if (!turned) return convert(n, count, packed + n * row_bytes);
+    if (!turn) return convert(n, count, packed + n * row_bytes);
     const char* rows = static_cast<const char*>(a.x) + n * row_bytes;
     if (!as_it_is) {
       auto* each = static_cast<char*>(scratch(3, kTurnRows * row_bytes));
@@ -173,7 +176,7 @@ Status by_weights(const LinearArgs* args, int64_t count) {
     if (a.rows == 0 || a.out_features == 0) continue;  // its scales have no address to tell int8 by
     if (const char* problem = contradiction(a, used ? parts[0].task.args : a)) return invalid(problem);
     if (used == 0) {
-      form = table.x_form(kind_of(a), a.dtype, a.rows);
+      form = table.x_form(kind_of(a), a);
       if (!prepare_x(table, a, &form, &shared)) return kShortOfMemory;
     }
     const WeightKind kind = form == XForm::kInt16       ? kPackedInt8TimesInt16
@@ -209,16 +212,16 @@ int64_t rows_before(const LinearArgs& a, int64_t t) {
 bool shares_rows(const LinearArgs* args, int64_t count) {
   const LinearArgs& first = args[0];
   const int64_t tiles = (first.rows + kTurnRows - 1) / kTurnRows;
-  if (first.threads < 2 || !kernels().turn_x || tiles < first.threads) return false;
+  if (first.threads < 2 || tiles < first.threads) return false;
   if (tiles % first.threads != 0 && tiles < kEvenTiles * first.threads) return false;
   int64_t outputs = 0, work = 0;
   for (int64_t i = 0; i < count; ++i) {
     // Whether x is rounded to 16 bits is for all its rows to say, and not for those of a thread.
-    if (kernels().x_form(kind_of(args[i]), args[i].dtype, args[i].rows) == XForm::kInt16) return false;
+    if (kernels().x_form(kind_of(args[i]), args[i]) == XForm::kInt16) return false;
     LinearArgs last = args[i];
     last.rows -= rows_before(first, first.threads - 1);
     // Other sums than its neighbours', or weights that by_weights refuses.
-    if (!has_turned_rows(last) || args[i].rows != first.rows) return false;
+    if (!turned(args[i]).by_rows || !turned(last).by_rows || args[i].rows != first.rows) return false;
     outputs += args[i].out_features;
     work += weights_of(args[i]) * first.rows;
   }

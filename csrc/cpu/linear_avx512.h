@@ -134,7 +134,7 @@ struct Traits<float> : Traits<Half> {
 };
 
 // The lanes of four vectors added up: a transpose that adds, 13 instructions for four sums.
-__m128 horizontal_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+inline __m128 horizontal_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xee);

@@ -24,8 +24,9 @@ int packed_x_size(DType dtype);
 template <typename T>
 void pack_x(const void* x, int64_t rows, int64_t in_features, void* packed);
 void turn_x(const void* from, int64_t row_bytes, int64_t rows, void* to);
-XForm x_form(WeightKind kind, DType dtype, int64_t rows);
+XForm x_form(WeightKind kind, const LinearArgs& a);
 constexpr int64_t kWholeRows = 6;  // AVX2: up to so many rows of x are multiplied as whole numbers
+Turned turned(WeightKind kind, const LinearArgs& a);
 template <typename T>
 bool round_x(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales);
 int64_t rounded_row_bytes(XForm form, int64_t in_features);

@@ -27,8 +27,10 @@ const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
                             MOSAIC_EACH_DTYPE(round_x),
                             rounded_row_bytes,
 #if defined(__AVX512VNNI__)
+                            turned,
                             turn_x,
 #else
+                            nullptr,
                             nullptr,
 #endif
                             pack_bits,

@@ -16,6 +16,13 @@ constexpr int64_t kRowBlock = 8;
 constexpr int64_t kTurnRows = 32;
 inline bool has_turned_rows(const LinearArgs& a) { return a.rows >= (a.scale_groups > 1 ? 12 : 24); }
 
+// How a level takes a call's rows of x.
+struct Turned {
+  int64_t multiple;     // of weight rows that a kernel takes at once; 0 where x is not turned
+  int64_t chunk_bytes;  // of weights: about as much a kernel should get at once
+  bool by_rows;         // threads may take rows of x instead, and each expand all weights
+};
+
 // The room for rows of the next tile when `rows` are left.
 constexpr int64_t turned_rows(int64_t rows) { return rows > 24 ? kTurnRows : rows > 8 ? 16 : 8; }
 
@@ -31,10 +38,10 @@ struct LinearTask {
 };
 
 // What a kernel multiplies by: numbers as they are, or whole numbers and a scale for each row of x. kInt16 is
-// tried where a level prefers it, and given up for rows that sixteen bits do not hold well.
-// kInt8Float are whole numbers of eight bits in fp32, for levels and rows that have no other products of
-// them.
-enum class XForm { kPlain, kInt8, kInt16, kInt8Float };
+// tried where a level prefers it, and given up for rows that sixteen bits do not hold well. How kInt8 is
+// stored is the level's own affair; kSignedInt8 is stored as such, and kInt8Float as fp32, for levels and
+// rows that have no other products of whole numbers.
+enum class XForm { kPlain, kInt8, kInt16, kInt8Float, kSignedInt8 };
 
 enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt16, kPackedInt8TimesInt8, kDense, kWeightKinds };
 
@@ -88,12 +95,14 @@ struct KernelTable {
   int (*packed_x_size)(DType);
   // Interleaves up to kRowBlock rows of x.
   void (*pack_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed);
-  XForm (*x_form)(WeightKind, DType, int64_t rows);
+  XForm (*x_form)(WeightKind, const LinearArgs&);
   // Rounds up to kRowBlock rows of x, one scale each, and interleaves them as their kernel wants it; false
   // where kInt16 holds most elements of a row, so small beside its largest, less well than bf16 would.
   bool (*round_x[3])(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed,
                      float* scales);
   int64_t (*rounded_row_bytes)(XForm, int64_t in_features);
+  // nullptr where the level takes blocks only.
+  Turned (*turned)(WeightKind, const LinearArgs&);
   // Up to kTurnRows rows of x, each interleaved or rounded alone, to tiles of [row_bytes / 4][turned_rows]
   // items of 4 bytes; nullptr where the level takes blocks only.
   void (*turn_x)(const void* from, int64_t row_bytes, int64_t rows, void* to);

@@ -10,7 +10,7 @@ from mosaic_kernels.errors import UsageError
 
 __all__ = ["LEVELS", "level", "limit"]
 
-LEVELS = ("scalar", "avx2", "avx512")  # each has what the one before it has
+LEVELS = ("scalar", "avx2", "avx512", "amx")  # each has what the one before it has
 
 
 class Native(Protocol):
