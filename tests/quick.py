@@ -43,6 +43,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "test_linear": ("test_computes", "test_looks", "test_back", "test_gradient", "test_casts"),
     "test_linear_group": ("test_a_group_is_its_parts", "test_dense_rows"),
     "test_lora": ("test_merges",),
+    "test_missing": ("test_elsewhere",),
     "test_native": ("test_levels", "test_offsets", "test_no_threads"),
     "test_ops": ("test_unpack", "test_arguments", "test_pack_of"),
     "test_pair": ("test_where_nothing", "test_the_dense_side"),
