@@ -40,7 +40,7 @@ def _bound(dtype: torch.dtype, features: int) -> float:
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_computes_what_the_dense_layer_does(
-    shape: tuple[int, int], density: float, dtype: torch.dtype, bias: bool
+    cpu_level: str, shape: tuple[int, int], density: float, dtype: torch.dtype, bias: bool
 ) -> None:
     dense = _dense(shape, density, dtype, bias)
     layer = mk.MosaicLinear.from_linear(dense)
