@@ -13,8 +13,6 @@ two threads, Zen 4, Nov 2026); what a token costs outside our kernels is in ``be
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
 import torch
@@ -30,9 +28,6 @@ from mosaic_kernels.ops import cpu
 from mosaic_kernels.ops.select import is_recorded, kernel_for, why_not_ours
 
 _ATTENTIONS = ("sdpa", attention.NAME)
-
-logger = logging.getLogger(__name__)
-
 
 # Why a call takes transformers' modules, where that depends on the call and not on the block.
 SEVERAL_ROWS = "more than one token or sequence"
@@ -190,22 +185,14 @@ def take_tokens_natively(block: nn.Module) -> None:
     """Make a decoder block of a supported model one of this module's; again, after its layers were replaced.
 
     Where the installed transformers is not known well enough (:func:`mosaic_kernels.compat.why_not_native`) the block
-    stays what it is, and a warning says so once.
+    stays what it is; :func:`why_not` has the reason.
     """
     block.__dict__.pop("_token", None)
     kind = type(block)
     if compat.decoder_family(kind) not in SUPPORTED_MODEL_TYPES:
         return
-    why_not = compat.why_not_native(kind)
-    if why_not is None:
+    if compat.why_not_native(kind) is None:
         block.__class__ = globals().get(kind.__name__) or __getattr__(kind.__name__)
-    else:
-        _warn_once(why_not)
-
-
-@functools.cache
-def _warn_once(why_not: str) -> None:
-    logger.warning("decoder blocks run through transformers' modules, not natively: %s", why_not)
 
 
 def native_tokens(model: nn.Module) -> list[int]:

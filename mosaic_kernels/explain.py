@@ -2,8 +2,8 @@
 """Which way every block and layer of a model runs, and why not the faster one: ``mk.explain(model)``.
 
 The answers come from the code that decides at every call (:func:`mosaic_kernels.decode.why_not`,
-:func:`mosaic_kernels.dense.why_not`, :func:`mosaic_kernels.ops.running`), for the standard call: one token of one
-sequence with a cache and without gradients, as ``generate`` decodes.
+:func:`mosaic_kernels.dense.why_not`, :func:`mosaic_kernels.ops.select.running`). They are for the standard call: one
+token of one sequence with a cache and without gradients, as ``generate`` decodes.
 """
 
 from __future__ import annotations

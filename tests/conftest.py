@@ -20,10 +20,16 @@ from quick import Executed, is_quick
 settings.register_profile("repeatable", deadline=None, derandomize=True)  # busy machines are slow, not wrong
 settings.load_profile("repeatable")
 
+EXECUTED = pytest.StashKey[Executed]()
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    whole = option.markexpr == "quick" and not option.keyword and config.args_source.name == "TESTPATHS"
+    if whole and not option.collectonly and not getattr(option, "numprocesses", None) and sys.gettrace() is None:
+        config.stash[EXECUTED] = Executed()
+        config.stash[EXECUTED].start()
     # the models here are small: on a busy 2-core machine a second thread made the suite 5 times slower
     torch.set_num_threads(1)
 
@@ -34,21 +40,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """The whole of ``-m quick``, in one process, must reach every module."""
-    options = session.config.option
-    whole = options.markexpr == "quick" and not options.keyword and session.config.args_source.name == "TESTPATHS"
-    if not whole or options.collectonly or getattr(options, "numprocesses", None) or sys.gettrace() is not None:
-        return (yield)
-    executed = Executed()
-    executed.start()
-    try:
-        result = yield
-    finally:
-        executed.stop()
-    if missing := executed.missing():
+    yield
+    executed, stopped = session.config.stash.get(EXECUTED, None), session.shouldfail or session.shouldstop
+    if executed is None:
+        return
+    executed.stop()
+    if not stopped and (missing := executed.missing()):
         raise pytest.UsageError(f"no quick test calls a function of {', '.join(missing)}: name one in tests/quick.py")
-    return result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,6 +62,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def cpu_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this processor, or as many as ``MOSAIC_ISA`` leaves."""
+    from mosaic_kernels import _C_cpu
+
+    names, most = ("scalar", "avx2", "avx512"), _C_cpu.isa()
+    if most in names and names.index(request.param) > names.index(most):
+        pytest.skip(f"this processor has no {request.param}, or MOSAIC_ISA leaves it out")
+    _C_cpu.set_isa(request.param)
+    yield request.param
+    _C_cpu.set_isa(most)
 
 
 @pytest.fixture

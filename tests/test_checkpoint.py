@@ -14,6 +14,7 @@ from safetensors import safe_open
 from small_models import KINDS, composite, cut_block, load, logits, prompt, random_model, save, shapes, zero_weights
 
 import mosaic_kernels as mk
+from mosaic_kernels.checkpoint.autoload import MosaicAutoConfig
 from mosaic_kernels.checkpoint.reader import load_model
 from mosaic_kernels.checkpoint.writer import pack_model
 from mosaic_kernels.errors import UsageError
@@ -287,6 +288,15 @@ def test_only_mosaic_checkpoints_take_its_config(tiny_llama: Path) -> None:
 
     with pytest.raises(UsageError, match=r"mosaic_kernels\.prune"):
         load(tiny_llama, quantization_config=MosaicConfig())
+
+
+def test_the_stand_in_gives_the_stock_configuration(tmp_path: Path) -> None:
+    config = random_model().config
+    config.save_pretrained(tmp_path)
+    MosaicAutoConfig.register_for_auto_class()
+    found = MosaicAutoConfig.from_pretrained(str(tmp_path))
+    assert type(found) is type(config)
+    assert (found.hidden_size, found.num_hidden_layers) == (config.hidden_size, config.num_hidden_layers)
 
 
 def test_registering_again_is_harmless() -> None:

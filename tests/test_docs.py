@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["ops", "int8", "linear", "text", pytest.param("prune.pipeline", marks=pytest.mark.slow), "explain"])
+@pytest.mark.parametrize(
+    "name", ["ops", "int8", "linear", "text", pytest.param("prune.pipeline", marks=pytest.mark.slow), "explain"]
+)
 def test_docstring_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(f"mosaic_kernels.{name}")

@@ -77,7 +77,7 @@ def test_the_instruction_set_can_be_limited(wish: str) -> None:
 def test_an_instruction_set_that_does_not_exist_is_refused() -> None:
     refused = with_isa("sse9")
     assert refused.returncode != 0
-    assert "MOSAIC_ISA='sse9' is not an instruction set; choose one of scalar, avx2, avx512" in refused.stderr
+    assert "MOSAIC_ISA='sse9' is not an instruction set; choose one of scalar, avx2, avx512, amx" in refused.stderr
 
 
 def test_missing_cuda_kernels_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:

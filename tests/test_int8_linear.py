@@ -43,7 +43,7 @@ def _require_same_weight(layer: mk.MosaicLinear, other: mk.MosaicLinear) -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", KINDS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_computes_what_its_dense_form_does(dtype: torch.dtype, weights: Weights, bias: bool) -> None:
+def test_computes_what_its_dense_form_does(cpu_level: str, dtype: torch.dtype, weights: Weights, bias: bool) -> None:
     layer = _int8(weights, dtype=dtype, bias=bias)
     dense = layer.to_dense(torch.float32)
     for leading in ((), (1,), (0,), (2, 3)):

@@ -40,7 +40,7 @@ def _bound(dtype: torch.dtype, features: int) -> float:
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_computes_what_the_dense_layer_does(
-    shape: tuple[int, int], density: float, dtype: torch.dtype, bias: bool
+    cpu_level: str, shape: tuple[int, int], density: float, dtype: torch.dtype, bias: bool
 ) -> None:
     dense = _dense(shape, density, dtype, bias)
     layer = mk.MosaicLinear.from_linear(dense)
@@ -194,6 +194,7 @@ def test_runs_in_a_cuda_graph() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # the same since torch 2.14
 @pytest.mark.parametrize("weights", ["float", "int8", "int8-group"])
 def test_forward_mode_derivatives_are_the_dense_layers(weights: Any) -> None:
     layer = mk.MosaicLinear.from_linear(_dense((40, 7), 0.5), weights=weights)
@@ -211,6 +212,7 @@ def test_forward_mode_derivatives_are_the_dense_layers(weights: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # the same since torch 2.14
 def test_other_forward_mode_derivatives_are_refused() -> None:
     layer = mk.MosaicLinear.from_linear(_dense((40, 7), 0.5))
     with pytest.raises(KernelError, match="one forward-mode derivative"):

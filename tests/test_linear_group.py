@@ -6,6 +6,7 @@ Every instruction set of this processor is held against float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -217,6 +218,56 @@ def test_dense_rows(level: str, shape: tuple[int, int, int], dtype: torch.dtype)
     exact = x.double() @ weight.double().T + bias.double()
     size = (x.double().abs() @ weight.double().abs().T + bias.double().abs()).norm().clamp_min(1e-300)
     assert float((cpu.dense_linear_raw(x, weight, bias).double() - exact).norm() / size) <= bound(dtype, columns)
+
+
+KINDS = ("float", "int8", "int8-group", "int8-rounded", "int8-group-rounded", "dense")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_block_of_rows(level: str, dtype: torch.dtype, kind: str) -> None:
+    """1 to 9 and 16 rows of x by 1 to 14 of a weight: each size of a block, and what is left beside whole ones."""
+    if kind == "dense" and level == "scalar":
+        return
+    rounded, group = "rounded" in kind, 64 if "group" in kind else None
+    for out, columns, density in (
+        (14, 257, 0.5),
+        (13, 31, 1.0),
+        (5, 70, 0.5),
+        (3, 4200, 0.1),
+        (2, 64, 0.0),
+        (1, 8, 0.5),
+    ):
+        weight = sparse(out, columns, density, dtype, seed=out)
+        weight[out // 2] = 0  # a row that keeps nothing
+        x = torch.randn(16, columns).to(dtype)
+        packed = mk.pack(weight)
+        if "int8" in kind:
+            packed = mk.quantize(packed, group)
+            weight = mk.unpack(packed)
+        # what whole numbers of 8 or 16 bits are off by is at most half a step of the row's largest
+        steps = 127 if rounded else 32767 if "int8" in kind and dtype is torch.bfloat16 else math.inf
+        for rows in (*range(1, 10), 16):
+            some = x[:rows].contiguous()
+            if kind == "dense":
+                found = cpu.dense_linear_raw(some, weight, None)
+            else:
+                found = mk.sparse_linear(some, packed, quantize_x=rounded)
+            exact, size = some.double() @ weight.double().T, some.double().abs() @ weight.double().abs().T
+            half_a_step = some.double().abs().amax(1, keepdim=True) / steps / 2
+            limit = bound(dtype, columns) * size + half_a_step * weight.double().abs().sum(1) * 1.001
+            assert bool(((found.double() - exact).abs() <= limit + torch.finfo(dtype).tiny).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [33, 600])
+def test_a_row_of_dense_products_has_the_same_bits_alone(level: str, dtype: torch.dtype, columns: int) -> None:
+    if level == "scalar":
+        return
+    weight, x = torch.randn(29, columns).to(dtype), torch.randn(16, columns).to(dtype)
+    alone = torch.cat([cpu.dense_linear_raw(row[None], weight, None) for row in x])
+    for rows in range(1, 17):
+        assert torch.equal(cpu.dense_linear_raw(x[:rows].contiguous(), weight, None), alone[:rows])
 
 
 def test_parts_that_do_not_belong_together_are_refused() -> None:

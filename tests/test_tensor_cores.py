@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosaic_kernels import arrangement, siblings
-from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import RowIndex
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.ops import cuda, reference, tensor_cores
@@ -173,16 +172,6 @@ def test_the_module_says_where_many_rows_have_a_kernel(gpu: simt.Gpu, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "of no table")
     monkeypatch.setattr(tensor_cores, "_rows", {})
     assert tensor_cores.rows_of(simt.DEVICE) == (64, 1024 if gpu.arch == 90 else 0)
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    group = tensor_cores.Group([(TileBitmap.from_dense(sparse(8, 16)), None)])
-    with pytest.raises(KernelError, match="x has 15 features but this projection takes 16"):
-        group(torch.zeros(1, 15).bfloat16())
-    with pytest.raises(KernelError, match=r"x is torch.float16 but the packed values are torch.bfloat16"):
-        group(torch.zeros(1, 16).half())
-    with pytest.raises(KernelError, match="bias is"):
-        tensor_cores.Group([(TileBitmap.from_dense(sparse(8, 16)), torch.zeros(8))])
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -26,22 +26,41 @@ import mosaic_kernels as mk
 from mosaic_kernels.ops import reference, tensor_cores
 from mosaic_kernels.ops import triton as backend
 from mosaic_kernels.ops.library import _SCHEMAS
+from mosaic_kernels.ops.triton import configs
 
 pytest.importorskip("triton", reason="triton is not installed")
 registry = importlib.import_module("mosaic_kernels.ops.select")  # the package's own name `select` is the operator
 MODULES = ("linear", "obs", "pack", "score", "select")
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str | None]:
-    """What each check says; the interpreter is chosen when Triton is imported, so in a process of its own."""
+def interpret(*checks: str) -> dict[str, str | None]:
+    """What these checks say, or all; the interpreter is chosen when Triton is imported, so in a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, triton_checks.__file__], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, triton_checks.__file__, *checks], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, str | None] = json.loads(done.stdout)
     return found
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str | None]:
+    return interpret()
+
+
+def test_a_check_of_every_module_interpreted() -> None:
+    """The quickest ones: of pack, score, select, obs and linear."""
+    checks = ("packs_what_is_odd", "sums_squares", "selects_in_groups", "sweeps_and_chooses", "multiplies_any_layout")
+    assert interpret(*checks) == dict.fromkeys(checks)
+
+
+def test_sizes_are_the_defaults_or_those_that_are_tried() -> None:
+    cpu = torch.device("cpu")
+    first, *_ = configs.candidates("obs_block")
+    with configs.trying("obs_block", first):
+        assert configs.config("obs_block", cpu) == first
+    assert configs.config("obs_block", cpu) == configs.DEFAULTS["obs_block"]
 
 
 @pytest.mark.parametrize("check", triton_checks.CHECKS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every Triton operator against the reference: on a GPU, or on the CPU under Triton's interpreter.
 
-``TRITON_INTERPRET=1 python tests/triton_checks.py`` prints ``{check: its failure, or null}``.
+``TRITON_INTERPRET=1 python tests/triton_checks.py [CHECK ...]`` prints ``{check: its failure, or null}``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -335,14 +335,14 @@ def mend_the_interpreter() -> None:
     interpreter._patch_lang_tensor = mended
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
     mend_the_interpreter()
     torch.set_num_threads(1)
     failures: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
+    for name in names or CHECKS:
         torch.manual_seed(0)
         try:
-            check("cpu")
+            CHECKS[name]("cpu")
         except Exception:  # of any kind: another check may still pass
             failures[name] = traceback.format_exc()
         else:
@@ -351,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

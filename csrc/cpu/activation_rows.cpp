@@ -28,6 +28,15 @@ MOSAIC_HD void convert(BFloat16 from, BFloat16* to) { *to = from; }
 MOSAIC_HD void convert(BFloat16 from, float* to) { *to = to_float(from); }
 MOSAIC_HD void convert(Half from, float* to) { *to = to_float(from); }
 
+MOSAIC_HD void convert_word(const BFloat16* from, BFloat16* to) {
+  std::memcpy(to, from, kWordBits * sizeof *to);
+}
+// gcc 12 converts fp16 one by one: 16 rows of 8192 took 62 us where 30 is what bf16 takes.
+template <typename T>
+MOSAIC_HD void convert_word(const T* from, float* to) {
+  for (int i = 0; i < kWordBits; i += kLanes) store_lanes(to + i, load_lanes(from + i));
+}
+
 }  // namespace
 
 int packed_x_size(DType dtype) {
@@ -42,7 +51,7 @@ void pack_x(const void* from, int64_t rows, int64_t in_features, void* packed) {
     const T* x = static_cast<const T*>(from) + n * in_features;
     X* to = static_cast<X*>(packed) + n * kWordBits;
     for (int64_t w = 0; w < whole; ++w, x += kWordBits, to += rows * kWordBits) {
-      for (int i = 0; i < kWordBits; ++i) convert(x[i], to + i);
+      convert_word(x, to);
     }
     if (whole == words) continue;
     const int64_t left = in_features - whole * kWordBits;

@@ -38,6 +38,9 @@ MOSAIC_HD Lanes load_lanes(const BFloat16* from) {
 #if defined(__AVX512F__)  // gcc 12 widens the halves apart
   const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+#elif defined(__AVX2__)
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
 #else
   uint16_t __attribute__((vector_size(kLanes * 2))) narrow;
   std::memcpy(&narrow, from, sizeof narrow);
