@@ -17,6 +17,8 @@ import torch
 from hypothesis import settings
 from quick import Executed, is_quick
 
+from mosaic_kernels.ops.isa import LEVELS
+
 settings.register_profile("repeatable", deadline=None, derandomize=True)  # busy machines are slow, not wrong
 settings.load_profile("repeatable")
 
@@ -64,13 +66,13 @@ def _same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
+@pytest.fixture(params=LEVELS)
 def cpu_level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this processor, or as many as ``MOSAIC_ISA`` leaves."""
     from mosaic_kernels import _C_cpu
 
-    names, most = ("scalar", "avx2", "avx512"), _C_cpu.isa()
-    if most in names and names.index(request.param) > names.index(most):
+    most = _C_cpu.isa()
+    if LEVELS.index(request.param) > LEVELS.index(most):
         pytest.skip(f"this processor has no {request.param}, or MOSAIC_ISA leaves it out")
     _C_cpu.set_isa(request.param)
     yield request.param
