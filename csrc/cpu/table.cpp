@@ -26,7 +26,7 @@ const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
                             x_form,
                             MOSAIC_EACH_DTYPE(round_x),
                             rounded_row_bytes,
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
                             turned,
                             turn_x,
 #else

@@ -10,11 +10,8 @@ namespace mosaic::cpu {
 // Rows of x go through the linear kernels in blocks of this many (the last one may be smaller).
 constexpr int64_t kRowBlock = 8;
 
-// Levels that turn x (see turn_x) do so from 24 rows on, and take it in tiles of 32. Up to 17 rows tiles
-// took 1.1 to 1.7 times as long as blocks, but with a scale for every 64 columns 0.7 to 1.0 times from 12
-// rows on, 0.65 to 0.85 at 16. (4096x4096 and 2048x2048, Zen 4, Nov 2026)
+// Rows of x are turned in blocks of this many (the last one may be smaller), each of one or several tiles.
 constexpr int64_t kTurnRows = 32;
-inline bool has_turned_rows(const LinearArgs& a) { return a.rows >= (a.scale_groups > 1 ? 12 : 24); }
 
 // How a level takes a call's rows of x.
 struct Turned {
@@ -22,9 +19,6 @@ struct Turned {
   int64_t chunk_bytes;  // of weights: about as much a kernel should get at once
   bool by_rows;         // threads may take rows of x instead, and each expand all weights
 };
-
-// The room for rows of the next tile when `rows` are left.
-constexpr int64_t turned_rows(int64_t rows) { return rows > 24 ? kTurnRows : rows > 8 ? 16 : 8; }
 
 struct LinearTask {
   LinearArgs args;
@@ -103,7 +97,7 @@ struct KernelTable {
   int64_t (*rounded_row_bytes)(XForm, int64_t in_features);
   // nullptr where the level takes blocks only.
   Turned (*turned)(WeightKind, const LinearArgs&);
-  // Up to kTurnRows rows of x, each interleaved or rounded alone, to tiles of [row_bytes / 4][turned_rows]
+  // Up to kTurnRows rows of x, each interleaved or rounded alone, to tiles of [row_bytes / 4][rows of a tile]
   // items of 4 bytes; nullptr where the level takes blocks only.
   void (*turn_x)(const void* from, int64_t row_bytes, int64_t rows, void* to);
 
