@@ -60,6 +60,16 @@ def has_fast_products(dtype: torch.dtype) -> bool:
     return products(dtype).fast
 
 
+def is_slow(x: Tensor) -> bool:
+    """Whether ``x`` is of a type whose products torch computes slowly on the CPU, and is there."""
+    return x.is_cpu and x.dtype in _INSTRUCTIONS and not _is_fast(x.dtype)
+
+
+@torch.compiler.assume_constant_result  # a graph must not hold the measurement
+def _is_fast(dtype: torch.dtype) -> bool:
+    return has_fast_products(dtype)
+
+
 @functools.cache
 def products(dtype: torch.dtype) -> Products:
     """What CPUID says of products of ``dtype``, and what a measurement says; where they differ it is right.

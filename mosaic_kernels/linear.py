@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from mosaic_kernels import ops
 from mosaic_kernels.arrangement import Arrangement, arrange, tensors_of
 from mosaic_kernels.config import Weights
+from mosaic_kernels.device import is_slow
 from mosaic_kernels.errors import FormatError
 from mosaic_kernels.format import PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
 from mosaic_kernels.int8 import quantize
@@ -201,7 +202,9 @@ class MosaicLinear(nn.Linear):
     def keep_dense_for_prefill(self, keep: bool = True) -> None:
         """Hold the dense weight too, for inputs of many rows: the speed of a dense layer there, and its memory.
 
-        Not of int8 values, which do not say what dtype their dense weight would have.
+        Not of int8 values, which do not say what dtype their dense weight would have. On a CPU whose products of the
+        weight's dtype are slow (:func:`~mosaic_kernels.device.has_fast_products`) the packed kernels are faster and
+        run all the same.
         """
         self._dense = self._dense_weight() if keep and self.scales is None else None
 
@@ -223,7 +226,7 @@ class MosaicLinear(nn.Linear):
             if found is not None:
                 return found
         dense, arranged = self._dense, self._arranged
-        if dense is not None and input.shape[:-1].numel() > self.DECODE_ROWS:
+        if dense is not None and input.shape[:-1].numel() > self.DECODE_ROWS and not is_slow(input):
             return F.linear(input, dense, self._parameters.get("bias"))
         if arranged is not None and arranged[0] is self._parameters["weight"]:
             return fast_tile_linear(input, arranged[1], self._parameters.get("bias"))

@@ -38,7 +38,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def turned_from(level: str, dtype: torch.dtype) -> int:
     """The rows of x from which on a level adds up in another order than for fewer."""
-    return {"avx512": 24, "amx": 8 if dtype is torch.bfloat16 else 24}.get(level, 1 << 30)
+    return {"avx2": 17, "avx512": 24, "amx": 8 if dtype is torch.bfloat16 else 24}.get(level, 1 << 30)
 
 
 def sparse(out: int, columns: int, density: float, dtype: torch.dtype) -> Tensor:
@@ -82,7 +82,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(l
 def test_a_row_of_many_has_the_same_bits_whatever_stands_beside_it(
     level: str, dtype: torch.dtype, out: int, columns: int
 ) -> None:
-    # tiles of 32, 16 and 8 rows of x, groups of 12, 8 and 4 weight rows, and what is left of each; threads take
+    # tiles of 32, 16 and 8 rows of x, groups of 12, 8, 6 and 4 weight rows, and what is left of each; threads take
     # weights or, from 64 rows on and with few outputs, rows
     weight, x = sparse(out, columns, 0.5, dtype), torch.randn(295, columns).to(dtype)
     together = linear(x, weight, 1)

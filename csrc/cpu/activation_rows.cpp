@@ -163,12 +163,15 @@ bool round_x(const void* from, XForm form, int64_t rows, int64_t in_features, vo
   return round_rows<T, int16_t, true>(from, 32767, 0, rows, in_features, packed, scales);
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kTurnSide = 16;
 
 // Up to 16 rows, multiples of 64 bytes: 16 x 16 items by unpacking pairs and quarters.
 void turn_few(const char* from, int64_t row_bytes, int64_t rows, int64_t room, char* to) {
-  constexpr int kSide = 16;
+  constexpr int kSide = kTurnSide;
   for (int64_t byte = 0; byte < row_bytes; byte += kSide * 4) {
     __m512i in[kSide], half[kSide];
 #pragma GCC unroll 16
@@ -208,13 +211,47 @@ void turn_few(const char* from, int64_t row_bytes, int64_t rows, int64_t room, c
     }
   }
 }
+#else
+constexpr int64_t kTurnSide = 8;
+
+// Up to 8 rows, multiples of 32 bytes: 8 x 8 items by unpacking pairs and quarters.
+void turn_few(const char* from, int64_t row_bytes, int64_t rows, int64_t room, char* to) {
+  constexpr int kSide = kTurnSide;
+  for (int64_t byte = 0; byte < row_bytes; byte += kSide * 4) {
+    __m256 in[kSide], half[kSide];
+#pragma GCC unroll 8
+    for (int n = 0; n < kSide; ++n) {
+      const auto* row = reinterpret_cast<const float*>(from + n * row_bytes + byte);
+      in[n] = n < rows ? _mm256_loadu_ps(row) : _mm256_setzero_ps();
+    }
+#pragma GCC unroll 2
+    for (int q = 0; q < kSide; q += 4) {
+      const __m256 low01 = _mm256_unpacklo_ps(in[q], in[q + 1]),
+                   high01 = _mm256_unpackhi_ps(in[q], in[q + 1]),
+                   low23 = _mm256_unpacklo_ps(in[q + 2], in[q + 3]),
+                   high23 = _mm256_unpackhi_ps(in[q + 2], in[q + 3]);
+      half[q] = _mm256_shuffle_ps(low01, low23, 0x44);
+      half[q + 1] = _mm256_shuffle_ps(low01, low23, 0xee);
+      half[q + 2] = _mm256_shuffle_ps(high01, high23, 0x44);
+      half[q + 3] = _mm256_shuffle_ps(high01, high23, 0xee);
+    }
+    // half[q + i] holds items i and 4 + i of rows q to q + 3, 4 numbers each.
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      auto* at = reinterpret_cast<float*>(to + (byte / 4 + i) * room * 4);
+      _mm256_storeu_ps(at, _mm256_permute2f128_ps(half[i], half[4 + i], 0x20));
+      _mm256_storeu_ps(at + 4 * room, _mm256_permute2f128_ps(half[i], half[4 + i], 0x31));
+    }
+  }
+}
+#endif
 
 }  // namespace
 
 void turn_x(const void* from, int64_t row_bytes, int64_t rows, void* to) {
   for (int64_t tile = 0, room; tile < rows; tile += room) {
     room = turned_rows(rows - tile);
-    for (int64_t n = tile; n < tile + room && n < rows; n += 16) {
+    for (int64_t n = tile; n < tile + room && n < rows; n += kTurnSide) {
       turn_few(static_cast<const char*>(from) + n * row_bytes, row_bytes, rows - n, room,
                static_cast<char*>(to) + tile * row_bytes + (n - tile) * 4);
     }

@@ -8,13 +8,13 @@
 
 #include <immintrin.h>
 
+#include "cpu/lanes.h"
 #include "cpu/linear_blocks.h"
 #include "cpu/linear_streams.h"
 
 namespace mosaic::MOSAIC_ISA {
 namespace {
 
-constexpr int kLanes = 8;
 constexpr int kWordBytes = kWordBits / kLanes;
 
 // For each byte of bits a shuffle that puts its values, kItem bytes each, at the end of every kBytes / 8
@@ -46,6 +46,61 @@ MOSAIC_HD Vector row_of(const Table& table, uint32_t word, int q) {
   const int by = (8 * q - kShift) & 31;
   const uint32_t offset = (word >> by | word << ((32 - by) & 31)) & 255u << kShift;
   return *reinterpret_cast<const Vector*>(reinterpret_cast<const char*>(table.row) + offset);
+}
+
+constexpr Shuffles<32, 2> kWiden16;
+constexpr Shuffles<32, 1> kWiden8;
+constexpr Shuffles<16, 2> kExpand16;
+
+// For 32-bit values: the lane that each one comes from; negative where the bit is clear.
+struct Sources {
+  alignas(64) int32_t row[256][kLanes];
+
+  constexpr Sources() : row() {
+    for (int bits = 0; bits < 256; ++bits) {
+      int source = 0;
+      for (int i = 0; i < kLanes; ++i) {
+        const bool kept = (bits >> i) & 1;
+        row[bits][i] = kept ? source : -1;
+        source += kept;
+      }
+    }
+  }
+};
+constexpr Sources kSources;
+
+// Byte q of a word and the values that it begins with -> 8 weights.
+MOSAIC_HD __m256 expand(uint32_t word, int q, const BFloat16* values) {
+  const __m256i twice =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, row_of<__m256i>(kWiden16, word, q)));
+}
+
+MOSAIC_HD __m256 expand(uint32_t word, int q, const Half* values) {
+  const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  return _mm256_cvtph_ps(_mm_shuffle_epi8(eight, row_of<__m128i>(kExpand16, word, q)));
+}
+
+MOSAIC_HD __m256 expand(uint32_t word, int q, const float* values) {
+  const __m256i source = row_of<__m256i>(kSources, word, q);
+  const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), source);
+  return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(source, 31)), moved);
+}
+
+MOSAIC_HD __m256 expand(uint32_t word, int q, const int8_t* values) {
+  int64_t eight;
+  std::memcpy(&eight, values, sizeof eight);
+  const __m256i top = _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), row_of<__m256i>(kWiden8, word, q));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+}
+
+MOSAIC_HD __m256 load(const float* from) { return _mm256_loadu_ps(from); }
+MOSAIC_HD __m256 load(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+MOSAIC_HD __m256 load(const BFloat16* from) {
+  const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
 }
 
 // Keeps the compiler from loading what it finds there once for several rows: it would spill it, and the sums.

@@ -36,7 +36,7 @@ MOSAIC_HD __m256i both(__m128i low, const void* high) {
 }
 
 // Bytes q and q + 1 of a word -> 16 weights, 256 times as large.
-MOSAIC_HD __m256i expand(uint32_t word, int q, const int8_t* values) {
+MOSAIC_HD __m256i expand_whole(uint32_t word, int q, const int8_t* values) {
   const auto at = [&](int byte) { return values + values_before(word, byte); };
   const __m256i source = _mm256_inserti128_si256(_mm256_castsi128_si256(row_of<__m128i>(kUpper8, word, q)),
                                                  row_of<__m128i>(kUpper8, word, q + 1), 1);
@@ -88,7 +88,7 @@ void multiply(const LinearTask& task, int64_t row, int64_t first, __m256 (&sums)
         const int16_t* own = N > 2 ? as_is(x) : x;
 #pragma GCC unroll 2
         for (int q = 0; q < kWordBytes; q += 2) {
-          const __m256i weights = X::weights(expand(word, q, from));
+          const __m256i weights = X::weights(expand_whole(word, q, from));
 #pragma GCC unroll 8
           for (int n = 0; n < N; ++n) {
             const auto* at = reinterpret_cast<const __m256i*>(own + n * kWordBits + q * kLanes);

@@ -29,7 +29,7 @@ const KernelTable kTable = {MOSAIC_NAME(MOSAIC_ISA),
                             has_turned_rows,
                             kTurnMultiple,
                             kTurnChunk,
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
                             turn_x,
 #else
                             nullptr,

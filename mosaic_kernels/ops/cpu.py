@@ -232,7 +232,7 @@ def prepared_block(dtype: torch.dtype, *described: Any) -> Any:
 
 
 def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` for few rows of ``x``, by the sparse kernels' own loop.
+    """``F.linear`` by the sparse kernels' own loop.
 
     Raises:
         BackendError: the instruction set in use has no such kernel (it takes AVX2).

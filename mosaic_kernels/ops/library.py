@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mosaic_kernels.device import is_slow
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import dequantize
 from mosaic_kernels.ops import cpu, cuda, reference, tensor_cores, triton
@@ -206,7 +207,7 @@ def _require_frozen(*constants: Tensor | None) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values, words = ctx.saved_tensors
     weight = torch.ops.mosaic.unpack(values, words.view(torch.uint8), ctx.in_features)
-    return grad @ weight, None, None, None, None, None
+    return _product(grad, weight), None, None, None, None, None
 
 
 def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -214,7 +215,17 @@ def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values, scales, words = ctx.saved_tensors
     bits = words.view(torch.uint8)
     weight = torch.ops.mosaic.unpack(dequantize(values, scales, bits).to(grad.dtype), bits, ctx.in_features)
-    return grad @ weight, None, None, None, None, None, None, None
+    return _product(grad, weight), None, None, None, None, None, None, None
+
+
+def _product(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad @ weight``, in fp32 where this processor multiplies their dtype slowly.
+
+    A graph, which sees tensors of other types, leaves that to torch.
+    """
+    if type(grad) is Tensor and is_slow(grad):
+        return (grad.float() @ weight.float()).to(grad.dtype)
+    return grad @ weight
 
 
 def _save_tiles_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
