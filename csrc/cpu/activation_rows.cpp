@@ -31,7 +31,8 @@ MOSAIC_HD void convert(Half from, float* to) { *to = to_float(from); }
 MOSAIC_HD void convert_word(const BFloat16* from, BFloat16* to) {
   std::memcpy(to, from, kWordBits * sizeof *to);
 }
-// gcc 12 converts fp16 one by one: 16 rows of 8192 took 62 us where 30 is what bf16 takes.
+// gcc 12 converts fp16 one by one: 16 rows of 8192 took 62 us where bf16 took 30. (Xeon, Sapphire Rapids
+// class, Dec 2026)
 template <typename T>
 MOSAIC_HD void convert_word(const T* from, float* to) {
   for (int i = 0; i < kWordBits; i += kLanes) store_lanes(to + i, load_lanes(from + i));
