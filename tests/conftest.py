@@ -17,6 +17,8 @@ import torch
 from hypothesis import settings
 from quick import Executed, is_quick
 
+from mosaic_kernels.ops.isa import LEVELS
+
 settings.register_profile("repeatable", deadline=None, derandomize=True)  # busy machines are slow, not wrong
 settings.load_profile("repeatable")
 
