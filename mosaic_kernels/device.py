@@ -65,7 +65,7 @@ def is_slow(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in _INSTRUCTIONS and not _is_fast(x.dtype)
 
 
-@torch.compiler.assume_constant_result  # a graph must not hold the measurement
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a graph must not hold the measurement
 def _is_fast(dtype: torch.dtype) -> bool:
     return has_fast_products(dtype)
 

@@ -19,7 +19,10 @@ inline bool has_turned_rows(const LinearArgs& a) { return a.rows >= (a.scale_gro
 MOSAIC_HD int64_t turned_rows(int64_t rows) { return rows > 24 ? 32 : rows > 8 ? 16 : 8; }
 constexpr int64_t kTurnMultiple = 4, kTurnChunk = 0;
 #elif defined(__AVX2__)
-inline bool has_turned_rows(const LinearArgs& a) { return a.rows >= 17; }
+// Panels with lanes along columns (linear_avx2.cpp) leave no lane empty where rows are no multiple of 8: at
+// 17 rows tiles took 1.5 times as long, at 33 and 41 1.2 times, at 48 and 56 as long, at 64 0.9 times.
+// (4096x4096, Xeon, Sapphire Rapids class, kept to AVX2, Dec 2026)
+inline bool has_turned_rows(const LinearArgs& a) { return a.rows >= 64; }
 MOSAIC_HD int64_t turned_rows(int64_t rows) { return rows > 8 ? 16 : 8; }
 // Chunks are multiples of half a group of weight rows, and as many of them as a panel has: of bf16 rows of 5632
 // columns 256 KB are but 23, and to read x for each 23 took 1.1 times as long. (256 rows of x, Xeon, Sapphire
