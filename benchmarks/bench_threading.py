@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from measure import summary
 
 import mosaic_kernels as mk
-from mosaic_kernels.ops import cpu
+from mosaic_kernels.ops import threads as thread_count
 
 WIDTH, CHANNELS = 1024, 2816
 BETWEEN = {"query": (WIDTH, WIDTH), "up": (CHANNELS, WIDTH)}
@@ -65,9 +65,9 @@ def test_torch_between_ours(benchmark: Any, rows: int, monkeypatch: pytest.Monke
     operators = torch_operators(rows)
 
     def on_one_thread(layer: mk.MosaicLinear) -> None:
-        monkeypatch.setattr(cpu, "_FORCED_THREADS", 1)
+        monkeypatch.setattr(thread_count, "_FORCED_THREADS", 1)
         layer(x)
-        monkeypatch.setattr(cpu, "_FORCED_THREADS", 0)
+        monkeypatch.setattr(thread_count, "_FORCED_THREADS", 0)
 
     variants: dict[str, list[Callable[[], object]]] = {
         "alone": [lambda: None],

@@ -67,7 +67,7 @@ def test_groups_are_whole_in_every_piece(level: str, columns: int, n: int, m: in
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_ties_are_kept_in_the_order_of_their_index(level: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mosaic_kernels.ops.cpu._FORCED_THREADS", threads)
+    monkeypatch.setattr("mosaic_kernels.ops.threads._FORCED_THREADS", threads)
     weight = torch.randint(-2, 3, (300, 1000)).bfloat16()  # three scores, so that every slice holds ties
     norms = torch.ones(1000)
     for keep in (1, 100_000, 130_001, 250_000, 299_999):
@@ -153,7 +153,7 @@ def same_as_in_steps(weight: Tensor, norms: Tensor, keep: Any, scope: str) -> bo
 def test_bits_at_once_are_those_of_the_mask(
     level: str, dtype: torch.dtype, shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mosaic_kernels.ops.cpu._FORCED_THREADS", threads)
+    monkeypatch.setattr("mosaic_kernels.ops.threads._FORCED_THREADS", threads)
     weight = (torch.randn(shape) * (torch.rand(shape) < 0.8)).to(dtype)
     weight = Guarded(weight).view()  # zeros that are kept are packed away, and nothing past the end is read
     norms, count = Guarded(torch.rand(shape[1]).round(decimals=1)).view(), weight.numel()  # norms of zero, too
@@ -174,7 +174,7 @@ def test_bits_of_groups_at_once(level: str, n: int, m: int) -> None:
 
 
 def test_ties_of_bits_at_once(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mosaic_kernels.ops.cpu._FORCED_THREADS", 3)
+    monkeypatch.setattr("mosaic_kernels.ops.threads._FORCED_THREADS", 3)
     weight = torch.randint(-2, 3, (300, 1001)).bfloat16()
     for keep in (1, 100_000, 250_000, 300_299):
         assert same_as_in_steps(weight, torch.ones(1001), keep, "matrix")

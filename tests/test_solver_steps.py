@@ -46,7 +46,7 @@ def close(found: Tensor, exact: Tensor, terms: Tensor) -> bool:
 def test_a_proposal_is_split(
     backend: str, shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mosaic_kernels.ops.cpu._FORCED_THREADS", threads)
+    monkeypatch.setattr("mosaic_kernels.ops.threads._FORCED_THREADS", threads)
     proposal, gradient, keep = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.5
     dual = guarded(proposal)
     target = ops.admm_step(dual, guarded(keep), guarded(gradient), 0.3)
@@ -61,7 +61,7 @@ def test_a_proposal_is_split(
 def test_a_step_of_conjugate_gradients(
     backend: str, shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mosaic_kernels.ops.cpu._FORCED_THREADS", threads)
+    monkeypatch.setattr("mosaic_kernels.ops.threads._FORCED_THREADS", threads)
     keep = torch.rand(shape) < 0.5
     solution, residual, image = torch.randn(shape), torch.randn(shape) * keep, torch.randn(shape)
     direction = residual + 0.1 * image * keep

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from mosaic_kernels.format import PackedWeight, RowIndex
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops import cpu
+from mosaic_kernels.ops import threads as thread_count
 
 TORCHS = 2  # a kernel that may use exactly as many threads as torch has runs on torch's
 OTHERS = (3, 4, 8, 64)  # a pool of our own, also where it is much larger than the machine
@@ -30,7 +31,7 @@ class Work:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        cpu._FORCED_THREADS = 1  # no kernel has started threads before the scenario does
+        thread_count._FORCED_THREADS = 1  # no kernel has started threads before the scenario does
         self.weight = (torch.randn(700, 600) * (torch.rand(700, 600) < 0.5)).bfloat16()
         self.x, self.bias = torch.randn(40, 600).bfloat16(), torch.randn(700).bfloat16()
         self.scores, self.norms = self.weight.float().abs(), torch.rand(600)
@@ -44,7 +45,7 @@ class Work:
 
     def run(self, threads: int) -> list[bytes]:
         """What every kernel finds, as bytes: torch's own operators may hang in a forked child."""
-        cpu._FORCED_THREADS = threads
+        thread_count._FORCED_THREADS = threads
         run, index = cpu.KERNELS, self.index
         found: list[Tensor] = []
         for rows in (1, 7, 40):

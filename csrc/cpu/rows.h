@@ -24,9 +24,9 @@ constexpr int64_t kTurnMultiple = 4, kTurnChunk = 0;
 // (4096x4096, Xeon, Sapphire Rapids class, kept to AVX2, Dec 2026)
 inline bool has_turned_rows(const LinearArgs& a) { return a.rows >= 64; }
 MOSAIC_HD int64_t turned_rows(int64_t rows) { return rows > 8 ? 16 : 8; }
-// Chunks are multiples of half a group of weight rows, and as many of them as a panel has: of bf16 rows of 5632
-// columns 256 KB are but 23, and to read x for each 23 took 1.1 times as long. (256 rows of x, Xeon, Sapphire
-// Rapids class, kept to AVX2, Dec 2026)
+// Chunks are multiples of half a group of weight rows, and as many of them as a panel has: of bf16 rows of
+// 5632 columns 256 KB are but 23, and to read x for each 23 took 1.1 times as long. (256 rows of x, Xeon,
+// Sapphire Rapids class, kept to AVX2, Dec 2026)
 constexpr int64_t kTurnMultiple = 6, kTurnChunk = 96;
 #else
 inline bool has_turned_rows(const LinearArgs&) { return false; }

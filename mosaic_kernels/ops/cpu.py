@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mosaic_kernels.errors import KernelError, UsageError
+from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import bitmask_bytes
 from mosaic_kernels.ops import isa
 from mosaic_kernels.ops.missing import why_missing
+from mosaic_kernels.ops.threads import threads
 
 try:  # a name in `from mosaic_kernels import` would be blamed on a circular import where there is no such file
     import mosaic_kernels._C_cpu as _C_cpu
@@ -54,21 +54,6 @@ _SCOPES = {"matrix": 0, "row": 1, "group": 2}
 TILES = _IMPORT_ERROR is None and _C_cpu.isa() == "amx"
 # Whether dense_linear_raw runs here: it takes AVX2.
 DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() != "scalar"
-
-
-def _forced_threads() -> int:
-    text = os.environ.get("MOSAIC_NUM_THREADS", "")
-    if text and not (text.isdecimal() and int(text) > 0):
-        raise UsageError(f"MOSAIC_NUM_THREADS={text!r} is not a positive number")
-    return int(text or 0)
-
-
-_FORCED_THREADS = _forced_threads()
-
-
-def threads() -> int:
-    """Threads a kernel may use: ``MOSAIC_NUM_THREADS``, or else what torch uses."""
-    return _FORCED_THREADS or torch.get_num_threads()
 
 
 def why_not() -> str | None:
