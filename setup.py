@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the extension modules with CMake and Ninja; everything else is in pyproject.toml.
 
-An installation builds what this machine can use, unless the environment asks for more; one line says what and why.
+By default an installation builds only modules that this machine can use. One printed line says which, and why.
 
-MOSAIC_CUDA=auto           default: build _C_cuda, for the GPUs that are here, where a GPU and nvcc are found
-MOSAIC_CUDA=on             build it without a GPU, too, for all architectures; fail if it cannot be built
-MOSAIC_CUDA=off            leave it out
-MOSAIC_CUDA_ARCHS=80;90    build it for these architectures, with or without a GPU (with `on`, all: 80;86;89;90)
+MOSAIC_CUDA=auto           default: build _C_cuda if a GPU and nvcc are found, for the GPUs of this machine
+MOSAIC_CUDA=on             build it even without a GPU, for all architectures (80;86;89;90); fail if it cannot be built
+MOSAIC_CUDA=off            do not build it
+MOSAIC_CUDA_ARCHS=80;90    build it for these architectures, with or without a GPU; fail if it cannot be built
 
-A GPU is here if /dev/nvidia0 or /proc/driver/nvidia/gpus has one, or nvidia-smi -L lists one; CUDA_VISIBLE_DEVICES
-does not matter. nvcc is looked for in CUDACXX, CUDA_HOME, PATH and /usr/local/cuda.
+A GPU is found if /dev/nvidia0 or /proc/driver/nvidia/gpus has one, or nvidia-smi -L lists one; CUDA_VISIBLE_DEVICES
+has no effect. nvcc is searched in CUDACXX, CUDA_HOME, PATH and /usr/local/cuda.
 """
 
 import os
@@ -50,10 +50,10 @@ def modules() -> list[Extension]:
 
 
 def cmake_tree(name: str) -> Path:
-    """Where CMake builds a module: a place that stays, so that a second installation compiles only what changed.
+    """The directory in which CMake builds a module; it stays, so a second installation compiles only what changed.
 
-    ``build_temp`` is a new folder at every editable installation. A tree that came here with a copy of the checkout is
-    of no use, because CMake holds absolute paths.
+    setuptools' ``build_temp`` is a new directory at every editable installation. A tree that was copied with its
+    checkout is deleted, because CMake stores absolute paths.
     """
     tree = ROOT / "build" / "cmake" / str(sys.implementation.cache_tag) / name
     cache = tree / "CMakeCache.txt"

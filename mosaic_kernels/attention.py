@@ -39,6 +39,6 @@ def register_with_transformers() -> None:
 
 
 class _OneGroup:
-    """What ``sdpa`` asks of a module: no head of these is shared."""
+    """Stands for the attention module in calls of ``sdpa``: every query head has its own key head."""
 
     num_key_value_groups = 1

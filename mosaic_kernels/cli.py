@@ -86,17 +86,17 @@ def log_to_stderr() -> Iterator[None]:
 
 
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """True if torchrun started this process as one of several."""
     return distributed.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def leads() -> bool:
-    """Whether this process is the one that shows and prints; known before the team is joined."""
+    """True for the one process that prints and shows progress; works before the processes have connected."""
     return not launched() or os.environ.get("RANK") == "0"
 
 
 class _BesideBars(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes lines above the progress bar of a terminal, not into it."""
+    """Writes log lines above the progress bar of a terminal instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(self.stream):

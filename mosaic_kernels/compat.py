@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differences between the supported releases of transformers and PEFT, and every private name of theirs.
+"""Differences between the supported releases of transformers and PEFT, and all private names that the package uses.
 
-No other file of the package knows them (``tests/test_layering.py`` holds them to it). What a release calls things is
-found out by looking, not by comparing version numbers, so that one that only moves a name fails in a way that can be
-told. Importing this module imports neither library.
+No other file of the package contains them (``tests/test_layering.py`` enforces it). The functions look for the names
+that a release has instead of comparing version numbers: if a release moves a name, the message says which one is
+missing. Importing this module imports neither library.
 
-Where something that decoder blocks need to take tokens natively is gone, they are left as transformers made them and
-:func:`why_not_native` says why.
+If a release lacks something that native decoder blocks need, blocks stay as transformers made them, and
+:func:`why_not_native` gives the reason.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# How models, blocks, attention modules and outputs name the cache: from transformers 5.24 on, and up to 5.23.
+# The name of the cache in arguments and outputs: in transformers 5.24 and later, and up to 5.23.
 CACHE_NAMES = ("cache", "past_key_values")
 
-# Modules after whose import our part is added to them: checkpoint/__init__.py.
+# checkpoint/__init__.py extends these modules after somebody has imported them.
 QUANTIZERS = "transformers.quantizers.auto"
 LORA_LAYERS = "peft.tuners.lora.layer"
 
-# A root mean square norm's epsilon.
+# The attribute of an RMSNorm that holds its epsilon.
 NORM_EPSILON = "variance_epsilon"
 
-# Where a config's __dict__ holds what it answers for _attn_implementation, after four calls of Python.
+# The entry of a config's __dict__ behind its property _attn_implementation, which takes four Python calls.
 _ATTENTION = "_attn_implementation_internal"
-# The module whose hooks stay on modules once a model was asked for its hidden states or attentions.
+# The module whose hooks stay on a model's modules after a call asked for hidden states or attentions.
 _CAPTURING = "transformers.utils.output_capturing"
 _BLOCK_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings")
 
 
 def cache_name(module: nn.Module | type[nn.Module]) -> str:
-    """The argument in which a model, decoder block or attention module takes its cache."""
+    """The name of the argument with which a model, decoder block or attention module takes its cache."""
     kind = module if isinstance(module, type) else type(module)
     return _cache_argument(kind.forward) or _name_in_outputs()
 
 
 def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """``cache`` as the argument ``model`` takes it in: ``model(input_ids=ids, **with_cache(model, cache))``."""
+    """Keyword arguments that pass ``cache`` to ``model``: ``model(input_ids=ids, **with_cache(model, cache))``."""
     return {cache_name(model): cache}
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that a model's output brings along."""
+    """The cache in a model's output."""
     return output.cache if hasattr(output, "cache") else output.past_key_values
 
 
@@ -62,7 +62,7 @@ def _cache_argument(forward: Callable[..., Any]) -> str | None:
 
 @functools.cache
 def _name_in_outputs() -> str:
-    """For a module that hands its arguments on, as PEFT's and torch.compile's do."""
+    """The name of the cache for modules that pass all arguments on, such as those of PEFT and torch.compile."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     names = inspect.signature(CausalLMOutputWithPast).parameters
@@ -77,14 +77,14 @@ def decoder_layer(family: str) -> type[nn.Module]:
 
 
 def decoder_family(kind: type[nn.Module]) -> str | None:
-    """The family of which ``kind`` is transformers' own decoder block; ``None`` for any other class."""
+    """The model family if ``kind`` is the decoder block class of transformers, else ``None``."""
     start, _, family = kind.__module__.rpartition(".modeling_")
     is_block = start == f"transformers.models.{family}" and kind.__name__ == f"{family.capitalize()}DecoderLayer"
     return family if is_block else None
 
 
 def block_arguments(kind: type[nn.Module]) -> frozenset[str]:
-    """The arguments of a decoder block that say where a token stands; others change what the block computes."""
+    """The arguments of a decoder block that native code can take; any other changes the result of the block."""
     return frozenset((*_BLOCK_ARGUMENTS, cache_name(kind)))
 
 
@@ -101,7 +101,7 @@ def why_not_native(kind: type[nn.Module] | None = None) -> str | None:
         unknown.append(" or ".join(CACHE_NAMES))
     if unknown:
         return _unknown(f"{kind.__name__}.forward has no argument {', '.join(unknown)}")
-    try:  # who asks for hidden states must get those of every module
+    try:  # a call that asks for hidden states must get those of every module
         collector = importlib.import_module(_CAPTURING)._active_collector
     except (ImportError, AttributeError):
         return _unknown(f"{_CAPTURING} has no _active_collector")
@@ -113,7 +113,10 @@ def _unknown(found: str) -> str:
 
 
 def attention_setting(config: Any) -> tuple[dict[str, Any], str] | None:
-    """The dictionary and the key that hold a config's attention implementation, to watch it; ``None`` if not found."""
+    """The dictionary and the key that hold a config's attention implementation, or ``None`` if not found.
+
+    A caller that remembers the value there notices a change without calling the property.
+    """
     settings: dict[str, Any] = object.__getattribute__(config, "__dict__")
     return (settings, _ATTENTION) if settings.get(_ATTENTION) == config._attn_implementation else None
 
@@ -125,7 +128,7 @@ def attention_of(config: Any) -> str | None:
 
 
 def captures_nothing(hook: Any) -> bool:
-    """Whether a hook is transformers' own for outputs that can be asked for, and returns at once: none are now."""
+    """True for a hook of transformers that records hidden states or attentions while no call has asked for any."""
     if getattr(hook, "__module__", None) != _CAPTURING or hook.__name__ != "output_capturing_hook":
         return False
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
@@ -133,7 +136,7 @@ def captures_nothing(hook: Any) -> bool:
 
 
 def is_silu(activation: nn.Module) -> bool:
-    """Whether a feed-forward network's activation is SiLU."""
+    """True if ``activation`` is SiLU."""
     return type(activation).__name__ in ("SiLU", "SiLUActivation")
 
 
@@ -170,18 +173,18 @@ def keep_as_loaded(module: nn.Module) -> None:
 
 
 def tied_weights(model: Any) -> Mapping[str, str]:
-    """Names of tensors that no file holds, and of those whose memory they share."""
+    """Names of tied tensors, which no file holds, mapped to the tensors whose memory they share."""
     found: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     return found
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether transformers' own integration has put an adapter of PEFT on ``model``."""
+    """True if transformers' own integration of PEFT has put an adapter on ``model``."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def lora_linear() -> Any:
     """PEFT's class of a linear layer with a LoRA adapter."""
-    from peft.tuners.lora import layer  # also while its package is being imported
+    from peft.tuners.lora import layer  # works even while PEFT is being imported
 
     return layer.Linear

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which dtype a model computes, where its processor is slow in the one its weights are stored in."""
+"""Chooses the dtype a model computes in: fp32 if the processor is slow in the dtype of the weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Computing:
-    """The dtype that a model computes in, and why.
+    """The dtype that a model computes in, and the reason.
 
     Attributes:
         dtype: of its weights and activations while it computes.
-        why: in a few words, for the log and the report.
+        why: the reason in a few words, for the log and the report.
     """
 
     dtype: torch.dtype
@@ -39,12 +39,12 @@ class Computing:
 
 
 def settle_compute_dtype(asked: ComputeDtype, stored: torch.dtype, device: torch.device) -> Computing:
-    """The dtype to compute in.
+    """Choose the dtype to compute in.
 
     Args:
-        asked: ``auto`` (that of the weights; on a CPU that multiplies it more slowly than fp32, fp32), or a name.
-        stored: of the weights.
-        device: that computes.
+        asked: the name of a dtype, or ``auto``: ``stored``, but fp32 on a CPU that multiplies ``stored`` more slowly.
+        stored: the dtype of the weights.
+        device: the device that computes.
 
     Raises:
         UsageError: the dtype that was asked for cannot hold the weights.
@@ -54,7 +54,7 @@ def settle_compute_dtype(asked: ComputeDtype, stored: torch.dtype, device: torch
         if dtype is not stored and not (dtype is torch.float32 and stored.itemsize < dtype.itemsize):
             raise UsageError(
                 f"--compute-dtype {asked} cannot hold {name_of(stored)} weights: use float32, or --dtype {asked} "
-                "to store them so as well"
+                "to store them in it as well"
             )
         return Computing(dtype, "asked for")
     if device.type != "cpu" or stored.itemsize != 2:
@@ -69,7 +69,9 @@ def settle_compute_dtype(asked: ComputeDtype, stored: torch.dtype, device: torch
 
 
 def settle_evaluation_dtype(asked: ComputeDtype, adapter: ModelAdapter) -> Computing:
-    """The same for running a model as it is: packed layers have kernels of their own, whatever torch is fast in.
+    """Choose the dtype to evaluate a model in.
+
+    With ``auto``, a model with packed layers keeps its dtype: these layers do not use torch's products.
 
     Raises:
         UsageError: the dtype that was asked for cannot hold the weights.
@@ -83,12 +85,12 @@ def settle_evaluation_dtype(asked: ComputeDtype, adapter: ModelAdapter) -> Compu
 def computing_in(adapter: ModelAdapter, chosen: Computing) -> Iterator[ModelAdapter]:
     """Hold a model's weights in ``chosen.dtype`` inside, and in their own dtypes again afterwards.
 
-    A wider dtype holds every value exactly, so weights that nobody changed come back bit for bit. The adapter's
-    blocks know the dtypes that they go back to, and whoever puts new weights in rounds them to these
-    (:meth:`~mosaic_kernels.models.Block.rounded`), so that the way back changes no weight at all.
+    A wider dtype holds every value exactly, so unchanged weights come back bit for bit. The blocks of the adapter
+    that is yielded know the stored dtypes. Code that writes new weights must round them to these
+    (:meth:`~mosaic_kernels.models.Block.rounded`); then the cast back changes no weight.
 
     Yields:
-        The model as it computes; ``adapter`` itself where nothing is to be done.
+        The adapter of the cast model; ``adapter`` itself if the model has the chosen dtype already.
     """
     if chosen.dtype is adapter.dtype:
         yield adapter
@@ -101,7 +103,7 @@ def computing_in(adapter: ModelAdapter, chosen: Computing) -> Iterator[ModelAdap
         _cast(model, {name: chosen.dtype for name, dtype in (dtypes | buffers).items() if dtype.itemsize == 2})
         after = sum(parameter.nbytes for parameter in model.parameters())
         logger.info(
-            "computing in %s: %s; weights stay %s (%.0f MiB meanwhile, not %.0f)",
+            "computing in %s: %s; the checkpoint stays %s (meanwhile weights take %.0f MiB instead of %.0f)",
             chosen.name, chosen.why, stored, after / 2**20, before / 2**20,
         )  # fmt: skip
         yield adapter.storing(dtypes)
@@ -110,14 +112,14 @@ def computing_in(adapter: ModelAdapter, chosen: Computing) -> Iterator[ModelAdap
 
 
 def _cast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Give parameters and buffers these dtypes, in place, by name; integers and what is on no device stay.
+    """Cast parameters and buffers, in place, to the dtypes given by name; integers and meta tensors stay as they are.
 
-    Parameters stay the objects they are: tied ones stay tied.
+    Parameters remain the same objects, so tied ones stay tied.
     """
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
-        if isinstance(module, MosaicLinear):  # it holds more than parameters, and casts them itself
-            for name in ("weight", "bias"):  # int8 values are cast by nobody, the bias beside them is
+        if isinstance(module, MosaicLinear):  # it holds more than parameters, and casts all of it itself
+            for name in ("weight", "bias"):  # int8 values are never cast, but their bias is
                 if (wanted := dtypes.get(dot + name)) is not None and wanted.is_floating_point:
                     module.to(wanted)
                     break

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is there a GPU and a compiler for it? setup.py asks before anything is installed, ``info`` asks afterwards.
+"""Finds a GPU and ``nvcc``, and decides if an installation builds the CUDA module.
 
-setup.py runs this file by its path: it may import nothing but the standard library.
+``setup.py`` uses it before anything is installed, and ``info`` afterwards. ``setup.py`` runs this file by its path, so
+it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ HOW_TO_BUILD = "run `MOSAIC_CUDA=on pip install --force-reinstall --no-deps -e .
 
 @dataclass(frozen=True)
 class Choice:
-    """Whether an installation builds the CUDA module.
+    """The decision if an installation builds the CUDA module.
 
     Attributes:
-        build: it does.
-        required: the installation fails where it cannot.
-        why: for the line that the installation prints.
-        archs: to compile for, as CMake takes them.
-        error: the wish cannot be met; says what to do.
+        build: True if it builds the module.
+        why: the reason, for the line that the installation prints.
+        required: True if the installation fails when the module cannot be built.
+        archs: the architectures to compile for, as CMake takes them.
+        error: why the environment's request cannot be met, and what to do; ``None`` if it can.
     """
 
     build: bool
@@ -39,13 +40,13 @@ class Choice:
 
 
 def choose(environment: Mapping[str, str], gpu: str | None, nvcc: str | None, archs: str) -> Choice:
-    """``MOSAIC_CUDA`` and ``MOSAIC_CUDA_ARCHS`` against what is there.
+    """Decide by ``MOSAIC_CUDA`` and ``MOSAIC_CUDA_ARCHS``, and by the GPU and ``nvcc`` that were found.
 
     Args:
         environment: ``os.environ``, or a part of it.
-        gpu: what ``find_gpu`` found.
-        nvcc: what ``find_nvcc`` found.
-        archs: those of the GPUs here, or all (``architectures``).
+        gpu: the result of ``find_gpu``.
+        nvcc: the result of ``find_nvcc``.
+        archs: the result of ``architectures``.
     """
     wanted, listed = environment.get("MOSAIC_CUDA", "auto").lower(), environment.get("MOSAIC_CUDA_ARCHS", "")
     if wanted not in ("auto", "on", "off"):
@@ -54,23 +55,23 @@ def choose(environment: Mapping[str, str], gpu: str | None, nvcc: str | None, ar
         return Choice(False, "MOSAIC_CUDA=off")
     wish = "MOSAIC_CUDA=on" if wanted == "on" else f"MOSAIC_CUDA_ARCHS={listed}" if listed else None
     if wish and nvcc is None:
-        return Choice(False, "", error=f"{wish} but nvcc was not found: set CUDACXX or CUDA_HOME, or unset the wish")
+        return Choice(False, "", error=f"{wish} is set but nvcc was not found: set CUDACXX or CUDA_HOME, or unset it")
     if wish:
         return Choice(True, wish, required=True, archs=listed or ";".join(map(str, ALL_ARCHS)))
     if gpu is None:
-        return Choice(False, "no NVIDIA GPU here; MOSAIC_CUDA=on builds them all the same")
+        return Choice(False, "no NVIDIA GPU was found; MOSAIC_CUDA=on builds CUDA kernels without one")
     if nvcc is None:
-        return Choice(False, f"{gpu} is there but nvcc was not found: install the CUDA toolkit, or set CUDA_HOME")
-    return Choice(True, f"{gpu} and {nvcc} are there", archs=archs)
+        return Choice(False, f"{gpu} was found, but nvcc was not found: install the CUDA toolkit, or set CUDA_HOME")
+    return Choice(True, f"{gpu} and {nvcc} were found", archs=archs)
 
 
 def find_gpu(root: Path = Path("/")) -> str | None:
-    """What shows that an NVIDIA GPU is in this machine. ``CUDA_VISIBLE_DEVICES`` hides none from an installation."""
+    """Evidence of an NVIDIA GPU in this machine, or ``None``. ``CUDA_VISIBLE_DEVICES`` has no effect on it."""
     for pattern in ("dev/nvidia[0-9]*", "proc/driver/nvidia/gpus/*"):
         found = sorted(root.glob(pattern))
         if found:
             return str(found[0])
-    # Windows' Linux has neither file
+    # the Windows Subsystem for Linux has neither file
     return "a GPU that nvidia-smi lists" if _nvidia_smi("-L").startswith("GPU ") else None
 
 
@@ -84,10 +85,10 @@ def find_nvcc(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def architectures(capabilities: str | None = None) -> str:
-    """Code for the GPUs that are here; for all if one of them is none of those.
+    """The architectures of the GPUs here, for CMake; all of ``ALL_ARCHS`` if a GPU has another, or none is known.
 
     Args:
-        capabilities: as nvidia-smi lists them, ``9.0`` on a line; None asks it.
+        capabilities: lines such as ``9.0``, as nvidia-smi prints them; ``None`` runs nvidia-smi.
     """
     if capabilities is None:
         capabilities = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader")
@@ -99,11 +100,11 @@ def architectures(capabilities: str | None = None) -> str:
 def why_not_built(gpu: str | None, nvcc: str | None) -> str:
     """Why an installation here left the CUDA module out, and how to get it."""
     if nvcc is None:
-        there = f"{gpu} is there" if gpu else "no NVIDIA GPU here"
-        return f"not built: {there} and nvcc was not found; install the CUDA toolkit, then {HOW_TO_BUILD}"
+        there = f"{gpu} was found, but nvcc was not found" if gpu else "neither an NVIDIA GPU nor nvcc was found"
+        return f"not built: {there}; install the CUDA toolkit, then {HOW_TO_BUILD}"
     if gpu is None:
-        return f"not built: no NVIDIA GPU here, so MOSAIC_CUDA=auto leaves them out; to build them, {HOW_TO_BUILD}"
-    return f"not built, but {gpu} and {nvcc} are there; to build them and see what fails, {HOW_TO_BUILD}"
+        return f"not built: no NVIDIA GPU was found, and MOSAIC_CUDA=auto needs one; to build them, {HOW_TO_BUILD}"
+    return f"not built, but {gpu} and {nvcc} were found; to build them and see any error, {HOW_TO_BUILD}"
 
 
 def _nvidia_smi(*arguments: str) -> str:

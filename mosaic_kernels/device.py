@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine can do: the floating-point types in which its processor multiplies matrices quickly."""
+"""Finds the floating-point types in which this processor multiplies matrices quickly."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from torch import Tensor
 
 try:
     from mosaic_kernels import _C_cpu
-except ImportError:  # not built: what the processor has is then unknown, and measured
+except ImportError:  # not built: the processor's instructions are unknown, and only the measurement counts
     _features: frozenset[str] | None = None
 else:
     _features = frozenset(_C_cpu.features().split())
 
 logger = logging.getLogger(__name__)
 
-# A type counts as fast where its products reach this part of the speed of fp32's. The cases lie far apart: bf16 3.3x
-# and fp16 1.0x fp32 with their instructions, 0.17x both with AVX2 alone (Xeon, Sapphire Rapids class, Dec 2026);
-# 0.06 to 0.1x on Zen 3. At equal speed half the bytes are the better choice.
+# A type counts as fast if its products reach this share of the speed of fp32. The measured values lie far apart: with
+# instructions for them, bf16 3.3x and fp16 1.0x the speed of fp32; with AVX2 alone both 0.17x (Xeon, Sapphire Rapids
+# class, Dec 2026), on Zen 3 0.06 to 0.1x. At equal speed the smaller type is better: it takes half the bytes.
 FAST = 0.8
 
 # Instructions that multiply a type, as the native module names them.
 _INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
-# 67 million operations: 0.4 ms in fp32 on the Xeon above, 27 ms in bf16 on Zen 3, where two of them fill the time.
-# Smaller products tell less: of 64 x 256 x 256, fp16 reaches 0.75x of fp32 instead of 1.0x.
+# One product has 67 million operations: 0.4 ms in fp32 on the Xeon above, 27 ms in bf16 on Zen 3, where two products
+# fill the 50 ms. Smaller products mislead: at 64 x 256 x 256, fp16 reaches 0.75x the speed of fp32 instead of 1.0x.
 _ROWS, _FEATURES = 128, 512
 _SECONDS, _MOST_ROUNDS = 0.05, 12
 
@@ -53,9 +53,10 @@ class Products:
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of ``dtype`` on this CPU at least about as fast as fp32 ones.
+    """True if torch multiplies matrices of ``dtype`` on this CPU at least about as fast as fp32 matrices.
 
-    The first call for a dtype measures for about 50 ms; later ones know. Not for code inside a compiled graph.
+    The first call for a dtype measures for about 50 ms; later calls return the remembered result. Do not call it in
+    code that ``torch.compile`` traces.
     """
     return products(dtype).fast
 
@@ -72,10 +73,10 @@ def _is_fast(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def products(dtype: torch.dtype) -> Products:
-    """What CPUID says of products of ``dtype``, and what a measurement says; where they differ it is right.
+    """Compare CPUID and a measurement of products of ``dtype``; if they disagree, the measurement decides.
 
-    They differ where torch lacks a kernel for instructions the processor has, or is told not to use them
-    (``ONEDNN_MAX_CPU_ISA``), and where it has a kernel that needs none.
+    They disagree if torch has no kernel for the processor's instructions or is told not to use them
+    (``ONEDNN_MAX_CPU_ISA``), or if its kernel is fast without such instructions.
     """
     if dtype is torch.float32:
         return Products(True, 1.0, True)
@@ -96,15 +97,15 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def _speed_over_fp32(dtype: torch.dtype) -> float:
-    """Speed of products in ``dtype`` over those in fp32: the least times of some rounds in turns, on one thread.
+    """Speed of products in ``dtype`` over the speed in fp32: both take turns, and the shortest times are compared.
 
-    The clock is the thread's own CPU time, and there is one thread: what else the machine runs hardly counts.
+    The products run on one thread and the clock is its CPU time, so other programs hardly change the result.
     """
     pairs = [_operands(torch.float32), _operands(dtype)]
     least = [float("inf"), float("inf")]
     with _one_thread(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         started, rounds = time.thread_time(), 0
-        # the first round builds torch's kernels, so that one more is needed
+        # in the first round torch builds its kernels: measure at least one more
         while rounds < 2 or (rounds < _MOST_ROUNDS and time.thread_time() - started < _SECONDS):
             for i, (x, weight) in enumerate(pairs):
                 before = time.thread_time()

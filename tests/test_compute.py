@@ -199,7 +199,7 @@ def test_the_checkpoint_is_that_of_its_own_dtype(
     found = run(source, "--output-dir", "out", "--json", "--sparsity", "0.5", "--category", "unstructured", *common)
     assert found.code == 0, found.err
     assert "computing in float32: this processor has no bfloat16 instructions" in found.err
-    assert "weights stay bfloat16" in found.err
+    assert "the checkpoint stays bfloat16" in found.err
     report = json.loads(found.out)
     assert (report["device"]["compute_dtype"], report["dtype"]) == ("float32", "bfloat16")
     assert "0.12x" in report["device"]["compute_dtype_why"]

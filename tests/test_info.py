@@ -85,7 +85,7 @@ def test_missing_cuda_kernels_are_explained(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(info, "find_gpu", lambda: None)
     monkeypatch.setattr(info, "find_nvcc", lambda: "/some/nvcc")
     (line,) = [line for line in format_table(collect()).splitlines() if line.startswith("CUDA kernels")]
-    assert "not built: no NVIDIA GPU here" in line
+    assert "not built: no NVIDIA GPU was found" in line
     assert "MOSAIC_CUDA=on pip install" in line
     monkeypatch.setattr(info, "find_spec", lambda name: object())
     assert "CUDA kernels    built" in format_table(collect())

@@ -36,10 +36,10 @@ def program(folder: Path, name: str, said: str = "") -> Path:
     ("environment", "gpu", "nvcc", "build", "required", "archs", "words"),
     [
         ({}, GPU, NVCC, True, False, HERE, (GPU, NVCC)),
-        ({}, None, NVCC, False, False, "", ("no NVIDIA GPU here", "MOSAIC_CUDA=on")),
+        ({}, None, NVCC, False, False, "", ("no NVIDIA GPU was found", "MOSAIC_CUDA=on")),
         ({}, GPU, None, False, False, "", (GPU, "nvcc was not found", "CUDA_HOME")),
-        ({}, None, None, False, False, "", ("no NVIDIA GPU here",)),
-        ({"MOSAIC_CUDA": "AUTO"}, None, NVCC, False, False, "", ("no NVIDIA GPU here",)),
+        ({}, None, None, False, False, "", ("no NVIDIA GPU was found",)),
+        ({"MOSAIC_CUDA": "AUTO"}, None, NVCC, False, False, "", ("no NVIDIA GPU was found",)),
         ({"MOSAIC_CUDA": "on"}, None, NVCC, True, True, ALL, ("MOSAIC_CUDA=on",)),
         ({"MOSAIC_CUDA": "on"}, GPU, NVCC, True, True, ALL, ("MOSAIC_CUDA=on",)),
         ({"MOSAIC_CUDA_ARCHS": "80;90"}, None, NVCC, True, True, "80;90", ("MOSAIC_CUDA_ARCHS=80;90",)),
@@ -124,7 +124,7 @@ def test_where_nvcc_is_looked_for(tmp_path: Path) -> None:
 def test_why_it_is_missing_and_how_to_get_it() -> None:
     for gpu, nvcc, words in (
         (None, NVCC, ("no NVIDIA GPU",)),
-        (None, None, ("no NVIDIA GPU", "nvcc was not found", "CUDA toolkit")),
+        (None, None, ("neither an NVIDIA GPU nor nvcc was found", "CUDA toolkit")),
         (GPU, None, (GPU, "nvcc was not found", "CUDA toolkit")),
         (GPU, NVCC, (GPU, NVCC)),
     ):

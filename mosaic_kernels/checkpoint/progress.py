@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers draws progress bars of its own, into log files too; ours says what is under way."""
+"""Hides the progress bars of transformers, which appear in log files too; this package shows its own progress."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_bars_of_transformers(*, downloads: bool = False) -> Iterator[None]:
-    """Keep transformers' bars away while the block runs: a terminal shows one bar.
+    """Hide transformers' bars while the block runs, so that a terminal shows only one bar.
 
     Args:
-        downloads: files may be fetched, of which only transformers knows how far it is: a terminal shows that.
+        downloads: files may be downloaded. Only transformers knows the progress of a download, so its bars stay on a
+            terminal.
     """
     from transformers.utils import logging
 

@@ -135,17 +135,18 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         return None, {}
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        """Make a packed model dense, in place; what ``model.dequantize()`` calls.
+        """Make a packed model dense, in place; ``model.dequantize()`` calls this.
 
-        Every packed projection becomes an ordinary ``nn.Linear`` with its zeros, which trains where the embeddings do.
+        Every packed projection becomes an ordinary ``nn.Linear`` with its zeros. Its weight requires a gradient if the
+        embeddings do.
 
         Args:
-            dtype: of the whole model afterwards; left out, what it computes in now.
+            dtype: of the whole model afterwards; by default the dtype it computes in now.
         """
         return super().dequantize(model, dtype=dtype or ModelAdapter.of(model).dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # by its name, as a config that was saved has it
+        if isinstance(dtype, str):  # a saved config holds the name of the dtype
             dtype = getattr(torch, dtype)
         adapter = ModelAdapter.of(model)
         trains = model.get_input_embeddings().weight.requires_grad
@@ -164,7 +165,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             config = MosaicConfig.of(adapter, format="dense", provenance=self.quantization_config.provenance)
             self.quantization_config = model.config.quantization_config = config
-            model.is_quantized = False  # so that it may be cast and trained; the format is for shapes alone
+            model.is_quantized = False  # allows casts and training; the config is kept for the shapes alone
 
     def is_serializable(self, *args: Any, **options: Any) -> bool:
         return True

@@ -38,8 +38,8 @@ def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
 
     In ``float``, a projection without zeros, or with fewer than its bitmask costs (1/16 in bf16, 1/32 in
     fp32), stays dense; as ``int8`` one without zeros takes 9 bits a weight. Float values that are packed
-    already become int8 where that is asked for. What counts is the dtype in which a projection is stored, also
-    where the model computes in another. The model's ``config.quantization_config`` then describes
+    already become int8 where that is asked for. Sizes are compared in the dtype in which a projection is stored,
+    even while the model computes in another. The model's ``config.quantization_config`` then describes
     it, so that ``save_pretrained`` writes a checkpoint that loads again.
 
     Raises:
