@@ -29,13 +29,13 @@ from mosaic_kernels.ops.select import is_recorded, kernel_for, why_not_ours
 
 _ATTENTIONS = ("sdpa", attention.NAME)
 
-# Why a call takes transformers' modules, where that depends on the call and not on the block.
+# Reasons why a call takes transformers' modules that depend on the call and not on the block.
 SEVERAL_ROWS = "more than one token or sequence"
 GRADIENTS = "gradients are enabled"
 TRAINING = "the model is in training mode: call model.eval()"
 NOT_PREPARED = "not prepared: call mk.prepare_inference(model)"
 NO_DTYPE = "activations are neither fp32 nor bf16 nor fp16"
-# Of these three _in_words() says more.
+# For these three, _in_words() makes a longer text.
 WATCHED = "hooks"
 ATTENTION = "another attention implementation"
 NO_KERNELS = "another backend"
@@ -45,12 +45,12 @@ _NOT_LOOKED_AT: tuple[Any, str, Any] = (None, "", None)
 
 
 def _token_of(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], options: dict[str, Any]) -> _Token | str:
-    """The native calls for ``x``, or the first reason why it has to take the ordinary way.
+    """The native calls for ``x``, or the first reason why ``x`` has to take transformers' modules.
 
-    No words are put together here: reasons are constants, or were made when the block was looked at.
+    This runs at every token, so it formats no text: reasons are constants, or were made when the block was examined.
 
     Args:
-        options: everything the block was called with by name.
+        options: all keyword arguments of the call.
     """
     if x.shape[:-1] != (1, 1):
         return SEVERAL_ROWS
@@ -63,13 +63,13 @@ def _token_of(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], options: d
     if torch.is_grad_enabled():
         return GRADIENTS  # a cache may want them, too
     if is_recorded(x) or torch.is_autocast_enabled("cpu"):
-        return "a tracer, a function transform or autocast has to see the call"
+        return "a tracer, a function transform or autocast is active"
     for name, option in options.items():
         if option is not None and option is not False and name not in block.usual_arguments:
             return "an option was passed that only transformers' modules know, such as output_attentions"
     mask = options.get("attention_mask")
     if mask is not None and not (mask.dtype is torch.bool and mask.shape[:3] == (1, 1, 1) and mask.is_contiguous()):
-        return "the attention mask is not one of bools for one token"
+        return "the attention mask is not a boolean mask for one token"
     if kernel_for("sparse_linear", x) is not cpu.KERNELS["sparse_linear"]:
         return NO_KERNELS
     token: _Token | str
@@ -87,24 +87,24 @@ def _token_of(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], options: d
 
 
 def _why_none(block: Any, x: Tensor) -> str | None:
-    """Why a block has no native calls, whatever the call is."""
+    """Why a block can have no native calls at all; ``None`` if it can."""
     return ATTENTION if compat.attention_of(block.self_attn.config) not in _ATTENTIONS else why_none(block, x)
 
 
 def why_not(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], **options: Any) -> str | None:
-    """Why one token takes transformers' modules in this block, in words, or ``None`` if it runs natively.
+    """Why one token takes transformers' modules in this block, as a text; ``None`` if it runs natively.
 
-    Asks what the block itself asks at every call.
+    The block makes the same decision at every call.
 
     Args:
         block: a decoder block.
-        x, rotation, options: what the block would be called with; see :meth:`_Token.run`.
+        x, rotation, options: the arguments of the call; see :meth:`_Token.run`.
     """
     return _unknown(block) or _in_words(_token_of(block, x, rotation, options), block, x)
 
 
 def why_never(block: Any, x: Tensor) -> str | None:
-    """Like :func:`why_not`, without what may change from call to call: training mode, gradients, hooks, options."""
+    """Like :func:`why_not`, but ignores what changes between calls: training mode, gradients, hooks, options."""
     if unknown := _unknown(block):
         return unknown
     if x.dtype not in VALUE_DTYPES:
@@ -115,7 +115,7 @@ def why_never(block: Any, x: Tensor) -> str | None:
 
 
 def _unknown(block: Any) -> str | None:
-    """Why ``block`` is not of a class of this module; ``None`` if it is."""
+    """Why ``block`` is not an instance of one of this module's classes; ``None`` if it is."""
     kind = type(block)
     if hasattr(kind, "usual_arguments"):
         return None
@@ -125,7 +125,7 @@ def _unknown(block: Any) -> str | None:
 
 
 def _in_words(found: _Token | str | None, block: Any, x: Tensor) -> str | None:
-    """A reason of :func:`_token_of`, with what a constant leaves open."""
+    """The text of a reason from :func:`_token_of`, with details that the constants lack."""
     if found is None or type(found) is _Token:
         return None
     if found is WATCHED:
@@ -165,7 +165,7 @@ def _one_token_class(base: type[nn.Module]) -> type[nn.Module]:
             return super()._apply(*args, **kwargs)
 
         def __getstate__(self) -> dict[str, Any]:
-            # the calls have addresses, and what another block has taken is not a copy's affair
+            # native calls hold addresses of this block's tensors, and a copy starts its count at 0
             return {name: value for name, value in self.__dict__.items() if name not in ("_token", "native_tokens")}
 
     # by its old name, which transformers and accelerate look for, and where pickle finds it
@@ -182,10 +182,10 @@ def __getattr__(name: str) -> type[nn.Module]:
 
 
 def take_tokens_natively(block: nn.Module) -> None:
-    """Make a decoder block of a supported model one of this module's; again, after its layers were replaced.
+    """Let a decoder block of a supported model take tokens natively; call it again after replacing the block's layers.
 
-    Where the installed transformers is not known well enough (:func:`mosaic_kernels.compat.why_not_native`) the block
-    stays what it is; :func:`why_not` has the reason.
+    If the installed transformers lacks something that this needs (:func:`mosaic_kernels.compat.why_not_native`), the
+    block stays as it is, and :func:`why_not` gives the reason.
     """
     block.__dict__.pop("_token", None)
     kind = type(block)
@@ -196,7 +196,7 @@ def take_tokens_natively(block: nn.Module) -> None:
 
 
 def native_tokens(model: nn.Module) -> list[int]:
-    """Tokens that each decoder block of ``model`` has taken natively; 0 for a block that never does.
+    """The number of tokens that each decoder block of ``model`` has taken natively.
 
     A block counts in its attribute ``native_tokens``; copies start at 0.
     """

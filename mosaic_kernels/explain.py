@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which way every block and layer of a model runs, and why not the faster one: ``mk.explain(model)``.
+"""Tells how every block and layer of a model runs, and why not faster: ``mk.explain(model)``.
 
 The answers come from the code that decides at every call (:func:`mosaic_kernels.decode.why_not`,
-:func:`mosaic_kernels.dense.why_not`, :func:`mosaic_kernels.ops.select.running`). They are for the standard call: one
-token of one sequence with a cache and without gradients, as ``generate`` decodes.
+:func:`mosaic_kernels.dense.why_not`, :func:`mosaic_kernels.ops.select.running`). They hold for the standard
+call: one token of one sequence with a cache and without gradients, as ``generate`` decodes.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ _MANY_ROWS = 256  # of a prompt
 
 @torch.no_grad()
 def explain(model: nn.Module) -> Explanation:
-    """Say which way every block and layer of ``model`` runs, and why not the faster one.
+    """Tell how every block and layer of ``model`` runs, and why not faster.
 
-    Nothing is changed and nothing multiplied. A block that says it runs natively takes the next token natively.
+    It does not change or run the model.
 
     Args:
-        model: a Hugging Face causal language model, dense, pruned, prepared or none of that; or any module with linear
-            layers.
+        model: a Hugging Face causal language model, dense or pruned, or any other module with linear layers.
 
     Returns:
-        An object whose ``str()`` is a table, with ``summary`` in one line and ``as_dict()`` for JSON.
+        An explanation: ``str()`` of it is a table, ``summary`` is one line, and ``as_dict()`` is for JSON.
 
     Example:
         >>> import torch, mosaic_kernels as mk
@@ -67,17 +66,17 @@ _told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 @torch.no_grad()
 def warn_if_slow(model: nn.Module) -> None:
-    """Log, once for a model on a CPU, which fast way it will not take as it stands, and why.
+    """Warn once of a model on a CPU whose blocks or packed layers cannot run the fast way, with the reason.
 
-    What may change until the next token (training mode, hooks) is left to :func:`explain`.
+    Only :func:`explain` shows reasons that may be gone at the next token, such as training mode and hooks.
     """
     dtype = _activations(model)
     blocks = [(block, _row(block.input_layernorm.weight, dtype)) for _, block in _blocks(model)]
     if not all(x.is_cpu for _, x in blocks):
         return
     try:
-        running("sparse_linear", torch.device("cpu"))  # logs a native module that is missing
-    except MosaicError:  # a forced backend that cannot run: the first call says so
+        running("sparse_linear", torch.device("cpu"))  # warns if the native module is missing
+    except MosaicError:  # a forced backend cannot run: the first call raises this error
         return
     if cpu.why_not() is not None:
         return
@@ -98,7 +97,7 @@ def warn_if_slow(model: nn.Module) -> None:
 
 
 def _activations(model: nn.Module) -> torch.dtype | None:
-    """What a language model computes in; ``None`` for other modules, whose layers are asked one by one."""
+    """The dtype of a language model's activations; ``None`` for other modules, whose layers each have their own."""
     embeddings = _embeddings(model, "get_input_embeddings")
     return None if embeddings is None else embeddings.weight.dtype
 
@@ -116,7 +115,7 @@ def _head(model: nn.Module) -> str | None:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The decoder blocks, also where layers inside were replaced by modules that are no linear layers."""
+    """The decoder blocks with their names, even if their layers were replaced by modules that are not linear layers."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_block, module)):
             yield from ((f"{name}.{place}", block) for place, block in enumerate(module))
@@ -135,7 +134,7 @@ def _taken(block: nn.Module) -> int:
 
 
 def _row(weight: Tensor, dtype: torch.dtype | None, features: int | None = None) -> Tensor:
-    """One row of activations for the device of ``weight``; what is not in memory is taken to run on a CPU."""
+    """One row of activations on the device of ``weight``; on the CPU if ``weight`` is not in memory."""
     place = "cpu" if weight.is_meta else weight.device
     return torch.zeros(1, 1, features or weight.shape[-1], dtype=dtype or weight.dtype, device=place)
 
@@ -154,7 +153,7 @@ def _why_not_native(model: Any, block: Any, dtype: torch.dtype | None) -> str | 
 
 
 def _rotation(model: nn.Module, block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotary embedding of a first token as the model makes it."""
+    """The rotary embedding that the model makes for the first token."""
     for module in model.modules():
         rotary = getattr(module, "rotary_emb", None)
         if isinstance(rotary, nn.Module):
@@ -197,7 +196,7 @@ def _int8(layer: MosaicLinear) -> str:
 
 
 def _packed_kernel(layer: MosaicLinear, dtype: torch.dtype | None) -> tuple[str, str | None]:
-    """What multiplies one row by a packed weight, and why it is not faster."""
+    """The kernel that multiplies one row by a packed weight, and why it is not a faster one."""
     arranged, device = layer.arranged, layer.bitmask.device
     if device.type == "meta":
         return "none", _OFFLOADED
@@ -212,7 +211,7 @@ def _packed_kernel(layer: MosaicLinear, dtype: torch.dtype | None) -> tuple[str,
         return backend, why_not_ours(op, device) if backend == "reference" else None
     held = [layer.bias] if layer.scales is not None else [layer.weight, layer.bias]
     if dtype is not None and any(each is not None and each.dtype is not dtype for each in held):
-        return "none", f"a call fails: its activations are {dtype}, and the values or the bias are not"
+        return "none", f"a call fails: the activations are {dtype}, and the values or the bias are not"
     return isa.level(), _lower_level()
 
 
@@ -226,7 +225,7 @@ def _notes(model: Any, has_blocks: bool, dtype: torch.dtype | None) -> Iterator[
     kind = getattr(config, "model_type", None)
     if has_blocks:
         yield "a native token is one token of one sequence, with a cache and without gradients, as generate() decodes"
-        yield "prompts, batches, beams and torch.compile take transformers' modules, with the layers above"
+        yield "prompts, batches, beams and torch.compile run transformers' modules with the layers above"
     elif kind is not None and kind not in SUPPORTED_MODEL_TYPES:
         yield f"blocks of '{kind}' run transformers' modules: native ones are {', '.join(SUPPORTED_MODEL_TYPES)}"
     layers = [module for module in model.modules() if type(module) is dense.DenseLinear]

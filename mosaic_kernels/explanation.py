@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What :func:`mosaic_kernels.explain.explain` finds, and the table that people read."""
+"""The result of :func:`mosaic_kernels.explain.explain`, and the table that it prints."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class BlockWay:
     """How one token of one sequence passes a decoder block.
 
     Attributes:
-        name: in the model, e.g. ``model.layers.3``.
-        native: in two native calls; otherwise transformers' modules run.
-        why_not: the first reason why it is not native.
-        native_tokens: how many the block has taken natively so far.
+        name: its name in the model, e.g. ``model.layers.3``.
+        native: True if two native calls run it, False if transformers' modules do.
+        why_not: the first reason why it is not native; ``None`` if it is.
+        native_tokens: the number of tokens that the block has taken natively so far.
     """
 
     name: str
@@ -33,14 +33,14 @@ class LayerWay:
     """How a linear layer multiplies one row.
 
     Attributes:
-        name: in the model.
+        name: its name in the model.
         kind: ``packed`` (a :class:`~mosaic_kernels.linear.MosaicLinear`), ``dense`` (our kernel on an ordinary weight)
             or ``torch`` (the module's own ``F.linear``).
-        kernel: the instruction set of a CPU kernel (``avx512``, ``avx2``, ``scalar``), ``cuda``, ``triton``,
-            ``reference``, ``torch``, or ``none`` where a call would fail.
-        values: what the weights are stored in, e.g. ``bf16`` or ``int8-group``.
+        kernel: the instruction set of a CPU kernel (``amx``, ``avx512``, ``avx2``, ``scalar``), ``cuda``, ``triton``,
+            ``reference``, ``torch``, or ``none`` if no kernel can run: a call fails, or loads the weight first.
+        values: the form of the stored weights, e.g. ``bf16`` or ``int8-group``.
         density: share of the weights that are kept.
-        why_not: why it is not faster, where it could be.
+        why_not: why no faster kernel runs; ``None`` if this is the fastest.
     """
 
     name: str
@@ -53,13 +53,13 @@ class LayerWay:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` finds; ``str()`` of it is a table.
+    """The result of :func:`explain`; ``str()`` of it is a table.
 
     Attributes:
         blocks: the decoder blocks in their order.
         layers: every linear layer in its order, the head among them.
-        notes: what else decides how the model runs.
-        head: name of the layer that makes the logits.
+        notes: other facts that decide how the model runs.
+        head: the name of the layer that makes the logits.
     """
 
     blocks: tuple[BlockWay, ...]
@@ -89,7 +89,7 @@ class Explanation:
         return ", ".join(parts) or "no linear layers"
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for ``json``."""
+        """The same as a dictionary that ``json`` can write."""
         return {
             "summary": self.summary,
             "blocks": [asdict(block) for block in self.blocks],
@@ -108,7 +108,7 @@ class Explanation:
 
 
 def because(reasons: Sequence[str | None], said: set[str] | None = None) -> str:
-    """The most frequent reason in brackets, and how many others there are; nothing of those that were ``said``."""
+    """The most frequent reason in brackets, and the number of others; skips reasons in ``said`` and adds to it."""
     said = set() if said is None else said
     counts = Counter(reason for reason in reasons if reason is not None and reason not in said)
     said.update(counts)
@@ -120,7 +120,7 @@ def because(reasons: Sequence[str | None], said: set[str] | None = None) -> str:
 
 
 def _block_lines(blocks: tuple[BlockWay, ...]) -> Iterator[tuple[str, ...]]:
-    """One line for all blocks of which the same is said."""
+    """One line for all blocks that run in the same way."""
     alike: dict[str, list[int]] = {}
     for place, block in enumerate(blocks):
         said = _NATIVE if block.native else f"{_MODULES}: {block.why_not}"
@@ -131,7 +131,7 @@ def _block_lines(blocks: tuple[BlockWay, ...]) -> Iterator[tuple[str, ...]]:
 
 
 def _layer_lines(layers: tuple[LayerWay, ...], blocks: list[str]) -> Iterator[tuple[str, ...]]:
-    """One line for all layers of which the same is said, in all blocks where it is said of the same layers."""
+    """One line for all layers that run in the same way, joined over blocks in which these are the same layers."""
     said: dict[tuple[int, str], list[LayerWay]] = {}  # by block and way
     for layer in layers:
         place = next((i for i, block in enumerate(blocks) if layer.name.startswith(f"{block}.")), -1)

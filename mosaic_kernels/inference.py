@@ -31,8 +31,8 @@ def prepare_inference(
     :class:`~mosaic_kernels.dense.DenseLinear`; one new token attends to shared key/value heads in one
     product (:mod:`mosaic_kernels.attention`); on a CPU a decoder block takes one token of one sequence in two
     native calls (:mod:`mosaic_kernels.decode`). Gradients, ``state_dict`` and ``save_pretrained`` are as
-    before, and dense models gain as well. Call it again after replacing layers. What cannot be made quick on a CPU
-    is logged once, with the reason; :func:`~mosaic_kernels.explain.explain` tells the whole.
+    before, and dense models gain as well. Call it again after replacing layers. If blocks or packed layers
+    cannot run the fast way on a CPU, one warning gives the reason; :func:`~mosaic_kernels.explain.explain` tells more.
 
     Args:
         model: a Hugging Face causal language model, dense or with packed layers; changed in place.

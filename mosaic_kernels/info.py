@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m mosaic_kernels.info [MODEL]``: what is installed and runs here, how a model runs, and why not faster."""
+"""``python -m mosaic_kernels.info [MODEL]``: versions and backends, or how a model runs and why not faster."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _active(device: str) -> str:
 
 
 def explain_model(source: str, dtype: str = "auto", device: str = "auto") -> Explanation:
-    """How a model runs that is loaded as every command loads it: a mosaic checkpoint is prepared, a dense model is not.
+    """Load a model as every command does, and tell how it runs; only a mosaic checkpoint is prepared for inference.
 
     Raises:
         The errors of :func:`~mosaic_kernels.checkpoint.reader.load_model`.
@@ -149,8 +149,8 @@ def explain_model(source: str, dtype: str = "auto", device: str = "auto") -> Exp
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mosaic_kernels.info",
-        description="Versions, backends, and why one does not run; of a MODEL, which way every block and layer runs, "
-        "and why not the faster one.",
+        description="Shows versions, backends, and why a backend does not run. With MODEL, shows how every block and "
+        "layer of it runs, and why not faster.",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face directory or a hub id")
     parser.add_argument("--device", default="auto", help="for MODEL: auto, cpu, cuda or cuda:N (default: %(default)s)")

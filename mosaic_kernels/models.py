@@ -34,7 +34,7 @@ class Block:
         prefix: dotted name of the block in the model, e.g. ``model.layers.3``.
         module: the block itself.
         head_dim: features of one head; pruning never changes it.
-        stored: dtypes in which parameters are stored while the model computes in another, by full name.
+        stored: the stored dtype of each parameter, by full name, while the model computes in another dtype.
     """
 
     index: int
@@ -58,12 +58,12 @@ class Block:
         return f"{self.prefix}.{name}"
 
     def stored_dtype(self, name: str, parameter: str = "weight") -> torch.dtype:
-        """The dtype in which a projection's weight or bias is stored: what new values of it are rounded to."""
+        """The dtype in which a projection's weight or bias is stored; new values must be rounded to it."""
         found: torch.dtype = getattr(self.projection(name), parameter).dtype
         return self.stored.get(f"{self.full_name(name)}.{parameter}", found)
 
     def rounded(self, name: str, values: Tensor, parameter: str = "weight") -> Tensor:
-        """New values of a projection, rounded to what its stored dtype can hold, in the dtype it computes in."""
+        """New values of a projection, rounded to its stored dtype and returned in the dtype it computes in."""
         held: Tensor = getattr(self.projection(name), parameter)
         return values.to(self.stored_dtype(name, parameter)).to(held.dtype)
 
@@ -138,7 +138,7 @@ class ModelAdapter:
         return cls(model, blocks)
 
     def storing(self, dtypes: Mapping[str, torch.dtype]) -> ModelAdapter:
-        """The same model, whose blocks know the dtypes in which its parameters are stored."""
+        """An adapter of the same model whose blocks know the stored dtypes of its parameters."""
         return replace(self, blocks=tuple(replace(block, stored=dtypes) for block in self.blocks))
 
     @property

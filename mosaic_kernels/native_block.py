@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoder block as the native calls know it, and what keeps them from running a block.
+"""Prepares the native calls of one decoder block, and finds reasons why a block cannot have them.
 
-:mod:`mosaic_kernels.decode` decides by this at every token; :mod:`mosaic_kernels.explain` says the reasons.
+:mod:`mosaic_kernels.decode` uses this at every token; :mod:`mosaic_kernels.explain` shows the reasons.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from mosaic_kernels.ops import cpu
 
 
 class Contents:
-    """Remembers what dictionaries hold by some names (``None``: no such name), and where its tensors are in memory.
+    """Remembers entries of dictionaries (``None``: no such key) and the addresses of tensors among them.
 
-    With ``nothing=True`` it remembers that they hold nothing, whatever they hold now.
+    :meth:`are_there` tells if all are still the same. With ``nothing=True``, it tells if no key has an entry.
     """
 
     def __init__(self, found: Iterable[tuple[dict[str, Any], str]], *, nothing: bool = False) -> None:
         holders, names = zip(*found, strict=True)
         objects = tuple(None if nothing else holder.get(name) for holder, name in zip(holders, names, strict=True))
-        # a layer reads a bitmask once, for its index
+        # a layer reads its bitmask only once, to build its index, so its address does not matter
         at = [name != "bitmask" and isinstance(each, Tensor) for name, each in zip(names, objects, strict=True)]
         places = [cpu.address(each) if is_read else 0 for is_read, each in zip(at, objects, strict=True)]
         self._asked = holders, names, objects, struct.pack(f"{len(places)}Q", *places)
@@ -43,14 +43,14 @@ class Contents:
 
 @dataclass(frozen=True)
 class Token:
-    """A block as the native calls know it, for inputs of one dtype.
+    """The native calls of a block for inputs of one dtype, and the state for which they are valid.
 
     Attributes:
-        native: the calls; they read the parameters' memory by address.
-        hidden, query_heads, key_heads, head_dim: its sizes.
-        made_of: modules, parameters, numbers and the kind of attention.
-        methods: that modules have no ``forward`` but their class's.
-        hooks: of modules, by when they are called: before and after.
+        native: the calls; they read parameters by their address in memory.
+        hidden, query_heads, key_heads, head_dim: the sizes of the block.
+        made_of: the modules, parameters, numbers and attention implementation that the calls were made for.
+        methods: the check that no module has a ``forward`` of its own beside its class's.
+        hooks: the modules' hooks that run before ``forward``, and those that run after it.
     """
 
     native: Any
@@ -64,7 +64,7 @@ class Token:
     hooks: tuple[Sequence[Mapping[int, Any]], Sequence[Mapping[int, Any]]]
 
     def is_watched(self) -> bool:
-        """Whether somebody wants to see what goes in or out of a module."""
+        """True if a hook or a replaced ``forward`` has to be called for a module of the block."""
         before, after = self.hooks
         if any(before) or _global_forward_hooks or _global_forward_pre_hooks:
             return True
@@ -120,20 +120,20 @@ class Token:
 
 
 def _readable(cached: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values of a cache, which may hold them in another form."""
+    """Keys or values of a cache as native code reads them: in ``dtype``, and contiguous in the last dimension."""
     if cached.dtype is not dtype:
         cached = cached.to(dtype)
     return cached if cached.stride(-1) == 1 else cached.contiguous()
 
 
 def _parts(block: Any) -> dict[str, nn.Module]:
-    """The modules whose work the native calls do, by their names in the block."""
+    """The modules that the native calls replace, by their names in the block."""
     parents = {"": block, "self_attn.": block.self_attn, "mlp.": block.mlp}
     return {prefix + name: part for prefix, parent in parents.items() for name, part in parent._modules.items()}
 
 
 def _held(block: Any) -> list[tuple[dict[str, Any], str]]:
-    """Where a block keeps its modules, their parameters and what its packed layers know of theirs."""
+    """The dictionaries and keys that hold a block's modules, their parameters and the state of its packed layers."""
     parts = _parts(block).values()
     parents = (block, block.self_attn, block.mlp)
     held: list[tuple[dict[str, Any], str]] = [(parent._modules, name) for parent in parents for name in parent._modules]
@@ -143,12 +143,12 @@ def _held(block: Any) -> list[tuple[dict[str, Any], str]]:
 
 
 def contents(block: Any) -> Contents:
-    """Remembers what a block is made of, to see whether a reason why it has no native calls may be outdated."""
+    """Remembers the parts of a block: while they are the same, so is the reason why it has no native calls."""
     return Contents(_held(block))
 
 
 def watchers(block: Any) -> str:
-    """Names who watches a block of which :meth:`Token.is_watched` is true."""
+    """Names the hook or the replaced ``forward`` that makes :meth:`Token.is_watched` true."""
     if _global_forward_hooks or _global_forward_pre_hooks:
         return "hooks on every module of torch (register_module_forward_hook)"
     for name, part in _parts(block).items():
@@ -182,7 +182,7 @@ def why_none(block: Any, x: Tensor) -> str | None:
     if not compat.is_silu(mlp.act_fn):
         return f"the activation is {type(mlp.act_fn).__name__}: the native block knows SiLU"
     if compat.attention_setting(attn.config) is None:
-        return "this transformers version keeps the attention implementation elsewhere: a change would go unseen"
+        return "this transformers version stores the attention implementation elsewhere, so a change would be missed"
     for name, layer in _layers(block).items():
         if reason := _unreadable(layer, x.dtype):
             return f"{name} {reason}"
@@ -190,7 +190,7 @@ def why_none(block: Any, x: Tensor) -> str | None:
 
 
 def made_for(block: Any, x: Tensor) -> Token:
-    """The native calls of a block of which :func:`why_none` has no reason against them."""
+    """Make the native calls of a block for which :func:`why_none` returned ``None``."""
     attn, layers, norms = block.self_attn, list(_layers(block).values()), list(_norms(block).values())
     setting = compat.attention_setting(attn.config)
     assert setting is not None  # for the type checker
@@ -217,7 +217,7 @@ def made_for(block: Any, x: Tensor) -> Token:
 
 
 def _misfit(layers: dict[str, Any], norms: dict[str, Any], head_dim: int, x: Tensor) -> str | None:
-    """Why sizes are not a decoder block's, or norms not those of ``x``; ``None`` if all fit."""
+    """Why the sizes of layers or norms do not fit each other or ``x``; ``None`` if all fit."""
     hidden = x.shape[-1]
     query, key, value, output, gate, up, down = ((layer.in_features, layer.out_features) for layer in layers.values())
     fit = query[0] == key[0] == value[0] == gate[0] == up[0] == output[1] == down[1] == hidden
@@ -240,14 +240,14 @@ def _misfit(layers: dict[str, Any], norms: dict[str, Any], head_dim: int, x: Ten
 
 
 def _alike(layers: list[Any]) -> bool:
-    """Whether layers round their common input alike, and read it in the same order."""
+    """True if layers that share an input round it in the same way and read it in the same order."""
     packed = [layer for layer in layers if isinstance(layer, MosaicLinear)]
     kinds = {(layer.packed.weights, layer.quantize_activations) for layer in packed}
     return len(kinds | {("float", False)} if len(packed) < len(layers) else kinds) == 1
 
 
 def _unreadable(layer: Any, dtype: torch.dtype) -> str | None:
-    """Why native code may not read a layer for an input of ``dtype``; ``None`` if it may."""
+    """Why native code cannot read a layer for an input of ``dtype``; ``None`` if it can."""
     kind = type(layer)
     if kind is DenseLinear:
         if not cpu.DENSE_ROWS:
@@ -270,14 +270,14 @@ def _unreadable(layer: Any, dtype: torch.dtype) -> str | None:
 
 
 def _elsewhere(tensor: Tensor) -> str:
-    """Where a tensor is that native code cannot read in place."""
+    """Describes why native code cannot read a tensor in place."""
     if tensor.is_meta:
         return "not in memory (offloaded, or not loaded yet)"
     return "not contiguous in memory" if tensor.is_cpu else f"on {tensor.device}"
 
 
 def _addresses(layer: Any, operands: cpu.Operands | None) -> tuple[int, ...]:
-    """What :func:`~mosaic_kernels.ops.cpu.prepared_block` takes of a layer."""
+    """Addresses and sizes of a layer, as :func:`~mosaic_kernels.ops.cpu.prepared_block` takes them."""
     values, scales, words, offsets, bias = operands or (layer.weight, None, None, None, layer.bias)
     return (
         cpu.address(values), cpu.address(words), cpu.address(offsets), cpu.address(bias), layer.in_features,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is under way and how long it will take: one bar on a terminal, lines in the log elsewhere.
+"""Shows the current step of a run and the time left: as one bar on a terminal, as lines in the log elsewhere.
 
-Work announces itself as a *station*. On a terminal, the innermost one is drawn as a bar on stderr. Elsewhere a line is
-logged when a station begins, and another whenever none was for 15 seconds, by a thread of its own: one long step of a
-station is not silent either. Of the processes that torchrun starts, the first alone shows anything.
+A step of a run is a *station*; stations may be nested. On a terminal, the innermost one is drawn as a bar on stderr.
+Elsewhere a line is logged when a station begins, and then at least every 15 seconds; a thread logs these, so that they
+appear during one long operation too. Of the processes that torchrun starts, only the first shows anything.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ from mosaic_kernels.cli import leads
 
 logger = logging.getLogger(__name__)
 
-LINE_SECONDS = 15.0  # at most so long without a line
-_TICK_SECONDS = 1.0  # how often the thread looks, and moves a bar's clock
-_MARGIN_SECONDS = 2.0  # a line comes so much earlier, as a busy machine lets the thread look late
+LINE_SECONDS = 15.0  # the longest time without a line
+_TICK_SECONDS = 1.0  # how often the thread checks the time, and redraws a bar
+_MARGIN_SECONDS = 2.0  # a line is logged this much earlier, because a busy machine delays the thread
 
 
 @dataclass(eq=False)
 class Station:
-    """A part of a run that is under way.
+    """One step of a run.
 
     Attributes:
-        name: what is done, e.g. ``evaluate dense``.
-        total: how much there is to do; ``None`` where nobody knows.
-        unit: of that, in the singular.
-        numbered: the units are few and the name carries the number of the one under way: ``block 4/30``.
-        detail: a part of the station around it, which goes on being named and has announced itself already.
-        started: when it began.
-        done: how much was done by ``moved``.
-        moved: when something was done last.
+        name: the name of the step, e.g. ``evaluate dense``.
+        total: the number of units to do; ``None`` if unknown.
+        unit: the name of a unit, in the singular.
+        numbered: the units are few, and the label has the number of the current one: ``block 4/30``.
+        detail: it is part of the station around it: lines name both, and none is logged when it begins.
+        started: the time at which it began.
+        clock: the clock of all times.
+        done: the number of units done.
+        moved: the time at which ``done`` changed last.
+        shown: the display that shows it; ``None`` in a process that shows nothing.
     """
 
     name: str
@@ -57,22 +59,22 @@ class Station:
     shown: _Display | None = None
 
     def advance(self, count: int = 1) -> None:
-        """So much more is done."""
+        """Report that ``count`` more units are done."""
         self.done, self.moved = self.done + count, self.clock()
         if self.shown is not None:
             self.shown.move(self, count)
 
     @property
     def label(self) -> str:
-        """The name, with the number of the unit that is under way."""
+        """The name, with the number of the current unit if ``numbered``."""
         if self.total is None or not self.numbered:
             return self.name
         return f"{self.name} {min(self.done + 1, self.total)}/{self.total}"
 
     def seconds_left(self, now: float) -> float | None:
-        """The time that what is left takes at the pace so far; ``None`` before anything was done.
+        """The time that the rest takes at the average pace so far; ``None`` before the first unit is done.
 
-        Between two advances it falls with the clock, but not below zero.
+        Between two calls of :meth:`advance` it decreases with the clock, but not below zero.
         """
         if self.total is None or not self.done:
             return None
@@ -80,13 +82,13 @@ class Station:
         return max(0.0, pace * (self.total - self.done) - (now - self.moved))
 
     def beginning(self) -> str:
-        """The line of its beginning."""
+        """The line that is logged when it begins."""
         if self.total is None or self.numbered:
             return self.label
         return f"{self.name}: {self.total:,} {self.unit}{'' if self.total == 1 else 's'}"
 
     def state(self, now: float) -> str:
-        """The line of its being under way."""
+        """The line that is logged while it runs."""
         left = self.seconds_left(now)
         if left is None or self.total is None:
             return f"{self.label}: {duration(now - self.started)} so far"
@@ -108,7 +110,7 @@ def duration(seconds: float) -> str:
 
 
 class _Display:
-    """Shows the innermost of the stations that are open."""
+    """Shows the innermost of the open stations."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -132,7 +134,7 @@ class _Display:
 
     def end(self, station: Station) -> None:
         with self._lock:
-            if station not in self._open:  # it was left open in the process that this one was forked from
+            if station not in self._open:  # the process that this one was forked from opened it
                 return
             self._open.remove(station)
             if self._bar is not None:
@@ -150,7 +152,7 @@ class _Display:
                 self._bar.update(count)
 
     def tick(self) -> None:
-        """Look whether something is to be shown."""
+        """Redraw the bar, or log a line if the last one is too old."""
         with self._lock:
             if not self._open:
                 return
@@ -165,11 +167,11 @@ class _Display:
         logger.info("%s", line)
 
     def _around(self) -> str:
-        """The station that the innermost one is a detail of."""
+        """The label of the outer station, if the innermost one is a detail of it."""
         return f"{self._open[-2].label}, " if self._open[-1].detail and len(self._open) > 1 else ""
 
     def _draw(self) -> None:
-        """Replace the bar by that of the innermost station, which may be none."""
+        """Replace the bar by that of the innermost station; if none is open, remove it."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -185,7 +187,7 @@ class _Display:
 
     def _watch(self, stop: threading.Event) -> None:
         while not stop.wait(_TICK_SECONDS):
-            with contextlib.suppress(ValueError, OSError):  # a stderr that was closed meanwhile
+            with contextlib.suppress(ValueError, OSError):  # stderr may have been closed
                 self.tick()
 
 
@@ -194,7 +196,7 @@ def _on_terminal() -> bool:
 
 
 def _columns() -> int:
-    """Width of the terminal; 80 where it does not say, as in some containers, where tqdm would draw nothing."""
+    """Width of the terminal; 80 if it is unknown, as in some containers, because tqdm would draw nothing there."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except (OSError, ValueError, AttributeError):
@@ -205,7 +207,7 @@ _display = _Display()
 
 
 def _forget() -> None:
-    """A forked child has no thread, maybe a lock that nobody opens, and shows nothing of its parent's work."""
+    """Make a new display in a forked child: it has no thread, and the lock may be held for ever."""
     global _display
     _display = _Display()
 
@@ -218,10 +220,10 @@ if hasattr(os, "register_at_fork"):
 def station(
     name: str, total: int | None = None, unit: str = "step", *, numbered: bool = False, detail: bool = False
 ) -> Iterator[Station]:
-    """Show that ``name`` is under way while the block runs; see :class:`Station`.
+    """Show the step ``name`` while the block runs; see :class:`Station` for the arguments.
 
     Yields:
-        The station, to be told of what is done: ``advance()``.
+        The station; call its ``advance()`` whenever a unit is done.
     """
     display = _display
     begun = Station(name, total, unit, numbered, detail, display.clock(), display.clock)

@@ -255,7 +255,7 @@ def test_a_call_that_would_fail_is_told() -> None:
     found = mk.explain(model)
     assert {layer.kernel for layer in found.layers if layer.kind == "packed"} == {"none"}
     assert {layer.why_not for layer in found.layers if layer.kind == "packed"} == {
-        "a call fails: its activations are torch.float64, and the values or the bias are not"
+        "a call fails: the activations are torch.float64, and the values or the bias are not"
     }
     assert {block.why_not for block in found.blocks} == {"activations are neither fp32 nor bf16 nor fp16"}
     with pytest.raises(KernelError, match=r"x is torch\.float64 but the packed values are"):

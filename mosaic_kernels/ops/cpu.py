@@ -16,12 +16,12 @@ from mosaic_kernels.ops import isa
 from mosaic_kernels.ops.missing import why_missing
 from mosaic_kernels.ops.threads import threads
 
-try:  # a name in `from mosaic_kernels import` would be blamed on a circular import where there is no such file
+try:  # `from mosaic_kernels import _C_cpu` would report a circular import if the file is missing
     import mosaic_kernels._C_cpu as _C_cpu
 except ImportError as error:
     _IMPORT_ERROR: str | None = why_missing("_C_cpu", error)
 else:
-    _IMPORT_ERROR, BEST_ISA = None, isa.limit(_C_cpu)  # what the processor has, whatever MOSAIC_ISA says
+    _IMPORT_ERROR, BEST_ISA = None, isa.limit(_C_cpu)  # the processor's level, whatever MOSAIC_ISA says
     unchanged = _C_cpu.unchanged
 
 __all__ = [
@@ -50,9 +50,9 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCOPES = {"matrix": 0, "row": 1, "group": 2}
 
 
-# Whether this processor multiplies bf16 in tiles: then the kernels gain at many rows, too.
+# True if the kernels multiply bf16 in tiles (AMX): then they are faster than torch at many rows, too.
 TILES = _IMPORT_ERROR is None and _C_cpu.isa() == "amx"
-# Whether dense_linear_raw runs here: it takes AVX2.
+# True if dense_linear_raw runs here; it needs AVX2.
 DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() != "scalar"
 
 
@@ -220,7 +220,7 @@ def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` by the sparse kernels' own loop.
 
     Raises:
-        BackendError: the instruction set in use has no such kernel (it takes AVX2).
+        BackendError: the instruction set in use has no such kernel (it needs AVX2).
     """
     out_features, in_features = weight.shape
     x, weight, bias = _fitting(x, weight, None, bias, in_features, out_features)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instruction sets that the CPU kernels are compiled for, and how ``MOSAIC_ISA`` keeps them to a lower one."""
+"""The instruction sets that the CPU kernels are compiled for; ``MOSAIC_ISA`` limits them to a lower one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mosaic_kernels.errors import UsageError
 
 __all__ = ["LEVELS", "level", "limit"]
 
-LEVELS = ("scalar", "avx2", "avx512", "amx")  # each has what the one before it has
+LEVELS = ("scalar", "avx2", "avx512", "amx")  # each includes those before it
 
 
 class Native(Protocol):
-    """What is needed of the native module."""
+    """The functions of the native module that this file calls."""
 
     def isa(self) -> str: ...
 
@@ -22,14 +22,14 @@ class Native(Protocol):
 
 
 def level() -> str:
-    """The level that the CPU kernels run with now."""
+    """The level that the CPU kernels use now."""
     import mosaic_kernels._C_cpu as native
 
     return native.isa()
 
 
 def limit(native: Native) -> str:
-    """Keep the kernels to the level that ``MOSAIC_ISA`` names, where this processor has a higher one.
+    """Limit the kernels to the level in ``MOSAIC_ISA`` if this processor has a higher one.
 
     Returns:
         The processor's own level.

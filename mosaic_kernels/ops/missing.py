@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to do where a native module did not load."""
+"""The message for a native module that did not load."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def why_missing(module: str, error: ImportError, package: Path = _PACKAGE) -> str:
-    """What is wrong and how to cure it, in one sentence.
+    """Say in one sentence what is wrong and how to fix it.
 
-    Inside a source checkout Python takes the checkout's package, not the installed one that has the module.
+    In a source checkout, Python imports the package of the checkout instead of the installed one that has the module.
 
     Args:
-        module: its name, such as ``_C_cpu``.
-        error: what importing it raised.
-        package: where the package lies.
+        module: the name of the native module, such as ``_C_cpu``.
+        error: the error that its import raised.
+        package: the directory of the package.
     """
     found = f"the native module {module} did not load ({error})"
     root = package.parent

@@ -111,7 +111,7 @@ def running(op: str, device: torch.device) -> str:
 
 
 def why_not_ours(op: str, device: torch.device) -> str | None:
-    """Why the reference or a forced backend, and not this device's own, runs ``op``; ``None`` where its own does."""
+    """Why a device's own backend does not run ``op``, but the reference or a forced backend; ``None`` if it does."""
     if _forced is not None and (_forced == "reference" or device.type not in _registry[_forced].devices):
         by_variable = os.environ.get("MOSAIC_BACKEND") == _forced
         return f"MOSAIC_BACKEND={_forced}" if by_variable else f"use_backend({_forced!r}) is in force"
