@@ -40,7 +40,7 @@ BITMAP, INT8, ROUNDED, COMPOSITE = "bitmap 50 %", "int8 50 %", "int8 50 %, round
 DENSE, DENSE_FP32 = "dense", "dense, fp32"
 BASELINES = (DENSE,) if has_fast_products(torch.bfloat16) else (DENSE, DENSE_FP32)
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-llama"
-EXAMPLE_ROUNDS = 12  # its tokens take a hundredth of the large model's
+EXAMPLE_ROUNDS = 12  # one of its tokens takes a hundredth of the time that the large model takes
 COMPILED = {f"{name}, compiled": name for name in (BITMAP, INT8)} if shutil.which("c++") else {}
 OURS = (BITMAP, INT8, ROUNDED, COMPOSITE, *COMPILED)
 THEIRS = ("llama.cpp BF16", "llama.cpp Q8_0")
@@ -58,7 +58,7 @@ def prompt() -> torch.Tensor:
 
 
 def variants_of(dense: Any, prompt: torch.Tensor) -> dict[str, Any]:
-    """Every form of a dense bf16 model, checked against its own dense form; what they share is in memory once."""
+    """Every form of a dense bf16 model, checked against its own dense form; shared tensors are in memory once."""
     found = {DENSE: dense}
     if DENSE_FP32 in BASELINES:
         found[DENSE_FP32] = copy.deepcopy(dense).float()
@@ -115,7 +115,7 @@ class Lineup:
 
 @contextmanager
 def theirs(dense: Any, prompt: torch.Tensor, folder: Path) -> Iterator[dict[str, Callable[[], Run]]]:
-    """What llama.cpp makes of the same weights, where it is installed."""
+    """Functions that generate with llama.cpp from the same weights, if it is installed."""
     writers: dict[str, Callable[[], Run]] = {}
     loaded = []
     for name in THEIRS if HAS_LLAMA_CPP else ():
@@ -131,7 +131,7 @@ def theirs(dense: Any, prompt: torch.Tensor, folder: Path) -> Iterator[dict[str,
 
 @pytest.fixture(scope="session")
 def lineup(models: dict[str, Any], prompt: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lineup]:
-    """All of the 1.1B Llama."""
+    """All variants of the 1.1B Llama, and llama.cpp."""
     writers = {name: partial(write, model, prompt, NEW_TOKENS) for name, model in models.items()}
     for name in COMPILED:
         fixed = {"cache": static_cache(models[name]), "step": torch.compile(models[name], dynamic=False)}
@@ -144,7 +144,7 @@ def lineup(models: dict[str, Any], prompt: torch.Tensor, tmp_path_factory: pytes
 def example_lineup(
     example_models: dict[str, Any], prompt: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Lineup]:
-    """All of the model in ``examples/``."""
+    """All variants of the model in ``examples/``, and llama.cpp."""
     prompt = prompt % example_models[DENSE].config.vocab_size
     writers = {name: partial(write, model, prompt, NEW_TOKENS) for name, model in example_models.items()}
     with theirs(example_models[DENSE], prompt, tmp_path_factory.mktemp("gguf")) as foreign:
@@ -175,7 +175,7 @@ def static_cache(model: Any) -> Any:
 
 
 def over(runs: list[Run], *baselines: list[Run]) -> dict[str, float]:
-    """How many times as fast ``runs`` decode and read a prompt, against whichever baseline is the fastest at it."""
+    """The decode and prefill speeds of ``runs``, each relative to the baseline that is fastest at it."""
     found, bases = speeds(runs), [speeds(each) for each in baselines]
     return {
         kind: found[kind]["tokens_per_s"] / max(base[kind]["tokens_per_s"] for base in bases)
@@ -184,11 +184,11 @@ def over(runs: list[Run], *baselines: list[Run]) -> dict[str, float]:
 
 
 def record(benchmark: Any, models: dict[str, Any], lineup: Lineup, variant: str, **info: Any) -> None:
-    """A variant's speeds and bytes, and against the dense model's where it is another."""
+    """Record a variant's speeds and bytes, and their ratios to the dense model's."""
     runs = benchmark.pedantic(lambda: lineup.runs(variant), rounds=1)
     benchmark.extra_info.update(info, variant=variant, **speeds(runs[variant]))
     if variant in THEIRS:
-        # a file that holds another model would be compared for nothing
+        # the comparison means nothing if the file holds another model
         bound = INT8_STEP if "Q8_0" in variant else BF16
         assert difference(runs[variant][0].logits, runs[DENSE][0].logits) <= bound
         ours = [name for name in models if name not in BASELINES]

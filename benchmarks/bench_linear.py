@@ -81,7 +81,7 @@ Variant = Callable[[Tensor, int], Tensor]
 
 
 def _by_torch(dense: list[Tensor]) -> dict[str, Variant]:
-    """``F.linear`` in bf16, and in fp32 too where a user of torch would be faster with that."""
+    """``F.linear`` in bf16, and also in fp32 if that is faster on this processor."""
     found: dict[str, Variant] = {"dense": lambda x, i: F.linear(x, dense[i % len(dense)])}
     if not has_fast_products(torch.bfloat16):
         wide = [weight.float() for weight in dense[: copies(2 * dense[0].nbytes)]]
@@ -90,7 +90,7 @@ def _by_torch(dense: list[Tensor]) -> dict[str, Variant]:
 
 
 def _measure(variants: dict[str, Variant], shape: tuple[int, int], rows: int) -> dict[str, Any]:
-    """Medians of the variants, which take turns, and each one's speed over the faster of the dense ones."""
+    """Medians of the variants, which take turns, and the speed of each relative to the faster dense variant."""
     x = torch.randn(rows, shape[1]).bfloat16()
     calls = {name: (lambda i, run=run: run(x, i)) for name, run in variants.items()}
     seconds = interleaved(calls, _rounds(*shape, rows))

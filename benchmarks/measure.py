@@ -18,7 +18,7 @@ from mosaic_kernels import info
 
 
 def last_level_cache(cpu: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """Bytes of the largest cache that the first processor reads through; 0 where the system does not say."""
+    """Bytes of the largest cache of the first processor; 0 if the system does not tell."""
     sizes = [path.read_text().strip() for path in cpu.glob("index*/size")]
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size and size[-1] in units), default=0)

@@ -64,7 +64,7 @@ def committed_figures(
     for path in sorted(results.glob(f"{noun}-*.json")):
         file = json.loads(path.read_text())
         its = file.get("machine_info", {})
-        # files of November 2026 do not say torch_isa: torch was not limited then
+        # files of November 2026 have no torch_isa: torch was not limited then
         if all(its.get(key, machine[key]) == machine[key] for key in SAME_MACHINE):
             return {b["name"]: b["extra_info"] for b in file["benchmarks"]}
     return None

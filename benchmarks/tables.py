@@ -20,7 +20,7 @@ Found = tuple[dict[str, Any], Rows]
 
 
 def results(noun: str) -> list[Found]:
-    """Of every machine whose figures are committed: the machine, and what each of its benchmarks found."""
+    """The machine and the results of its benchmarks, for every machine whose figures are committed."""
     paths = sorted((HERE / "results").glob(f"{noun}-*.json"), reverse=True)  # xeon before epyc: the newest first
     if not paths:
         sys.exit(f"no benchmarks/results/{noun}-*.json: run benchmarks/bench_{noun}.py as its first lines say")
@@ -40,7 +40,7 @@ def caption(machine: dict[str, Any], file: str) -> str:
 
 
 def described(machine: dict[str, Any]) -> str:
-    """Processor, threads and instruction set, and whether that is less than the processor has."""
+    """Processor, threads and instruction set, with a remark if the processor has a higher one."""
     isa, features = machine["isa"], machine.get("features", "").split()
     limited = isa == "avx2" and "avx512" in features
     return f"{machine['cpu']}, {machine['threads']} threads, {f'{isa} (limited to it)' if limited else isa}"
@@ -135,7 +135,7 @@ def score() -> str:
 
 
 def machines() -> str:
-    """Whole models on every machine: tokens in a second, and over torch and llama.cpp."""
+    """Whole models on every machine: tokens per second, and the ratios to torch and llama.cpp."""
     lines = [
         "| machine | model | bitmap 50 %: decode, tokens/s | over torch | over llama.cpp BF16 | prefill over torch "
         "| int8 50 %: decode, tokens/s | over torch | over llama.cpp Q8_0 | prefill over torch |",
@@ -280,7 +280,7 @@ def filled(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where pages and JSON differ; write nothing")
+    parser.add_argument("--check", action="store_true", help="fail if pages and JSON differ; write nothing")
     check = parser.parse_args().check
     texts = {page: page.read_text() for page in PAGES}
     homeless = [name for name in TABLES if not any(f"<!-- table: {name} -->" in text for text in texts.values())]
@@ -289,7 +289,7 @@ def main() -> int:
         print(f"no page shows the table {name}", file=sys.stderr)
     for page, text in stale.items():
         if check:
-            print(f"{page.name}: tables are not those of benchmarks/results: run python benchmarks/tables.py",
+            print(f"{page.name}: tables differ from benchmarks/results: run python benchmarks/tables.py",
                   file=sys.stderr)  # fmt: skip
         else:
             page.write_text(text)

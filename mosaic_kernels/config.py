@@ -90,7 +90,7 @@ class PruneConfig:
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         if self.eval_tokens is not None and self.eval_text is None:
-            raise UsageError("--eval-tokens is the part of --eval-text FILE to use, which is not given")
+            raise UsageError("--eval-tokens needs --eval-text FILE: it is the number of tokens of that text to use")
         if self.weights != "float" and self.format == "dense":
             raise UsageError(f"format dense stores ordinary weights: --weights {self.weights} needs --format mosaic")
         if self.recover != "none" and self.samples < 2:

@@ -43,7 +43,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """The whole of ``-m quick``, in one process, must reach every module."""
+    """Fail a complete run of ``-m quick`` in one process if it reached no function of some module."""
     yield
     executed, stopped = session.config.stash.get(EXECUTED, None), session.shouldfail or session.shouldstop
     if executed is None:
@@ -68,12 +68,12 @@ def _same_random_numbers() -> None:
 
 @pytest.fixture(params=LEVELS)
 def cpu_level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set of this processor, or as many as ``MOSAIC_ISA`` leaves."""
+    """Every instruction set of this processor up to ``MOSAIC_ISA``."""
     from mosaic_kernels import _C_cpu
 
     most = _C_cpu.isa()
     if LEVELS.index(request.param) > LEVELS.index(most):
-        pytest.skip(f"this processor has no {request.param}, or MOSAIC_ISA leaves it out")
+        pytest.skip(f"this processor has no {request.param}, or MOSAIC_ISA excludes it")
     _C_cpu.set_isa(request.param)
     yield request.param
     _C_cpu.set_isa(most)
@@ -127,8 +127,8 @@ def dense_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 def gpu(request: pytest.FixtureRequest) -> Any:
     """The CUDA kernels on an emulated GPU, with and without bulk copies: ``simt.Gpu``.
 
-    Each architecture is compiled when its first test asks for it, 17 s of a core (Xeon, Sapphire Rapids class, Dec
-    2026): the default run has one, ``-m emulator`` the other.
+    Each architecture is compiled when its first test needs it, which takes 17 s of one core (Xeon, Sapphire Rapids
+    class, Dec 2026). The default run has one architecture, ``-m emulator`` the other.
     """
     from simt import Gpu
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tests ``pytest -m quick`` runs, and whether these run a part of every module of the package.
+"""Lists the tests of ``pytest -m quick``, and checks that they call a function of every module of the package.
 
-For every edit: under two minutes on two cores. A test belongs here if it takes less than a second or is the only one
-that reaches a module so soon. Nothing that compiles, starts torchrun or trains.
+They are run at every edit and take less than two minutes on two cores. A test belongs here if it takes less than a
+second, or if it is the quickest that reaches a module. No quick test compiles, trains or starts torchrun.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parents[1] / "mosaic_kernels"
 
-# Whole files, and beginnings of the names of tests in the others.
+# Files whose tests are all quick; below, the beginnings of the names of quick tests in other files.
 FILES = (
     "test_calibration", "test_capture", "test_cli", "test_config", "test_directory", "test_format",
     "test_gram", "test_journal", "test_models", "test_quickstart", "test_sass_budget", "test_search",
@@ -70,17 +70,17 @@ TESTS: dict[str, tuple[str, ...]] = {
 }
 
 
-# What runs in a process of its own, where calls are not seen: beginning of the path, and the quick test that starts it.
+# Modules that quick tests run in a process of its own, where calls are not seen: path prefix, and that quick test.
 ELSEWHERE = {"mosaic_kernels/ops/triton/": "test_triton.py: test_a_check_of_every_module_interpreted"}
 
 
 def is_quick(file: str, test: str) -> bool:
-    """Whether ``file`` (without ``.py``) or this test of it (with its parameters) is in the lists above."""
+    """True if ``file`` (without ``.py``) or ``test`` (with its parameters) is in the lists above."""
     return file in FILES or test.startswith(TESTS.get(file, ("\0",)))
 
 
 class Executed:
-    """Notes in which files of the package a function is called, from ``start`` to ``stop``; imports call some."""
+    """Records the files whose functions are called between ``start`` and ``stop``; imports call some, too."""
 
     def __init__(self) -> None:
         self._codes: set[CodeType] = set()
@@ -92,10 +92,10 @@ class Executed:
         sys.settrace(None)
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> None:
-        self._codes.add(frame.f_code)  # and None: no line of it is traced
+        self._codes.add(frame.f_code)  # returns None, so Python does not trace the lines
 
     def missing(self) -> list[str]:
-        """Modules of the package that define functions, none of which was called."""
+        """Modules of the package that define functions of which none was called."""
         called = {code.co_filename for code in self._codes if code.co_name != "<module>"}
         there = [path for path in sorted(PACKAGE.rglob("*.py")) if defines_functions(path.read_text())]
         names = [path.relative_to(PACKAGE.parent).as_posix() for path in there if str(path) not in called]

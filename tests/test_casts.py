@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Casts of a packed model: which transformers refuses, and what README says instead works."""
+"""transformers refuses some casts of a packed model; the calls that README recommends instead work."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", ["float", "half"])
 def test_transformers_refuses_these(packed: Any, name: str) -> None:
-    """README has the answer; where a release of transformers allows them, README is to be changed."""
+    """README says so; change it if a release of transformers allows these casts."""
     with pytest.raises(ValueError, match=rf"`\.{name}\(\)` is not supported for quantized model"):
         getattr(packed, name)()
 

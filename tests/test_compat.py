@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a release of transformers, PEFT or torch may break: `.ci/compat` runs it on the oldest and the newest."""
+"""Features that a release of transformers, PEFT or torch may break; `.ci/compat` tests the oldest and the newest."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prompt() -> Tensor:
 
 
 def sparse(kind: str = "llama", weights: Any = "float") -> tuple[Any, Any]:
-    """A model of transformers' own with zeros, and the same model packed."""
+    """A dense model with zeros, and the same model packed."""
     dense = random_model(kind, initializer_range=0.2).requires_grad_(False)
     zero_weights(ModelAdapter.of(dense), 0.5)
     adapter = ModelAdapter.of(copy.deepcopy(dense))
@@ -45,7 +45,7 @@ def sparse(kind: str = "llama", weights: Any = "float") -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module", params=KINDS)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A checkpoint, and the dense model that it holds."""
+    """A checkpoint, and the dense form of its model."""
     dense, adapter = sparse(request.param)
     return save(adapter, tmp_path_factory.mktemp(request.param)), dense
 
@@ -182,7 +182,7 @@ def test_adapters_of_peft(checkpoint: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_the_cache_has_a_name(checkpoint: Path) -> None:
-    """Also where a module hands on what it is called with, and where it is somebody's own."""
+    """Also for a module that passes all its arguments on, and for a user's own class."""
 
     class Older(nn.Module):
         def forward(self, x: Tensor, past_key_values: Any = None) -> Any: ...
@@ -203,7 +203,7 @@ def test_the_cache_has_a_name(checkpoint: Path) -> None:
 
 
 class _Renamed(nn.Module):
-    """A decoder block of some later release."""
+    """A decoder block as a later release might have it."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, position_ids: Any = None, memory: Any = None,
                 use_cache: bool = False, position_embeddings: Any = None, **options: Any) -> Any: ...  # fmt: skip

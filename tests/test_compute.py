@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computing in one dtype and storing in another: what is stored is rounded once, and the rest is as it was."""
+"""Computing in one dtype and storing in another: new weights are rounded once, and all others are unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def slow_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that multiplies fp32 alone quickly."""
+    """Imitates a processor that multiplies only fp32 quickly."""
     slow = device.Products(fast=False, ratio=0.125, instructions=False)
     fast = device.Products(fast=True, ratio=1.0, instructions=True)
     monkeypatch.setattr(compute, "products", lambda dtype: slow if dtype in HALF else fast)
@@ -86,7 +86,7 @@ def test_a_dtype_that_cannot_hold_the_weights_is_refused(asked: Any, stored: tor
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_way_there_and_back_changes_nothing(dtype: torch.dtype, tied: bool) -> None:
-    """Norms are fp32 here, as some models keep them: they are not to be rounded on the way back."""
+    """Norms are fp32 here, as in some models: they must not be rounded on the way back."""
     model = random_model("qwen2", dtype=dtype, tie_word_embeddings=tied)
     model.model.norm.float()
     before, objects = bits(model), dict(model.named_parameters())
@@ -139,7 +139,7 @@ def test_packed_models_compute_in_fp32_too(kind: str, weights: Any) -> None:
 @pytest.mark.parametrize("category", ["unstructured", "structured", "composite"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_later_blocks_see_what_is_stored(kind: str, category: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block that was pruned in fp32 holds bf16 numbers before the next one is looked at."""
+    """Every block that was pruned in fp32 holds bf16 numbers before the next block is pruned."""
     inner, seen = pipeline.prune_block, []
 
     def prune_block(block: Any, *args: Any, **options: Any) -> Any:
@@ -165,7 +165,7 @@ def test_later_blocks_see_what_is_stored(kind: str, category: str, monkeypatch: 
 @pytest.mark.parametrize("options", [{"recover": "reconstruct"}, {"recover": "lora"}, {"policy": "curve+search"}])
 @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
 def test_what_comes_after_the_solver_is_rounded_too(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What leaves pruning in fp32 is what is packed and stored: no number of it is between two of bf16."""
+    """Weights pruned in fp32 are exact in bf16, so packing and storing them rounds nothing."""
     pytest.importorskip("peft")
     inner, checked = pipeline.pack_model, []
 
@@ -192,7 +192,7 @@ def test_the_checkpoint_is_that_of_its_own_dtype(
     run: Run, tmp_path: Path, slow_half: None, format: str, weights: str
 ) -> None:
     if format == "dense" and weights != "float":
-        pytest.skip("there is no such checkpoint: int8 values are packed ones")
+        pytest.skip("a dense checkpoint has no int8 values")
     source = tmp_path / "model"
     random_model("qwen3", dtype=torch.bfloat16).save_pretrained(source)
     common = ("--calibration", "random", "--samples", "4", "--seqlen", "16", "--format", format, "--weights", weights)
@@ -217,7 +217,7 @@ def test_the_checkpoint_is_that_of_its_own_dtype(
 def test_both_dtypes_prune_alike(
     tiny_llama: Path, calibration_text: Path, validation_text: Path, tmp_path: Path
 ) -> None:
-    """The same plan, and the same quality but for the rounding of activations."""
+    """The plan is the same, and so is the quality except for the rounding of activations."""
     text = tmp_path / "text.txt"
     text.write_text(validation_text.read_text()[:20_000])
     half, single = (
@@ -230,7 +230,7 @@ def test_both_dtypes_prune_alike(
     assert {name: entry["nnz"] for name, entry in half["projections"].items()} == {
         name: entry["nnz"] for name, entry in single["projections"].items()
     }
-    # logits rounded to 8 bits, which errors of many tokens hardly move: a quarter of a percent of perplexity
+    # logits are rounded to 8 bits; over many tokens these errors change perplexity by less than a quarter of a percent
     assert half["perplexity"]["dense"] == pytest.approx(single["perplexity"]["dense"], rel=0.0025)
     assert half["perplexity"]["pruned"] == pytest.approx(single["perplexity"]["pruned"], rel=0.01)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that README and examples/ document, with every warning an error: a dependency's reach no user.
+"""Runs the commands of README and examples/ with every warning an error: users see no warning of a dependency.
 
 The settings are smaller than the documented ones; what is called is the same.
 """
@@ -20,7 +20,7 @@ from small_models import random_model
 
 pytestmark = pytest.mark.compat
 
-# Warnings that are not ours to cause or to avoid, as `python -W` takes them, each with its reason. None is known.
+# Warnings that this package neither causes nor can avoid, as `python -W` takes them, each with its reason. None so far.
 EXCEPTIONS: tuple[str, ...] = ()
 
 SNIPPET = """
@@ -40,7 +40,7 @@ model.dequantize()
 
 
 def run(*arguments: str | Path, cwd: Path) -> str:
-    """Stdout of ``python -W error ARGUMENTS``, which must work and warn of nothing, also through a log."""
+    """Stdout of ``python -W error ARGUMENTS``, which must succeed without a warning, even in a log."""
     exceptions = [f"-W{each}" for each in EXCEPTIONS]
     done = subprocess.run(
         [sys.executable, "-W", "error", *exceptions, *map(str, arguments)],
@@ -59,7 +59,7 @@ def run(*arguments: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A folder as ``examples/`` is, with a smaller model and less text, and the model pruned in ``out``."""
+    """A copy of ``examples/`` with a smaller model and less text, and the pruned model in ``out``."""
     folder = tmp_path_factory.mktemp("examples")
     random_model(vocab_size=4096, max_position_embeddings=256, dtype=torch.bfloat16).save_pretrained(
         folder / "tiny-llama"

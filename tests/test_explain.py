@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``mk.explain`` says is what happens: natively or not, by which kernel, and why not the faster one."""
+"""``mk.explain`` tells the truth: if a block runs natively, which kernel runs a layer, and why not a faster one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/explain.md shows is what the commands print, and its reasons are those that are given."""
+"""docs/explain.md shows the output of the commands, and lists reasons that the code gives."""
 
 from __future__ import annotations
 

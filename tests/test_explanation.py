@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table that people read, and the dictionary that says the same."""
+"""The printed table of an explanation, and the dictionary with the same content."""
 
 from __future__ import annotations
 

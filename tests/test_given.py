@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration as it is at hand: every form that is taken, and a clear word for every one that is not."""
+"""Every accepted form of calibration, and the error message for every other form."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_tensor_of_any_integers_is_used_as_it_is(dtype: torch.dtype) -> None:
 
 
 def read_only(tokens: torch.Tensor) -> Any:
-    """As of a memory map that was opened for reading."""
+    """Such as an array of a memory map that was opened for reading only."""
     array = tokens.numpy().copy()
     array.flags.writeable = False
     return array
@@ -202,7 +202,7 @@ def test_strings_in_a_list_are_no_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["data.jsonl", "data.JSON", "data.csv", "data.parquet"])
 def test_tables_are_no_text(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(json.dumps({"text": "words"}))
-    with pytest.raises(UsageError, match=rf"{name} is no plain text.*give its texts in a list"):
+    with pytest.raises(UsageError, match=rf"{name} is not plain text.*give its texts in a list"):
         given_calibration(tmp_path / name, 8)
 
 
@@ -298,7 +298,7 @@ def test_a_wrong_calibration_shows_before_the_model_is_read(tmp_path: Path) -> N
 def test_the_command_takes_a_home_directory(
     run: Run, dense_dir: Path, tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shell leaves ~ alone after an equals sign."""
+    """A shell does not expand ~ after an equals sign."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "text.txt").write_text(calibration_text.read_text()[:4000])
     options = ("--solver=wanda", "--policy=uniform", "--category=unstructured", "--samples=4", "--seqlen=16")

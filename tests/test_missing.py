@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A source checkout whose native module was not built says so on every way in, and names both cures."""
+"""In a source checkout without its native module, every entry point says so and names both cures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def python(checkout: Path, *words: str, **variables: str) -> subprocess.Complete
 
 
 def cured(text: str, checkout: Path) -> bool:
-    """Whether a text says what is wrong and both cures."""
+    """True if a text names the problem and both cures."""
     assert "circular" not in text
     return (
         f"Python takes mosaic_kernels from the source checkout {checkout}, where the module is not built; build it "
@@ -59,7 +59,7 @@ def test_info(checkout: Path) -> None:
 
 
 def test_import_and_kernels(checkout: Path) -> None:
-    """Importing is silent, the first product tells it once, though nobody configured logging."""
+    """An import logs nothing; the first product warns once, even if logging is not configured."""
     program = (
         "import sys, torch, mosaic_kernels as mk; print('imported', file=sys.stderr); "
         "x, linear = torch.ones(8), torch.nn.Linear(8, 8); layer = mk.MosaicLinear.from_linear(linear); "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reasons why a block has no native calls: each is found, and none outlives its cause."""
+"""Every reason why a block has no native calls is found, and disappears with its cause."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which floating-point types this processor multiplies quickly: measured, and said where CPUID says otherwise."""
+"""The measurement of floating-point types that a processor multiplies quickly, and its comparison with CPUID."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from mosaic_kernels import device
 
 HALF = (torch.bfloat16, torch.float16)
-# What makes torch use no more than AVX2 allows; effective only where a process starts with it.
+# Limits torch to AVX2; it works only if it is set before the process starts.
 AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
@@ -29,7 +29,7 @@ def _nothing_known_yet() -> Iterator[None]:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, ratio: float) -> list[torch.dtype]:
-    """Let every measurement find ``ratio``; the dtypes that were measured."""
+    """Make every measurement return ``ratio``; returns the list of measured dtypes."""
     asked: list[torch.dtype] = []
 
     def ratio_of(dtype: torch.dtype) -> float:
@@ -85,7 +85,7 @@ def test_agreement_says_nothing(
 
 
 def test_fp32_measured_against_itself_is_as_fast() -> None:
-    """Had one side another shape, another thread count or a wrong clock, the ratio would be off by more."""
+    """With unequal shapes or thread counts, or a wrong clock, the ratio would be off by more."""
     assert 0.6 < device._speed_over_fp32(torch.float32) < 1.6
 
 
@@ -109,7 +109,7 @@ def test_importing_the_package_measures_nothing() -> None:
 
 
 def test_torch_without_bf16_kernels_is_found_out_whatever_cpuid_says() -> None:
-    """The processor stays what it is: only torch is told to leave its newer instructions alone."""
+    """The processor is the same: only torch is told not to use its newer instructions."""
     code = "import torch; from mosaic_kernels import device; print(device.has_fast_products(torch.bfloat16))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **AVX2_ONLY}
@@ -118,7 +118,8 @@ def test_torch_without_bf16_kernels_is_found_out_whatever_cpuid_says() -> None:
 
 
 @pytest.mark.skipif(
-    device._features is None or not Path("/proc/cpuinfo").exists(), reason="there is no CPUID, or nothing beside it"
+    device._features is None or not Path("/proc/cpuinfo").exists(),
+    reason="no CPUID, or no /proc/cpuinfo to compare it with",
 )
 @pytest.mark.parametrize("name", ["avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16"])
 def test_cpuid_is_read_as_linux_reads_it(name: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user sees life: every station in order, a line at least every 15 seconds, one bar on a terminal."""
+"""Progress: every station in order, a line at least every 15 seconds, one bar on a terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mosaic_kernels.progress import duration, station
 
 
 class Clock:
-    """Time that passes when a test says so."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -44,7 +44,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
-    """No terminal, lines in ``caplog``, and a thread that never looks by itself."""
+    """No terminal, lines in ``caplog``, and no ticks of the thread."""
     made = Clock()
     monkeypatch.setattr(progress, "_display", progress._Display(made))
     monkeypatch.setattr(progress, "_TICK_SECONDS", 1e6)
@@ -53,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
 
 def ticks(clock: Clock, seconds: int) -> None:
-    """Let time pass, with a look once a second, as the thread has it."""
+    """Move the clock, with a tick every second, as the thread does."""
     for _ in range(seconds):
         clock.now += 1
         progress._display.tick()
@@ -244,7 +244,7 @@ def test_a_log_file_names_every_station_in_order(run: Run, dense_dir: Path, shor
 
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> Iterator[list[bytes]]:
-    """Make stderr a terminal; what was written there."""
+    """Make stderr a terminal and collect what is written to it."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     parts: list[bytes] = []
@@ -291,7 +291,7 @@ def test_a_terminal_shows_one_bar(
 
 @pytest.mark.parametrize("columns", [0, 100])
 def test_a_bar_has_the_rate_and_the_time_left_whatever_the_width(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Terminals of some containers have no width; the inner station gives way to the outer one again."""
+    """A terminal without a width still shows bars; after the inner station the outer one is shown again."""
     monkeypatch.setattr(progress, "_display", progress._Display())
     with terminal(monkeypatch, columns) as parts, station("block", 4, "block", numbered=True) as here:
         here.advance()

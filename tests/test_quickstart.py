@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example of README's first command speaks at once; tests/test_documented_commands.py runs it whole."""
+"""The example prints its first line at once; tests/test_documented_commands.py runs all of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
 
 def test_its_first_line_waits_for_no_import(tmp_path: Path) -> None:
-    """torch and transformers take seconds to import; here neither can be."""
+    """torch and transformers take seconds to import; here their import fails."""
     program = (
         "import runpy, sys\n"
         "sys.modules['torch'] = sys.modules['transformers'] = sys.modules['mosaic_kernels'] = None\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an installation builds: CUDA only where a GPU and nvcc are, or where it was asked for."""
+"""An installation builds CUDA kernels only if it finds a GPU and nvcc, or on request."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_wish_that_cannot_be_met(environment: dict[str, str], words: tuple[str
 def test_a_gpu_is_seen_by_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: list[str], expected: str | None
 ) -> None:
-    """A driver without a device is no GPU, and a hidden one is one."""
+    """A driver without a device does not count as a GPU; a GPU hidden by CUDA_VISIBLE_DEVICES does."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = find_gpu(machine(tmp_path, *devices))

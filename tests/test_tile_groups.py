@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a group of weights on the tensor cores refuses before any device is asked."""
+"""Errors of a group of weights on the tensor cores that need no device."""
 
 from __future__ import annotations
 

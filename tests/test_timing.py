@@ -16,7 +16,7 @@ from mosaic_kernels.prune.timing import measuring, timed
 
 @pytest.fixture
 def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time passes only where a test sleeps, and exactly so long: a busy machine wakes sleepers late."""
+    """Time passes only when a test sleeps, and exactly so long; real sleeps end late on a busy machine."""
     now = 100.0
 
     def sleep(seconds: float) -> None:

@@ -50,7 +50,7 @@ def interpreted() -> dict[str, str | None]:
 
 
 def test_a_check_of_every_module_interpreted() -> None:
-    """The quickest ones: of pack, score, select, obs and linear."""
+    """Run the quickest check of each Triton module: pack, score, select, obs and linear."""
     checks = ("packs_what_is_odd", "sums_squares", "selects_in_groups", "sweeps_and_chooses", "multiplies_any_layout")
     assert interpret(*checks) == dict.fromkeys(checks)
 

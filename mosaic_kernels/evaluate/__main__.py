@@ -58,8 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--compute-dtype",
         choices=get_args(ComputeDtype),
         default="auto",
-        help="of perplexity and accuracy; auto: that of the weights, or float32 for a dense model on a CPU that "
-        "multiplies theirs slowly; named, also of --latency, which measures the model as it loads otherwise "
+        help="dtype of the arithmetic; auto: the dtype of the weights, but float32 for perplexity and accuracy of a "
+        "dense model on a CPU that multiplies that dtype slowly; --latency follows only a named dtype "
         "(default: %(default)s)",
     )
     running.add_argument("--json", action="store_true", help="one JSON line on stdout instead of a table")

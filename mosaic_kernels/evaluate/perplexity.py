@@ -47,7 +47,7 @@ def perplexity(model: Any, tokens: Tensor, seqlen: int, batch_size: int = 8, nam
         model: a Hugging Face causal language model; its training mode is restored.
         tokens: ``int64 [tokens]``; the rest beyond whole windows is left out.
         seqlen: tokens in a window, the first of which is not predicted.
-        name: what it is called while it is under way.
+        name: the name of this step in the progress shown.
         batch_size: windows at once, fewer where their logits would take too much memory.
 
     Raises:

@@ -109,7 +109,7 @@ def _run(
 
 
 def _sequences(files: Mapping[str, TaskFile], limit: int | None) -> int:
-    """How many sequences the model will judge: one for each choice; lm-eval judges some of them together."""
+    """The number of sequences that the model will score, one for each choice; lm-eval may score several at once."""
     rows = (row for file in files.values() for row in file.rows[:limit])
     return sum(len(row.get("choices") or row.get("context_options") or [""]) for row in rows)
 
@@ -180,7 +180,7 @@ def _mean(scores: list[Scores]) -> Scores:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval prints and draws progress bars: nowhere, as ours says how far it is."""
+    """Suppress what lm-eval prints and its progress bars; the station shows progress instead."""
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 

@@ -96,16 +96,23 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--eval-text", metavar="FILE", help="perplexity on this text before and after")
-    evaluation.add_argument("--eval-tokens", type=int, metavar="N", help="first tokens of that text (default: all)")
+    evaluation.add_argument(
+        "--eval-tokens",
+        type=int,
+        metavar="N",
+        help="number of tokens of that text to evaluate on, from its beginning (default: all)",
+    )
 
     running = parser.add_argument_group("running")
     running.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    running.add_argument("--dtype", help="of stored weights: auto (the checkpoint's), float32, bfloat16 or float16")
+    running.add_argument(
+        "--dtype", help="dtype of the stored weights: auto (that of the checkpoint), float32, bfloat16 or float16"
+    )
     running.add_argument(
         "--compute-dtype",
         choices=get_args(ComputeDtype),
-        help="of the arithmetic; auto: that of the weights, or float32 on a CPU that multiplies theirs slowly; "
-        "what is stored stays as it is",
+        help="dtype of the arithmetic; auto: the dtype of the weights, or float32 on a CPU that multiplies it slowly; "
+        "does not change the dtype of the checkpoint",
     )
     running.add_argument("--format", choices=get_args(OutputFormat), help="packed, or ordinary weights with zeros")
     running.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration tokens: from a text file, a dataset of the hub, texts or token ids at hand, or drawn at random."""
+"""Calibration tokens from a text file, a hub dataset, texts or token ids in memory, or drawn at random."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Calibration:
 
     Attributes:
         tokens: ``int64 [samples, seqlen]``.
-        source: file, dataset, ``random``, or what was given instead, such as ``tensor [8, 64]``.
+        source: file, dataset, ``random``, or a description of texts or tokens in memory, such as ``tensor [8, 64]``.
         digest: SHA-256 of the tokens, in hexadecimal.
     """
 
@@ -59,8 +59,9 @@ def calibrate(source: Any, tokenizer: Any, vocabulary: int, *, samples: int, seq
         vocabulary: number of tokens the model knows.
 
     Raises:
-        UsageError: ``source`` is nothing of that kind.
-        CalibrationError: unreadable, empty or binary text, fewer tokens than one window, or ids the model lacks.
+        UsageError: ``source`` is none of these.
+        CalibrationError: the text is unreadable, empty or binary, has fewer tokens than one window, or ids that the
+            model does not know.
         EnvironmentError_: a dataset is needed but the hub cannot be reached.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +85,7 @@ def calibrate(source: Any, tokenizer: Any, vocabulary: int, *, samples: int, seq
         tokens = _cached_tokens(Path(given), tokenizer) if _is_file(given) else _dataset_tokens(given, tokenizer)
     if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise CalibrationError(
-            f"the tokenizer makes token {int(tokens.max())} but the model knows {vocabulary}: one is of another model"
+            f"the tokenizer made token {int(tokens.max())} but the model knows only {vocabulary}: it is of another model"
         )
     return Calibration(_windows(tokens, name, samples, seqlen, generator), name)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``calibration`` may be, read and checked before a model is: a name, texts, or token ids."""
+"""Reads and checks the option ``calibration`` before a model is loaded: a name, texts, or token ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAY_BE = (
     "calibration may be the path of a text file, the name of a dataset, 'random', a list of texts, a tensor of token "
     "ids [sequences, tokens], or any iterable of texts or of sequences of token ids"
 )
-# Items read from what has no length, such as a generator or a dataset that is streamed.
+# Most items that are read from an iterable without a length, such as a generator or a streamed dataset.
 MOST_ITEMS = 20_000
 _LONGEST_NAME = 4096  # characters of a path on Linux
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
@@ -32,7 +32,7 @@ class Texts:
 
     Attributes:
         texts: at least one.
-        description: what was given, for logs and the report.
+        description: the kind and size of the calibration, for logs and the report.
     """
 
     texts: tuple[str, ...]
@@ -41,7 +41,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Stream:
-    """Token ids ``int64 [tokens]``, of which windows are drawn as of a text."""
+    """Token ids ``int64 [tokens]``, from which windows are drawn as from a text."""
 
     tokens: Tensor
     description: str
@@ -49,27 +49,27 @@ class Stream:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token ids ``int64 [sequences, tokens]``, of which every sequence is used as it is."""
+    """Token ids ``int64 [sequences, tokens]``; every sequence is used as it is."""
 
     tokens: Tensor
     description: str
 
 
 def given_calibration(given: Any, samples: int) -> str | Texts | Stream | Sequences:
-    """What was given as ``calibration``, checked as far as it can be without a model.
+    """Read the option ``calibration`` and check it as far as this is possible without a model.
 
     Args:
         given: see :data:`MAY_BE`. Token ids are of any integer dtype, as tensors, arrays or lists. A flat sequence of
             ids is cut into windows like a text; sequences of one length are used as they are; sequences of different
             lengths are joined in their order and cut into windows.
-        samples: how many sequences will be used; an iterable without a length is not read further.
+        samples: the number of sequences that will be used; no more are read from an iterable without a length.
 
     Returns:
         The path or name, with ``~`` resolved, or the contents.
 
     Raises:
-        UsageError: it is nothing of that kind.
-        CalibrationError: there is nothing in it.
+        UsageError: ``given`` is none of these kinds.
+        CalibrationError: ``given`` is empty.
     """
     if isinstance(given, (Texts, Stream, Sequences)):
         return given
@@ -86,15 +86,15 @@ def given_calibration(given: Any, samples: int) -> str | Texts | Stream | Sequen
 
 
 def sequence_length(given: Any, asked: int | None, limit: int) -> int:
-    """Tokens of a sequence: those of sequences that are used as they are, else as asked for.
+    """The number of tokens in a calibration sequence.
 
     Args:
-        given: what :func:`given_calibration` returned.
-        asked: the option ``seqlen``.
-        limit: positions that the model knows.
+        given: the result of :func:`given_calibration`; sequences that are used as they are decide the number.
+        asked: the option ``seqlen``, which decides otherwise.
+        limit: the number of positions that the model knows.
 
     Raises:
-        UsageError: they are more than ``limit``, or ``asked`` contradicts the sequences.
+        UsageError: the number is more than ``limit``, or ``asked`` contradicts the sequences.
     """
     if isinstance(given, Sequences):
         own = given.tokens.shape[1]
@@ -106,7 +106,7 @@ def sequence_length(given: Any, asked: int | None, limit: int) -> int:
         if own > limit:
             raise UsageError(
                 f"the sequences of the calibration ({given.description}) have {own} tokens, more than the {limit} "
-                "positions this model knows: cut them, e.g. tokens.reshape(-1) to have windows drawn of them all"
+                "positions this model knows: cut them, or give tokens.reshape(-1), from which windows are drawn"
             )
         return own
     if asked is not None and asked > limit:
@@ -128,7 +128,7 @@ def _named(given: str | Path) -> str:
         raise UsageError(f"calibration: {name} is a directory; {MAY_BE}")
     if is_file and path.suffix.lower() in _TABLES:
         raise UsageError(
-            f"calibration: {name} is no plain text, and would be taken with all its names and signs: give its texts in "
+            f"calibration: {name} is not plain text, and its field names would be read as text: give its texts in "
             'a list (in Python, e.g. [json.loads(line)["text"] for line in open(path)]), or write them to a .txt file'
         )
     return str(path) if name.startswith("~") else name
@@ -170,7 +170,7 @@ def _texts(items: Iterator[Any], kind: str) -> Texts:
 
 
 def _sequences(items: Iterator[Any], kind: str, enough: int | None) -> Stream | Sequences:
-    """All sequences, or ``enough`` where these are of one length."""
+    """Read all sequences; stop after ``enough`` if these have one length."""
     rows: list[Tensor] = []
     for place, item in enumerate(items):
         if isinstance(item, (str, Path, Mapping)):

@@ -90,7 +90,7 @@ class Journal:
         return self.directory / _BLOCK_FILE.format(f"{block.index:05d}")
 
     def record(self, block: Block) -> None:
-        """Write the projections of a finished block, in the dtypes they are stored in."""
+        """Write the projections of a finished block in their stored dtypes."""
         tensors = {}
         for name in PROJECTIONS:
             layer = block.projection(name)

@@ -20,7 +20,7 @@ def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, stored: to
     Args:
         weight: ``[out, in]``, any floating dtype, which the result has too.
         a, b: ``[rank, in]`` and ``[out, rank]`` fp32.
-        stored: the dtype to round to; that of ``weight`` where it is not given.
+        stored: the dtype to round to; by default the dtype of ``weight``.
     """
     keep = weight != 0
     merged = keep_all(weight.float() + scale * (b @ a), stored or weight.dtype).to(weight.dtype)
@@ -63,7 +63,7 @@ def lora_layer() -> type:
         """Runs with the weight it merges to, bit for bit; one adapter, without dropout.
 
         Attributes:
-            stored: the dtype that weight is rounded to; ``None`` for that of the base layer.
+            stored: the dtype that the merged weight is rounded to; ``None``: the dtype of the base layer.
         """
 
         stored: torch.dtype | None = None

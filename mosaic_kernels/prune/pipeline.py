@@ -230,7 +230,7 @@ def _read(
 
 
 def _recover(adapter: ModelAdapter, batches: Sequence[Batch], tokens: Tensor, config: PruneConfig) -> dict[str, Any]:
-    """Train a masked update of the whole model towards the dense one's predictions; what came of it."""
+    """Train a masked update of the whole model towards the dense model's predictions; return the result."""
     teacher = dense_teacher(adapter, batches)
     return recover_lora(adapter.model, tokens, teacher=teacher, seed=config.seed, stored=adapter.blocks[0].stored)
 
@@ -238,7 +238,7 @@ def _recover(adapter: ModelAdapter, batches: Sequence[Batch], tokens: Tensor, co
 def _packed(
     adapter: ModelAdapter, config: PruneConfig, judged: Callable[[str], Perplexity | None]
 ) -> tuple[Perplexity | None, Perplexity | None]:
-    """Pack the model: its perplexity, and that before its values were rounded to int8 where they are."""
+    """Pack the model; return its perplexity, and the perplexity before its values were rounded to int8."""
     pack_model(adapter)
     floats = judged("pruned")
     if config.weights == "float":

@@ -67,7 +67,7 @@ def recover_lora(
         steps: of AdamW, with a learning rate that rises for a twentieth and then falls from ``rate`` as a cosine.
         tokens_per_step: rounded down to whole sequences, at least one.
         seed: of the first ``A`` and of the order of the sequences.
-        stored: dtypes to round merged weights to, by the parameter's full name; by default their own.
+        stored: dtypes to round merged weights to, by the full name of the parameter; by default the dtype it has.
 
     Returns:
         ``accepted``, ``loss`` (``"kl"`` or ``"cross-entropy"``), its values on held-out sequences ``before`` and

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the seconds of a run go, by station and by kind of work."""
+"""Measures the seconds of a run, by station and by kind of work."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Clock:
     started: float = field(default_factory=time.perf_counter)
 
     def lap(self, station: str, since: float) -> float:
-        """Book the time since ``since`` on a station; the time now."""
+        """Add the time since ``since`` to a station; return the current time."""
         now = time.perf_counter()
         self.seconds[station] = self.seconds.get(station, 0.0) + now - since
         return now
 
     def stop(self) -> None:
-        """Book the whole run."""
+        """Record the seconds of the whole run."""
         self.seconds["total"] = time.perf_counter() - self.started
 
 
