@@ -85,7 +85,7 @@ def calibrate(source: Any, tokenizer: Any, vocabulary: int, *, samples: int, seq
         tokens = _cached_tokens(Path(given), tokenizer) if _is_file(given) else _dataset_tokens(given, tokenizer)
     if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise CalibrationError(
-            f"the tokenizer made token {int(tokens.max())} but the model knows only {vocabulary}: it is of another model"
+            f"the tokenizer makes token {int(tokens.max())} but the model knows {vocabulary}: one is of another model"
         )
     return Calibration(_windows(tokens, name, samples, seqlen, generator), name)
 
