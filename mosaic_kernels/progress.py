@@ -205,9 +205,11 @@ _display = _Display()
 
 
 def _forget() -> None:
-    """A forked child has no thread, maybe a lock that nobody opens, and shows nothing of its parent's work."""
-    global _display
-    _display = _Display()
+    """A forked child has no thread, maybe a lock that nobody opens, and shows nothing of its parent's work.
+
+    The display stays the same object: stations that are open in the parent know it, and the child may leave them.
+    """
+    _display.__init__(_display.clock)  # type: ignore[misc]
 
 
 if hasattr(os, "register_at_fork"):
@@ -229,8 +231,8 @@ def station(
     if not leads():
         yield begun
         return
-    display.begin(begun)
     try:
+        display.begin(begun)  # inside: Ctrl-C may come when the station is open already
         yield begun
     finally:
         display.end(begun)
