@@ -20,7 +20,7 @@ import mosaic_kernels as mk
 from mosaic_kernels import ops
 from mosaic_kernels.checkpoint.writer import pack_model
 from mosaic_kernels.dense import DenseLinear
-from mosaic_kernels.errors import KernelError, UsageError
+from mosaic_kernels.errors import KernelError
 from mosaic_kernels.info import main as info
 from mosaic_kernels.models import SUPPORTED_MODEL_TYPES, ModelAdapter
 from mosaic_kernels.ops import cpu
@@ -201,48 +201,6 @@ def test_other_architectures_and_modules() -> None:
     assert not found.blocks
     assert "blocks of 'gpt_neox' run transformers' modules: native ones are llama" in str(found)
     assert str(mk.explain(nn.ReLU())) == "runs: no linear layers"
-
-
-def test_a_block_or_its_norm_of_another_kind() -> None:
-    model = packed()
-    model.model.layers[0].input_layernorm = nn.Identity()
-    model.model.layers[1].input_layernorm = nn.RMSNorm(64, elementwise_affine=False)
-    model.model.layers[2] = nn.Identity()
-    found = mk.explain(model)
-    assert [block.native for block in found.blocks] == [False] * 3
-    assert [str(block.why_not).split(":")[0] for block in found.blocks[:2]] == [
-        "input_layernorm is not transformers' own"
-    ] * 2
-    assert found.blocks[2].why_not == "a Identity of torch.nn.modules.linear is no decoder block that is known"
-
-
-def test_preparing_takes_a_norm_without_weight(caplog: pytest.LogCaptureFixture) -> None:
-    model = packed()
-    model.model.layers[1].input_layernorm = nn.Identity()
-    mk.prepare_inference(model)
-    assert "1 of 3 blocks take no token natively (input_layernorm is not transformers' own" in caplog.text
-
-
-def test_blocks_that_are_all_wrapped_are_missed() -> None:
-    model = packed()
-    for i, block in enumerate(model.model.layers):
-        model.model.layers[i] = nn.Sequential(block)
-    assert "no decoder block as of a 'llama' was found: all were replaced or wrapped" in str(mk.explain(model))
-
-
-def test_a_model_of_which_nothing_is_in_memory() -> None:
-    with torch.device("meta"):
-        model = random_model()
-    found = mk.explain(mk.prepare_inference(model))
-    assert [block.native for block in found.blocks] == [False] * 3
-    assert "not in memory" in str(found.blocks[0].why_not)
-
-
-def test_a_path_is_no_model() -> None:
-    with pytest.raises(UsageError, match=r"not a str: load it, or run `python -m mosaic_kernels.info examples/tiny`"):
-        mk.explain("examples/tiny")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"takes a model, not a NoneType$"):
-        mk.explain(None)  # type: ignore[arg-type]
 
 
 @pytest.fixture
