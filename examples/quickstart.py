@@ -9,7 +9,6 @@ speed with the dense model's. It uses less text than README's tables, to be done
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -52,30 +51,31 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     import mosaic_kernels as mk
+    from mosaic_kernels.cli import log_to_stderr
     from mosaic_kernels.evaluate.latency import latencies
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("mosaic_kernels").setLevel(logging.INFO)  # shows the current step and the time left
     disable_progress_bar()
 
-    report = mk.prune(
-        HERE / "tiny-llama",
-        sparsity=arguments.sparsity,
-        category="composite",
-        calibration=HERE / "text" / "calibration.txt",
-        samples=arguments.samples,
-        eval_text=HERE / "text" / "validation.txt",
-        eval_tokens=arguments.eval_tokens,
-        seqlen=SEQLEN,
-        output_dir=arguments.output_dir,
-        overwrite=arguments.output_dir == DEFAULT_OUTPUT,
-    )
+    with log_to_stderr():  # what is under way, and how long it will take
+        report = mk.prune(
+            HERE / "tiny-llama",
+            sparsity=arguments.sparsity,
+            category="composite",
+            calibration=HERE / "text" / "calibration.txt",
+            samples=arguments.samples,
+            eval_text=HERE / "text" / "validation.txt",
+            eval_tokens=arguments.eval_tokens,
+            seqlen=SEQLEN,
+            output_dir=arguments.output_dir,
+            overwrite=arguments.output_dir == DEFAULT_OUTPUT,
+        )
 
     tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny-llama")
     dense = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama")
     pruned = AutoModelForCausalLM.from_pretrained(arguments.output_dir)
     # Interleaved, because the speed of a shared machine drifts.
-    dense_speed, pruned_speed = latencies([dense, pruned], prompt_tokens=64, new_tokens=32, repeats=5)
+    with log_to_stderr():
+        dense_speed, pruned_speed = latencies([dense, pruned], prompt_tokens=64, new_tokens=32, repeats=5)
 
     size = sum(p.numel() for p in dense.parameters())
     rows = [

@@ -48,7 +48,7 @@ def choose(environment: Mapping[str, str], gpu: str | None, nvcc: str | None, ar
         nvcc: the result of ``find_nvcc``.
         archs: the result of ``architectures``.
     """
-    wanted, listed = environment.get("MOSAIC_CUDA", "auto").lower(), environment.get("MOSAIC_CUDA_ARCHS", "")
+    wanted, listed = environment.get("MOSAIC_CUDA", "").lower() or "auto", environment.get("MOSAIC_CUDA_ARCHS", "")
     if wanted not in ("auto", "on", "off"):
         return Choice(False, "", error=f"MOSAIC_CUDA={wanted!r}: choose auto, on or off")
     if wanted == "off":

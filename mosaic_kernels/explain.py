@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_kernels import decode, dense
-from mosaic_kernels.errors import MosaicError
+from mosaic_kernels.errors import MosaicError, UsageError
 from mosaic_kernels.explanation import BlockWay, Explanation, LayerWay, because
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import PROJECTIONS, SUPPORTED_MODEL_TYPES
@@ -41,12 +42,18 @@ def explain(model: nn.Module) -> Explanation:
     Returns:
         An explanation: ``str()`` of it is a table, ``summary`` is one line, and ``as_dict()`` is for JSON.
 
+    Raises:
+        UsageError: ``model`` is no module, but for example its path.
+
     Example:
         >>> import torch, mosaic_kernels as mk
         >>> found = mk.explain(torch.nn.Sequential(torch.nn.Linear(4, 4)))
         >>> [(layer.name, layer.kind, layer.kernel) for layer in found.layers]
         [('0', 'torch', 'torch')]
     """
+    if not isinstance(model, nn.Module):
+        hint = f": load it, or run `python -m mosaic_kernels.info {model}`" if isinstance(model, (str, Path)) else ""
+        raise UsageError(f"explain() takes a model, not a {type(model).__name__}{hint}")
     dtype = _activations(model)
     blocks = tuple(
         BlockWay(name, (reason := _why_not_native(model, block, dtype)) is None, reason, _taken(block))
@@ -71,7 +78,7 @@ def warn_if_slow(model: nn.Module) -> None:
     Only :func:`explain` shows reasons that may be gone at the next token, such as training mode and hooks.
     """
     dtype = _activations(model)
-    blocks = [(block, _row(block.input_layernorm.weight, dtype)) for _, block in _blocks(model)]
+    blocks = [(block, _block_row(block, dtype)) for _, block in _blocks(model)]
     if not all(x.is_cpu for _, x in blocks):
         return
     try:
@@ -115,9 +122,9 @@ def _head(model: nn.Module) -> str | None:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The decoder blocks with their names, even if their layers were replaced by modules that are not linear layers."""
+    """The decoder blocks with their names, even where blocks or their layers were replaced by modules of another kind."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_block, module)):
+        if isinstance(module, nn.ModuleList) and any(map(_is_block, module)):
             yield from ((f"{name}.{place}", block) for place, block in enumerate(module))
             return
 
@@ -139,13 +146,21 @@ def _row(weight: Tensor, dtype: torch.dtype | None, features: int | None = None)
     return torch.zeros(1, 1, features or weight.shape[-1], dtype=dtype or weight.dtype, device=place)
 
 
+def _block_row(block: nn.Module, dtype: torch.dtype | None) -> Tensor:
+    """One row of activations for a block, which may have lost its norm or the norm its weight."""
+    weight = getattr(getattr(block, "input_layernorm", None), "weight", None)
+    if weight is None:
+        weight = next((each for each in block.parameters() if each.is_floating_point()), torch.empty(1))
+    return _row(weight, dtype)
+
+
 def _why_not_native(model: Any, block: Any, dtype: torch.dtype | None) -> str | None:
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None or block._compiled_call_impl is not None:
         return "torch.compile traces transformers' modules"
     for flag in ("output_hidden_states", "output_attentions"):
         if getattr(model.config, flag, False):
             return f"config.{flag} is on: transformers records what blocks do"
-    x = _row(block.input_layernorm.weight, dtype)
+    x = _block_row(block, dtype)
     try:
         return decode.why_not(block, x, _rotation(model, block, x))
     except MosaicError as error:
@@ -156,10 +171,10 @@ def _rotation(model: nn.Module, block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """The rotary embedding that the model makes for the first token."""
     for module in model.modules():
         rotary = getattr(module, "rotary_emb", None)
-        if isinstance(rotary, nn.Module):
+        if isinstance(rotary, nn.Module) and not any(buffer.is_meta for buffer in rotary.buffers()):
             cosine, sine = rotary.forward(x, torch.zeros(1, 1, dtype=torch.int64, device=x.device))
             return cosine, sine
-    empty = x.new_zeros(1, 1, block.self_attn.head_dim)
+    empty = x.new_zeros(1, 1, 1)  # another reason is found first
     return empty, empty
 
 
@@ -228,6 +243,8 @@ def _notes(model: Any, has_blocks: bool, dtype: torch.dtype | None) -> Iterator[
         yield "prompts, batches, beams and torch.compile run transformers' modules with the layers above"
     elif kind is not None and kind not in SUPPORTED_MODEL_TYPES:
         yield f"blocks of '{kind}' run transformers' modules: native ones are {', '.join(SUPPORTED_MODEL_TYPES)}"
+    elif kind is not None and any(isinstance(module, nn.ModuleList) for module in model.modules()):
+        yield f"no decoder block as of a '{kind}' was found: all were replaced or wrapped, and none runs natively"
     layers = [module for module in model.modules() if type(module) is dense.DenseLinear]
     reasons = [_dense_prompt(layer, dtype) for layer in layers if not layer.weight.is_meta]
     if any(reasons):

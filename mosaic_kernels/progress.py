@@ -207,9 +207,12 @@ _display = _Display()
 
 
 def _forget() -> None:
-    """Make a new display in a forked child: it has no thread, and the lock may be held for ever."""
-    global _display
-    _display = _Display()
+    """Reset the display in a forked child: it has no thread, and its lock may be held for ever.
+
+    The display stays the same object, because stations that are open in the parent refer to it and the child may
+    leave them.
+    """
+    _display.__init__(_display.clock)  # type: ignore[misc]
 
 
 if hasattr(os, "register_at_fork"):
@@ -231,8 +234,8 @@ def station(
     if not leads():
         yield begun
         return
-    display.begin(begun)
     try:
+        display.begin(begun)  # inside: Ctrl-C may come when the station is open already
         yield begun
     finally:
         display.end(begun)

@@ -313,3 +313,28 @@ def test_the_command_takes_a_home_directory(
     again = run(dense_dir, "--output-dir=again", "--calibration=random", "--ranks=~/ranks.json", *options)
     assert again.code == 0, again.err
     assert "calibration    4 sequences of 16 tokens: random" in again.out
+
+
+@pytest.mark.parametrize("dtype", ["U", "O"])
+def test_an_array_of_strings_is_texts(dtype: str, tokenizer: Any) -> None:
+    texts = [f"The old man went home {i} times. " * 20 for i in range(3)]
+    found = given_calibration(np.array(texts, dtype=dtype), 4)
+    assert isinstance(found, Texts)
+    assert list(found.texts) == texts
+    assert torch.equal(draw(np.array(texts, dtype=dtype), tokenizer).tokens, draw(texts, tokenizer).tokens)
+    with pytest.raises(UsageError, match="no tensor of token ids"):
+        given_calibration(np.array([["a", "b"]]), 4)
+    with pytest.raises(UsageError, match="no tensor of token ids"):
+        given_calibration(np.array([None, "b"]), 4)
+
+
+def test_single_ids_of_an_iterator_are_not_cut_where_texts_are() -> None:
+    count = MOST_ITEMS + 5000
+    found = given_calibration((i % VOCABULARY for i in range(count)), 4)
+    assert isinstance(found, Stream)
+    assert len(found.tokens) == count
+
+
+def test_a_tensor_without_contents_is_refused() -> None:
+    with pytest.raises(UsageError, match="holds no token ids"):
+        given_calibration(torch.empty(4, 8, dtype=torch.int64, device="meta"), 4)

@@ -10,9 +10,11 @@ import logging
 import os
 import pty
 import re
+import signal
 import struct
 import termios
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,6 +196,44 @@ def test_a_forked_child_is_silent_about_its_parents_work(clock: Clock, caplog: p
         caplog.clear()
         progress._display.tick()
     assert not caplog.messages
+
+
+def test_a_forked_child_may_leave_a_station_whose_lock_nobody_opens(clock: Clock) -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:  # as the thread that watches does when the fork comes
+        with progress._display._lock:
+            held.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    with station("prune", 2) as here:
+        progress._display._bar = object()  # advance() takes the lock where there is a bar
+        holder.start()
+        held.wait()
+        with warnings.catch_warnings():  # of forks in processes with threads
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            signal.alarm(10)  # ends a child that waits
+            here.advance()
+            progress._display.end(here)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        progress._display._bar = None
+        done.set()
+        holder.join()
+    assert code == 0
+
+
+def test_ctrl_c_while_a_station_opens_closes_it(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(line: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress._display, "_say", interrupted)
+    with pytest.raises(KeyboardInterrupt), station("load"):
+        pass
+    assert not progress._display._open
 
 
 def test_other_processes_of_torchrun_are_silent(

@@ -378,3 +378,10 @@ def test_the_example_in_help_is_a_valid_command(tmp_path: Path) -> None:
     assert (ROOT / options.model / "config.json").exists()
     assert (ROOT / options.calibration).exists()
     assert (ROOT / options.eval_text).exists()
+
+
+def test_fewer_evaluation_tokens_than_a_window(run: Run, dense_dir: Path, validation_text: Path) -> None:
+    result = run(
+        dense_dir, "--output-dir", "out", *QUICK, "--eval-text", validation_text, "--eval-tokens", "5"
+    )  # fmt: skip
+    require_failure(result, 2, "--eval-tokens 5 is less than one window of 16 tokens: give at least 16, or lower")

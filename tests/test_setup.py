@@ -39,6 +39,7 @@ def program(folder: Path, name: str, said: str = "") -> Path:
         ({}, None, NVCC, False, False, "", ("no NVIDIA GPU was found", "MOSAIC_CUDA=on")),
         ({}, GPU, None, False, False, "", (GPU, "nvcc was not found", "CUDA_HOME")),
         ({}, None, None, False, False, "", ("no NVIDIA GPU was found",)),
+        ({"MOSAIC_CUDA": ""}, None, NVCC, False, False, "", ("no NVIDIA GPU was found",)),
         ({"MOSAIC_CUDA": "AUTO"}, None, NVCC, False, False, "", ("no NVIDIA GPU was found",)),
         ({"MOSAIC_CUDA": "on"}, None, NVCC, True, True, ALL, ("MOSAIC_CUDA=on",)),
         ({"MOSAIC_CUDA": "on"}, GPU, NVCC, True, True, ALL, ("MOSAIC_CUDA=on",)),

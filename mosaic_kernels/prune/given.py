@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ MAY_BE = (
 )
 # Most items that are read from an iterable without a length, such as a generator or a streamed dataset.
 MOST_ITEMS = 20_000
+# Single token ids among such items: as many as the texts would hold at a thousand each.
+MOST_IDS = 1000 * MOST_ITEMS
 _LONGEST_NAME = 4096  # characters of a path on Linux
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 
@@ -75,7 +77,7 @@ def given_calibration(given: Any, samples: int) -> str | Texts | Stream | Sequen
         return given
     if isinstance(given, (str, Path)):
         return _named(given)
-    if isinstance(given, Tensor) or hasattr(given, "__array__"):
+    if isinstance(given, Tensor) or (hasattr(given, "__array__") and not _holds_texts(given)):
         tokens, kind = _tokens(given, "calibration"), "tensor" if isinstance(given, Tensor) else "array"
         return (Stream if tokens.dim() == 1 else Sequences)(tokens, f"{kind} {list(tokens.shape)}")
     if isinstance(given, Mapping):
@@ -136,11 +138,13 @@ def _named(given: str | Path) -> str:
 
 def _read(given: Iterable[Any], samples: int) -> Texts | Stream | Sequences:
     kind = type(given).__name__ if isinstance(given, (list, tuple)) else "iterable"
-    items = iter(given) if isinstance(given, Sized) else _at_most(iter(given))
+    items = iter(given)
     first = next(items, None)
     if first is None:
         raise CalibrationError(f"the {kind} given as calibration is empty")
     items = chain([first], items)
+    if not isinstance(given, Sized):
+        items = islice(items, MOST_IDS if _is_id(first) else MOST_ITEMS)
     if isinstance(first, str):
         return _texts(items, kind)
     if _is_id(first):
@@ -150,10 +154,6 @@ def _read(given: Iterable[Any], samples: int) -> Texts | Stream | Sequences:
         tokens = _tokens(ids, "calibration")
         return Stream(tokens, f"{kind} of {len(tokens)} tokens")
     return _sequences(items, kind, None if isinstance(given, Sized) else samples)
-
-
-def _at_most(items: Iterator[Any]) -> Iterator[Any]:
-    return (item for _, item in zip(range(MOST_ITEMS), items, strict=False))
 
 
 def _texts(items: Iterator[Any], kind: str) -> Texts:
@@ -189,6 +189,8 @@ def _sequences(items: Iterator[Any], kind: str, enough: int | None) -> Stream | 
 
 def _tokens(given: Any, where: str) -> Tensor:
     """Token ids as ``int64``, one- or two-dimensional and not empty."""
+    if isinstance(given, Tensor) and given.is_meta:
+        raise UsageError(f"{where} is a tensor on the device 'meta', which holds no token ids")
     try:
         tokens = (
             given.detach() if isinstance(given, Tensor) else torch.tensor(given)
@@ -202,6 +204,14 @@ def _tokens(given: Any, where: str) -> Tensor:
     if tokens.dim() not in (1, 2):
         raise UsageError(f"{where} has {tokens.dim()} dimensions: token ids are [tokens] or [sequences, tokens]")
     return tokens.to("cpu", torch.int64)
+
+
+def _holds_texts(array: Any) -> bool:
+    """True for a flat array or column of strings, as numpy and pandas have them: an iterable of texts."""
+    kind = getattr(getattr(array, "dtype", None), "kind", "")
+    if len(getattr(array, "shape", ())) != 1 or kind not in tuple("OTU"):
+        return False
+    return isinstance(next(iter(array), None), str)
 
 
 def _is_id(item: Any) -> bool:

@@ -215,6 +215,11 @@ def _read(
     """Calibration sequences, and the tokens to evaluate on and the ranking where they are given."""
     if config.eval_text is not None and tokenizer is None:
         raise UsageError("evaluation text needs a tokenizer: add its files to the model directory, or pass tokenizer=")
+    if config.eval_text is not None and config.eval_tokens is not None and config.eval_tokens < seqlen:
+        raise UsageError(
+            f"--eval-tokens {config.eval_tokens} is less than one window of {seqlen} tokens: give at least {seqlen}, "
+            "or lower --seqlen"
+        )
     eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)[: config.eval_tokens]
     vocabulary = cast(Any, adapter.model).get_input_embeddings().num_embeddings
     calibration = calibrate(
