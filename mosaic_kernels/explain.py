@@ -122,7 +122,7 @@ def _head(model: nn.Module) -> str | None:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The decoder blocks with their names, even where blocks or their layers were replaced by modules of another kind."""
+    """The decoder blocks with their names, even where some or their layers were replaced by modules of another kind."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and any(map(_is_block, module)):
             yield from ((f"{name}.{place}", block) for place, block in enumerate(module))

@@ -10,7 +10,8 @@
 // bf16, 0.82 with fp16 and fp32, four rows 0.81 to 0.88. (4096x4096, half kept, from memory, one thread,
 // Xeon, Sapphire Rapids class, Dec 2026)
 //
-// Every sum is built the same way whatever the rows of x: lane by lane, column after column.
+// Every sum is built the same way whatever the rows of x: lane by lane, column after column. From 64 rows on
+// it is built another way, linear_tiles_avx2.cpp, and again the same for every row.
 #include "cpu/linear_avx2.h"
 
 #include "cpu/thread_pool.h"
