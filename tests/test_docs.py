@@ -77,31 +77,29 @@ def test_the_tables_are_the_measured_ones() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def committed(noun: str, isa: str | None = None) -> list[dict[str, dict[str, Any]]]:
-    """``extra_info`` by benchmark, for every machine whose figures are committed; there is one at least.
+Figures = dict[str, dict[str, Any]]
 
-    Args:
-        isa: of machines whose kernels ran at this level alone; ``None``: of all.
-    """
+
+def committed_by_machine(noun: str) -> list[tuple[dict[str, Any], Figures]]:
+    """Every machine whose figures are committed, and ``extra_info`` by benchmark; there is one at least."""
     files = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob(f"{noun}-*.json"))]
-    found = [file["benchmarks"] for file in files if isa in (None, file["machine_info"]["isa"])]
-    assert found, f"no benchmarks/results/{noun}-*.json{f' of {isa}' if isa else ''}"
-    return [{benchmark["name"]: benchmark["extra_info"] for benchmark in benchmarks} for benchmarks in found]
+    assert files, f"no benchmarks/results/{noun}-*.json"
+    return [(file["machine_info"], {b["name"]: b["extra_info"] for b in file["benchmarks"]}) for file in files]
 
 
-# Least speed over the faster of torch's dense products, and of int8 at one row over the bf16 bitmap. An AVX-512
-# processor of Zen 4's kind is compared with its bf16 products, one with AVX2 alone with its fp32 ones.
-PROMISED = {
-    "avx512": {"1 rows": 2.0, "4 rows": 1.6, "8 rows": 1.4, "64 rows": 0.95},
-    "avx2": {"1 rows": 2.3, "4 rows": 2.0, "64 rows": 0.95, "256 rows": 0.95},
-}
-PROMISED_OF_INT8 = {"avx512": 1.4, "avx2": 1.5}
+def committed(noun: str) -> list[Figures]:
+    return [figures for _, figures in committed_by_machine(noun)]
 
 
-@pytest.mark.parametrize("isa", PROMISED)
-def test_linear_layers_are_as_fast_as_promised(isa: str) -> None:
-    """bf16 weights of 2048 x 2048 and more, and int8 against the bf16 bitmap."""
-    for rows in committed("linear", isa):
+# Least speed of bf16 weights of 2048 x 2048 and more over the faster of torch's dense products, and of int8 at one row
+# over the bf16 bitmap, by instruction set.
+PROMISED = {"avx512": {"1 rows": 2.0, "4 rows": 1.6, "8 rows": 1.4, "64 rows": 0.95}}
+PROMISED_OF_INT8 = {"avx512": 1.4}
+
+
+def test_linear_layers_are_as_fast_as_promised() -> None:
+    for machine, rows in committed_by_machine("linear"):
+        isa = machine["isa"]
         large = [
             (name, row)
             for name, row in rows.items()
@@ -110,13 +108,13 @@ def test_linear_layers_are_as_fast_as_promised(isa: str) -> None:
         assert len(large) >= 33  # eleven such shapes, three densities
         for name, row in large:
             for cell, bound in PROMISED[isa].items():
-                assert row["ratios"][cell] >= bound, (name, cell)
+                assert row["ratios"][cell] >= bound, (isa, name, cell)
         gains = [
             row["ratios"]["int8, 1 rows"] / row["ratios"]["packed, 1 rows"]
             for name, row in rows.items()
             if name.startswith("test_int8[")
         ]
-        assert statistics.median(gains) >= PROMISED_OF_INT8[isa]
+        assert statistics.median(gains) >= PROMISED_OF_INT8[isa]  # 1.8 times fewer bytes, and work of its own
 
 
 def test_a_packed_weight_takes_the_bytes_that_are_promised() -> None:
@@ -159,7 +157,7 @@ def test_memory_is_what_is_promised() -> None:
 def test_whole_models_keep_their_promises() -> None:
     """A 1.1B Llama against the dense one, by the committed measurement."""
     for found in committed("generate"):
-        rows = {row["variant"]: row for row in found.values() if "prefill" in row}
+        rows = {row["variant"]: row for row in found.values() if "prefill" in row and "model" not in row}
         bitmap, int8, composite = rows["bitmap 50 %"], rows["int8 50 %"], rows["composite 60 %"]
         assert bitmap["ratios"]["decode"] >= 2.5
         assert bitmap["memory"]["projections"] <= 0.58
