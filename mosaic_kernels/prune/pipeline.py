@@ -383,13 +383,13 @@ def _write(
 
 def _resume_hint(output: OutputDirectory | None, command: Sequence[str]) -> str:
     if output is None:
-        return "interrupted; the model in memory is partly pruned"
+        return "the model in memory is partly pruned"
     if output.complete:
-        return f"interrupted while the finished result was put into place; it is in {output.staging} or {output.path}"
+        return f"while the finished result was put into place; it is in {output.staging} or {output.path}"
     if not command:
         return (
-            f"interrupted; finished blocks are kept in {output.journal}; call again with resume=True "
+            f"finished blocks are kept in {output.journal}; call again with resume=True "
             "(a model given as an object must be loaded again first)"
         )
     again = [part for part in command if part not in ("--resume", "--overwrite")]
-    return f"interrupted; finished blocks are kept. Resume with:\n  {shlex.join([*again, '--resume'])}"
+    return f"finished blocks are kept. Resume with:\n  {shlex.join([*again, '--resume'])}"
