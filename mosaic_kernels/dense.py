@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pruned model keeps dense, at the speed of memory."""
+"""The linear layers that a pruned model keeps dense, as fast as memory allows."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from mosaic_kernels.ops.select import forced, is_recorded
 
 
 class DenseLinear(nn.Linear):
-    """``nn.Linear`` by this package's own kernels, where they are faster than torch's on a CPU.
+    """An ``nn.Linear`` that uses this package's kernels where they are faster than torch's on a CPU.
 
-    With AVX2 or AVX-512, up to :attr:`MAX_ROWS` rows of bf16 run at the speed of memory. What a pruned model keeps
-    dense (its head, and projections without zeros) would otherwise take most of a decode step: torch's ``F.linear``
-    reads a bf16 weight at half the machine's bandwidth. Where torch multiplies bf16 or fp16 slowly
-    (:func:`~mosaic_kernels.device.has_fast_products`), any number of rows runs here: weights stay as they are stored,
-    and products are computed in fp32. Parameters, ``state_dict`` and gradients are those of ``nn.Linear``.
+    The kernels need AVX2. They are faster for up to :attr:`MAX_ROWS` rows of bf16: few rows run at the speed of memory,
+    while torch's ``F.linear`` reads a bf16 weight at half that speed. With torch, the layers that a pruned model keeps
+    dense (its head, and projections without zeros) would take most of a decode step. On processors where torch
+    multiplies bf16 or fp16 slowly (:func:`~mosaic_kernels.device.has_fast_products` is false), the kernels multiply any
+    number of rows: weights keep their dtype, and products are computed in fp32. Parameters, ``state_dict`` and
+    gradients are those of ``nn.Linear``.
     """
 
-    # Up to how many rows the kernel is faster. 1.9 to 2.0x as fast as F.linear at one row, 1.3 to 1.4x at 16, 1.0
-    # to 1.1x at 32 (four bf16 shapes, two threads, Zen 4, Nov 2026; test_dense_rows of benchmarks/bench_linear.py).
-    # With AMX 1.4 to 1.5x at one to four rows, 1.1 to 1.2x at 16, 1.2 to 1.3x at 64, 1.04 to 1.12x at 256 (four bf16
-    # shapes, one thread; Xeon, Sapphire Rapids class, Dec 2026).
+    # Up to this many rows the kernel is faster than F.linear: 1.9 to 2.0x at one row, 1.3 to 1.4x at 16, 1.0 to 1.1x
+    # at 32 (four bf16 shapes, two threads, Zen 4, Nov 2026; test_dense_rows of benchmarks/bench_linear.py). With AMX:
+    # 1.4 to 1.5x at one to four rows, 1.1 to 1.2x at 16, 1.2 to 1.3x at 64, 1.04 to 1.12x at 256 (four bf16 shapes,
+    # one thread; Xeon, Sapphire Rapids class, Dec 2026).
     MAX_ROWS = 256 if cpu.TILES else 32
 
     def forward(self, input: Tensor) -> Tensor:
@@ -33,21 +34,21 @@ class DenseLinear(nn.Linear):
             if is_slow(input) and torch.is_grad_enabled() and self._is_trained(input):
                 return self._widened(input)
             return super().forward(input)
-        if torch.compiler.is_compiling():  # a compiler takes operators
+        if torch.compiler.is_compiling():  # a compiler needs a registered operator
             found: Tensor = torch.ops.mosaic.dense_linear(input, self.weight, self.bias)
             return found
         return cpu.dense_linear_raw(input, self.weight, self.bias)
 
     def _is_trained(self, x: Tensor) -> bool:
-        """Whether a gradient reaches the input or a parameter."""
+        """True if all tensors have the dtype of ``x`` and one of them takes gradients."""
         tensors = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
         return all(tensor.dtype is x.dtype for tensor in tensors) and any(tensor.requires_grad for tensor in tensors)
 
     def _widened(self, x: Tensor) -> Tensor:
-        """What torch makes of copies in fp32, rounded.
+        """Compute ``F.linear`` on fp32 copies and round the result to the dtype of ``x``.
 
-        Forwards and backwards in bf16, one row of a 4096x4096 weight takes 34 ms instead of 138, and 64 rows 85 ms
-        instead of 7.5 s. (One thread, Xeon, Sapphire Rapids class, kept to AVX2, Dec 2026)
+        With bf16 and a 4096x4096 weight, one row takes 34 ms forwards and backwards instead of 138 ms, and 64 rows
+        take 85 ms instead of 7.5 s. (One thread, Xeon, Sapphire Rapids class, limited to AVX2, Dec 2026)
         """
         bias = None if self.bias is None else self.bias.float()
         return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
@@ -57,9 +58,11 @@ _NO_KERNEL = cpu.why_not() or "this instruction set has no dense kernel"
 
 
 def why_not(layer: nn.Linear, x: Tensor) -> str | None:
-    """Why ``F.linear`` and not the kernel multiplies ``x``, or ``None`` where the kernel does.
+    """The reason why ``F.linear`` has to multiply ``x``, or ``None`` if the kernel does.
 
-    It does on a CPU where nothing but a compiler has to see the call. Asked at every call: reasons are constants.
+    The kernel is no torch function: autograd, tracers and function transforms do not see its call, so ``F.linear`` runs
+    where one of them has to. (A compiler gets a registered operator instead.) The reasons are constant strings because
+    this runs at every call.
     """
     if not x.is_cpu:
         return "the device is not a CPU"

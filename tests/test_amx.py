@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles (AMX): every edge of a tile, both shapes of a panel, whole numbers that nearly overflow, forked processes."""
+"""AMX kernels: every edge of a tile, both shapes of a panel, integers that nearly overflow, forked processes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def use_threads() -> Iterator[Callable[[int], None]]:
 
 
 def made(kind: str, out: int, columns: int, density: float = 0.5) -> tuple[Product, Tensor, Tensor]:
-    """A product of that kind, its weight exactly and its bias."""
+    """A function that multiplies by a weight of that kind, and the exact weight and bias in float64."""
     weight = (torch.randn(out, columns) * (torch.rand(out, columns) < density)).bfloat16()
     bias = torch.randn(out).bfloat16()
     if kind == "dense":
@@ -57,7 +57,7 @@ def made(kind: str, out: int, columns: int, density: float = 0.5) -> tuple[Produ
 
 
 def exact_x(kind: str, x: Tensor) -> Tensor:
-    """What a product of that kind multiplies by."""
+    """``x`` as the kernel of that kind reads it (rounded to int8 or not), in float64."""
     if not kind.endswith("rounded"):
         return x.double()
     step = x.float().abs().amax(1, keepdim=True) / 127
@@ -65,7 +65,7 @@ def exact_x(kind: str, x: Tensor) -> Tensor:
 
 
 def require_near(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Rounding the result (and a weight with a scale for 64 columns) costs eps of bf16, summation that of fp32."""
+    """The bound: eps of bf16 for rounding results (and weights with a scale per 64 columns), eps of fp32 for sums."""
     exact, size = x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
     limit = 2 * (EPS[0] + math.sqrt(weight.shape[1]) * EPS[1])
     assert float((found.double() - exact).norm()) <= limit * float(size.norm())
@@ -82,7 +82,7 @@ def test_every_edge_of_a_tile(kind: str, out: int, columns: int) -> None:
     require_near(together, exact_x(kind, x), weight, bias)
     for rows in ROWS:
         if "int8" in kind and rows < 12:
-            continue  # these are AVX-512's
+            continue  # AVX-512 multiplies these, and its last bits differ
         assert torch.equal(product(x[:rows].contiguous()), together[:rows])
 
 
@@ -96,7 +96,8 @@ def test_weights_that_are_empty_or_full(kind: str, density: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_shapes_of_a_panel_and_any_number_of_threads_agree(kind: str, use_threads: Callable[[int], None]) -> None:
-    # 1100 rows of 1100 columns are 2.4 MB (int8: 1.2 MB), more than a small x has, and two batches of 512 and a rest
+    # 1100 rows of 1100 columns are 2.4 MB (int8: 1.2 MB), above the 1 MB of a small x; 1100 rows are two batches of 512
+    # and a rest
     product, weight, bias = made(kind, 301, 1100)
     x = torch.randn(1100, 1100).bfloat16()
     use_threads(1)
@@ -113,7 +114,7 @@ def test_both_shapes_of_a_panel_and_any_number_of_threads_agree(kind: str, use_t
 def test_whole_numbers_do_not_overflow(columns: int) -> None:
     packed = mk.quantize(mk.pack(torch.ones(3, columns)))
     found = mk.sparse_linear(torch.full((16, columns), -3.0), packed, quantize_x=True)
-    # the sum is exact: what rounds are its conversion, three scales and their products
+    # the integer sum is exact; only its conversion to fp32, three scales and their products are rounded
     assert float((found / (-3.0 * columns) - 1).abs().max()) <= 8 * EPS[1]
 
 
@@ -143,7 +144,7 @@ def test_a_weight_that_is_not_finite_spoils_its_row_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("tiny", [1e-40, 1e-37])
 def test_denormal_activations_keep_their_sign(tiny: float) -> None:
-    # as the vector kernels do, tiles take denormal numbers for zero
+    # AMX, like the vector kernels, treats denormal numbers as zero
     packed = mk.pack(torch.full((4, 64), 1e30).bfloat16())
     x = torch.full((16, 64), tiny).bfloat16()
     exact = float(x[0].double().sum() * packed.values[0].double())

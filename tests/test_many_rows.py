@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of many rows: every kernel around the edges of its tiles, and what runs where torch is slow.
+"""Products with many rows of x: every kernel at the edges of its tiles, and the layers where torch is slow.
 
-Every instruction set of this processor is held against float64. Operands end where memory does.
+The kernels of every instruction set of this processor are compared with float64. Operands end right before memory
+that must not be read, so that a load past their end fails.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from mosaic_kernels.dense import DenseLinear
 from mosaic_kernels.ops import cpu, library
 
 HALVES = [torch.bfloat16, torch.float16]
-# Tiles have 8, 16 or 32 rows of x, and begin at 12, 24 or 64 rows.
+# Tiles have 8, 16 or 32 rows of x, and are used from 12, 24 or 64 rows on.
 ROWS = (12, 17, 24, 25, 32, 33, 63, 64, 65, 71, 72, 73, 81, 96)
-# (columns, out): one weight; no column; a byte, a word and a piece of 256 columns and one more; halves of groups of
-# 12 weight rows and one more; more weight rows than a panel has
+# (columns, out): one weight; no columns; one column more than a word (32) and than one or two pieces (256); half a
+# group of 12 weight rows, a whole group, and one row more than each; more weight rows than a panel has (96)
 SHAPES = [(1, 1), (0, 5), (33, 6), (257, 7), (300, 13), (513, 12), (64, 100)]
 
 
@@ -49,7 +50,10 @@ def before_a_page(packed: mk.PackedWeight) -> tuple[Tensor, Tensor | None, Tenso
 def check(
     run: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor, step: float = 0.0, rounded: bool = False
 ) -> None:
-    """``run`` for each number of rows: the product, the same for a row whatever stands beside it."""
+    """Compare ``run`` with float64 for each number of rows.
+
+    From 64 rows on the result of a row must not depend on how many other rows there are.
+    """
     columns, last = weight.shape[1], None
     for rows in reversed(ROWS):
         some = Guarded(x[:rows]).view()
@@ -64,7 +68,7 @@ def check(
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """Each row as 127 steps of it hold it."""
+    """Each row rounded to int8, in steps of 1/127 of its largest element, as float64."""
     if not x.numel():
         return x.double()
     step = x.float().abs().amax(1, keepdim=True) / 127
@@ -78,7 +82,7 @@ def test_packed(level: str, shape: tuple[int, int], density: float, dtype: torch
     columns, out = shape
     torch.manual_seed(out)
     weight, x = sparse(out, columns, density, dtype), torch.randn(ROWS[-1], columns).to(dtype)
-    weight[out // 2] = 0  # a row without weights among others
+    weight[out // 2] = 0  # an empty row among others
     bias = torch.randn(out).to(dtype)
     values, _, *index = before_a_page(mk.pack(weight))
     check(lambda x: cpu.sparse_linear_raw(x, values, *index, bias, columns), x, weight, bias)
@@ -98,8 +102,8 @@ def test_int8(
     x, bias = torch.randn(ROWS[-1], columns).to(dtype), torch.randn(out).to(dtype)
     values, scales, *index = before_a_page(packed)
     assert scales is not None
-    # bf16 may be multiplied as whole numbers of 16 bits: half a step of 1/32767 of a largest element that is up to
-    # five times the others' average
+    # x in bf16 may be rounded to 16-bit integers. The error is half a step, and a step is 1/32767 of the largest
+    # element of a row, which is up to five times the average one
     step = 0.5 / 32767 * 5 if dtype is torch.bfloat16 and not quantize_x else 0.0
     check(
         lambda x: cpu.sparse_linear_int8_raw(x, values, scales, *index, bias, columns, quantize_x),
@@ -119,7 +123,7 @@ def test_dense(level: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("out", [7, 700])
 def test_whole_numbers_are_exact(level: str, out: int) -> None:
-    """x rounded to int8 times int8: whatever is added up below 2^24 has no error, however many rows there are."""
+    """int8 weights times x rounded to int8: sums below 2^24 are exact for any number of rows."""
     columns = 1000
     weight = torch.randint(-127, 128, (out, columns)).float()
     weight[:, 0] = 127  # so that a step is 1
@@ -134,7 +138,7 @@ def test_whole_numbers_are_exact(level: str, out: int) -> None:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where torch multiplies bf16 and fp16 slowly; it must not be asked to."""
+    """Pretend that torch multiplies bf16 and fp16 slowly, and fail if ``F.linear`` is called with them."""
     if not cpu.DENSE_ROWS:
         pytest.skip("this processor has no kernel for dense weights")
 

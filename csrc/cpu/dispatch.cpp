@@ -43,9 +43,10 @@ struct Cpu {
 #if defined(MOSAIC_X86)
 bool bit(unsigned word, int position) { return (word >> position) & 1u; }
 
-// Linux keeps tiles from a process until it asks for them: a thread's state grows by 8 KB with its first
-// tile. All threads of the process get them. The system refuses where it is too old (before 5.16), or a
-// thread's signal stack too small.
+// Asks Linux for permission to use tiles, and returns true if it agrees. A process must ask because the first
+// use of a tile adds 8 KB to the state that the system saves for a thread. The permission holds for all
+// threads of the process. Linux refuses if it is older than 5.16 or if the signal stack of a thread is too
+// small.
 bool may_use_tiles() {
 #if defined(MOSAIC_AMX)
   constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -35,7 +35,7 @@ MOSAIC_HD Lanes load_lanes(const float* from) {
 }
 
 MOSAIC_HD Lanes load_lanes(const BFloat16* from) {
-#if defined(__AVX512F__)  // gcc 12 widens the halves apart
+#if defined(__AVX512F__)  // gcc 12 would widen each half on its own
   const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
 #elif defined(__AVX2__)

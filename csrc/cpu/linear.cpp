@@ -14,15 +14,16 @@ constexpr int64_t kInlineWork = 1 << 17;
 // Chunks per thread: enough that a worker that woke late still evens out, few enough to stay streams.
 constexpr int64_t kChunksPerThread = 8;
 constexpr int64_t kMinChunkWork = 1 << 15;
-// Several blocks of rows read a chunk of weights one after the other: it should stay in L2 meanwhile.
+// Several blocks of rows of x read the same chunk of weights one after another, so a chunk should fit in L2.
 constexpr int64_t kCachedBytes = 1 << 18;
-// Chunks are multiples of the rows that kernels take at once: 4 for up to 6 rows of x, then 3 or 4; with many
-// rows of x 12, but fewer at the end of a chunk. Multiples of 12 for all would give two threads 120 and 136
-// rows of 256.
+// The number of weight rows in a chunk is a multiple of what a kernel takes at once: 4 for up to 6 rows of x,
+// and 3, 4 or 12 for more. Kernels that take 12 take fewer at the end of a chunk. Multiples of 12 for any
+// number of rows of x would give two threads 120 and 136 of 256 weight rows.
 constexpr int64_t kFewRows = 6, kFewMultiple = 4, kRowMultiple = 12;
-// Memory is asked for this far ahead, and at least one block of rows. Of a loaded machine one thread gets no
-// more than this in the time that memory takes to answer: at a distance of one block rows of 2048 and 1536
-// columns, 30 % kept, took 1.04 to 1.12 times as long, those of 4096 the same. (Zen 4, Nov 2026)
+// Weights are prefetched this far ahead, and at least one block of rows ahead. On a loaded machine one thread
+// gets no more than this in the time that memory takes to answer. With a distance of one block, rows of 2048
+// and 1536 columns, 30 % kept, took 1.04 to 1.12 times as long; rows of 4096 columns took the same time. (Zen
+// 4, Nov 2026)
 constexpr int64_t kAheadBytes = 1 << 14;
 constexpr int64_t kMostRowsAhead = 64, kBlockRows = 4;
 constexpr int64_t kLoadBytes = 64;
@@ -30,9 +31,10 @@ constexpr int64_t kInlinePacking = 1 << 16;  // elements of x that the caller in
 
 constexpr int64_t kMaxParts = 8;
 
-// By rows where there are at most this many outputs for each: 256 of 2048 columns and 256 rows of x took 0.76
-// ms in every process, by weights 0.77 or, where the two cores were far apart, 1.11 (torch 0.76); 4096
-// outputs the same either way. Tiles must come out even. (Zen 4, Nov 2026)
+// Threads share the rows of x instead of the weights if there are at most kOutputsPerRow outputs for each row
+// of x, and if the tiles of x divide evenly enough. 256 outputs, 2048 columns and 256 rows of x took 0.76 ms
+// in every process when threads shared rows. When they shared weights it took 0.77 ms, or 1.11 ms if the two
+// cores were far apart (torch: 0.76 ms). With 4096 outputs both ways took the same time. (Zen 4, Nov 2026)
 constexpr int64_t kOutputsPerRow = 4, kEvenTiles = 8;
 
 const Status kShortOfMemory = {Code::kUnavailable, "sparse_linear: out of memory"};
@@ -90,8 +92,8 @@ int64_t chunks_of(const LinearArgs& a) {
   }
   const int64_t least =
       turn_chunk ? (a.out_features - 1) / turn_chunk : weights_of(a) * value_bytes(a) / kCachedBytes;
-  // Few, because every chunk reads all of x, and equal parts for every thread: 17 chunks would leave one of
-  // two threads idle for a ninth of the time.
+  // As few chunks as possible, because every chunk reads all of x, and a multiple of the number of threads:
+  // with 17 chunks one of two threads would be idle for a ninth of the time.
   return (least / threads + 1) * threads;
 }
 
@@ -105,7 +107,8 @@ const char* contradiction(const LinearArgs& a, const LinearArgs& first) {
   return nullptr;
 }
 
-// Interleaves x, or rounds it to whole numbers, where the kernels want it so; `form` is what it became.
+// Brings x into the layout that the kernels read: interleaved, rounded to integers, transposed. `form`
+// becomes the form that x has in the end. Returns false if memory is short.
 bool prepare_x(const KernelTable& table, const LinearArgs& a, XForm* form, LinearTask* task) {
   const int kind = static_cast<int>(a.dtype);
   const int64_t padded = bitmask_words(a.in_features) * kWordBits;
@@ -156,7 +159,7 @@ bool prepare_x(const KernelTable& table, const LinearArgs& a, XForm* form, Linea
   return true;
 }
 
-// Every thread takes some weights and all rows of x.
+// Threads share the weights: each multiplies some weight rows by all rows of x.
 Status by_weights(const LinearArgs* args, int64_t count) {
   const KernelTable& table = kernels();
   Part parts[kMaxParts];
@@ -168,7 +171,7 @@ Status by_weights(const LinearArgs* args, int64_t count) {
     if (a.offsets && a.offsets[a.out_features] != a.nnz) {
       return invalid("offsets end at another number of values than are stored");
     }
-    if (a.rows == 0 || a.out_features == 0) continue;  // its scales have no address to tell int8 by
+    if (a.rows == 0 || a.out_features == 0) continue;  // empty: null scales would make int8 look float
     if (const char* problem = contradiction(a, used ? parts[0].task.args : a)) return invalid(problem);
     if (used == 0) {
       form = table.x_form(kind_of(a), a);
@@ -196,14 +199,14 @@ Status by_weights(const LinearArgs* args, int64_t count) {
   return enough ? Status{} : kShortOfMemory;
 }
 
-// The first row of x that thread t takes, going by rows.
+// The first row of x of thread t, where threads share the rows of x.
 int64_t rows_before(const LinearArgs& a, int64_t t) {
   const int64_t tiles = (a.rows + kTurnRows - 1) / kTurnRows;
   return std::min(a.rows, tiles * t / a.threads * kTurnRows);
 }
 
-// Whether to go by rows rather than by weights: no thread reads x that another has just turned, and each
-// expands all weights.
+// True if threads should share the rows of x rather than the weights. Then no thread reads rows that another
+// has just transposed, but each thread expands all weights.
 bool shares_rows(const LinearArgs* args, int64_t count) {
   const LinearArgs& first = args[0];
   const int64_t tiles = (first.rows + kTurnRows - 1) / kTurnRows;
@@ -211,11 +214,12 @@ bool shares_rows(const LinearArgs* args, int64_t count) {
   if (tiles % first.threads != 0 && tiles < kEvenTiles * first.threads) return false;
   int64_t outputs = 0, work = 0;
   for (int64_t i = 0; i < count; ++i) {
-    // Whether x is rounded to 16 bits is for all its rows to say, and not for those of a thread.
+    // All rows of x together decide whether x is rounded to 16 bits, so the rows of one thread must not.
     if (kernels().x_form(kind_of(args[i]), args[i]) == XForm::kInt16) return false;
     LinearArgs last = args[i];
     last.rows -= rows_before(first, first.threads - 1);
-    // Other sums than its neighbours', or weights that by_weights refuses.
+    // The last thread has too few rows for tiles, so its sums would be built in another order than those of
+    // the others; or the weights do not belong together, which by_weights reports.
     if (!kernels().has_turned_rows(last) || args[i].rows != first.rows) return false;
     outputs += args[i].out_features;
     work += weights_of(args[i]) * first.rows;
@@ -223,7 +227,7 @@ bool shares_rows(const LinearArgs* args, int64_t count) {
   return work > kInlineWork && outputs <= kOutputsPerRow * first.rows;
 }
 
-// Every thread takes some rows of x and all weights.
+// Threads share the rows of x: each multiplies all weights by some rows.
 Status by_rows(const LinearArgs* args, int64_t count) {
   std::atomic<bool> failed{false};
   Status failure;

@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Several rows of x and more with AMX: tiles of 16 weight rows times tiles of 16 rows of x.
+// Weights times several or many rows of x with AMX: tiles of 16 weight rows times tiles of 16 rows of x.
 //
 //     16 weight rows ── expand 64 bytes of each ──> a tile of the panel, [16 weight rows][64 bytes]
-//     x, turned by the driver ── 64 bytes of each of 16 rows ──> [16 items of 4 bytes][16 rows of x]
+//     x, transposed by the driver ── 64 bytes of each of 16 rows ──> [16 items of 4 bytes][16 rows of x]
 //     tdpbf16ps, tdpbssd: the product of both is added to a tile of sums, [16 weight rows][16 rows of x]
 //
-// Four tiles of sums, for 32 weight rows and 32 rows of x, need four loads for four products. A product
-// took 4.3 ns, and a load 2.5 from L1, 5.6 from L2 where its lines are neighbours, and 10 where every other
-// line belongs to another tile. So a short piece of a tile of x stays in L1 for all weight rows of a panel,
-// which is in L2. (Xeon, Sapphire Rapids class, Dec 2026)
+// Four tiles of sums (32 weight rows x 32 rows of x) need four loads for four products, so loads must be
+// fast. One product took 4.3 ns. One load took 2.5 ns from L1, 5.6 ns from L2 if the tile's cache lines are
+// neighbours, and 10 ns if every other line belongs to another tile. Therefore the panel of weights is in L2,
+// and a short piece of a tile of x stays in L1 while it is multiplied by all weight rows of the panel. (Xeon,
+// Sapphire Rapids class, Dec 2026)
 //
-// AMX and AVX-512 add up in different orders, and their sums differ in the last bits. The number of rows of x
-// alone decides which of them computes, so a row of x has the same bits in every batch of kLeastRows rows and
-// more (of int8 weights: kLeastRowsOfInt8), on any number of threads. Of 32 columns one sum is added to a
-// chain, so 11008 columns make a chain of 344. tdpbf16ps treats denormal numbers as zero, as vdpbf16ps does.
+// AMX and AVX-512 add in different orders, so their sums differ in the last bits. Which of them computes
+// depends on the number of rows of x alone. A row of x therefore gives the same bits in every batch of at
+// least kLeastRows rows (with int8 weights: kLeastRowsOfInt8), on any number of threads. Every 32 columns add
+// one term to a sum, so a sum over 11008 columns is a chain of 344 additions. tdpbf16ps treats denormal
+// numbers as zero, as vdpbf16ps does.
 #include "cpu/linear_amx.h"
 
 namespace mosaic::avx512 {
@@ -26,28 +28,29 @@ using namespace mosaic::cpu;
 
 namespace {
 
-// From how many rows of x on: 8 of them took .83 times as long as with AVX-512 and bf16 weights, but 1.3
-// times with int8, and 16 .37 and .55 times. (4096 x 4096, 50 % kept, one thread; Xeon, Sapphire Rapids
-// class, Dec 2026)
+// The fewest rows of x that AMX multiplies, by weights of bf16 and of int8. Compared with AVX-512, 8 rows
+// took 0.83 times as long with bf16 weights and 1.3 times as long with int8 weights; 16 rows took 0.37 and
+// 0.55 times as long. (4096 x 4096, 50 % kept, one thread; Xeon, Sapphire Rapids class, Dec 2026)
 constexpr int64_t kLeastRows = 8, kLeastRowsOfInt8 = 12;
-// So many weight rows a thread gets at once: two of the larger panels.
+// A thread gets about this many weight rows at once: two of the larger panels.
 constexpr int64_t kChunkRows = 512;
-// Memory is asked for this far ahead. (As in linear.cpp)
+// How far ahead weights are prefetched; linear.cpp has the measurement.
 constexpr int64_t kAheadBytes = 1 << 14;
-// Rows of x for which a panel is expanded once.
+// A panel is expanded once for this many rows of x.
 constexpr int64_t kRowsAtOnce = 512;
-// tdpbssd adds up to 127 x 127 x 2^16 in int32; wider weights are left to AVX-512.
+// Most columns that tdpbssd can add up in int32, which holds 127 x 127 x 2^16. AVX-512 multiplies wider
+// weights.
 constexpr int64_t kMostWholeColumns = 1 << 16;
 
-// Up to 32 weight rows times up to 32 rows of x.
+// The operands of one call of multiply_block: up to 32 weight rows times up to 32 rows of x.
 struct Block {
-  const char* weights;   // of the first 16 rows, in the panel
-  int64_t next_weights;  // bytes from there to the next 16
+  const char* weights;   // the first 16 rows in the panel
+  int64_t next_weights;  // bytes from these to the next 16 rows
   const char* x;
   int64_t x_items;  // rows of the tile of x
   int64_t steps;
-  bool fresh;           // the sums are still zero
-  const float* scales;  // with scales for 64 columns: of the first step and row
+  bool fresh;           // true for the first piece: sums start at zero
+  const float* scales;  // with a scale for every 64 columns: that of the first step and row
   int64_t scale_groups, rows;
   float* sums;  // [32][kTurnRows], int32 where Values::kWhole
 };
@@ -104,8 +107,8 @@ void add_products(const Block& block) {
   store_sums_to<M, N>(sums);
 }
 
-// With a scale for every 64 columns each step's whole numbers are scaled before they are added up. The vector
-// unit does that while the tiles' unit computes the next step.
+// Like add_products, with a scale for every 64 columns: the integer sums of each step are scaled, then added
+// to the sums in fp32. The vector unit does that while the tile unit computes the next step.
 template <typename Values, int M, int N>
 void add_scaled_products(const Block& block) {
   alignas(64) int32_t found[2][kBlockSums];
@@ -133,11 +136,12 @@ void multiply_block(const Block& block) {
   (Values::kScaled ? add_scaled_products<Values, M, N> : add_products<Values, M, N>)(block);
 }
 
-// Sums of 16 weight rows and 16 rows of x to bf16, turned: 16 stores of 32 bytes.
+// Rounds the sums of 16 weight rows and 16 rows of x to bf16, transposes them and stores them: 16 stores of
+// 32 bytes.
 void store_tile_of_bf16(const LinearTask& task, const float* sums, int64_t row, int64_t count, int64_t first,
                         int64_t rows) {
   const int64_t out_features = task.args.out_features;
-  // Pairs of weight rows, [16 rows of x][2].
+  // Each holds the sums of two weight rows, [16 rows of x][2].
   __m512i pair[8];
   alignas(64) static constexpr uint16_t kPairs[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
@@ -150,7 +154,7 @@ void store_tile_of_bf16(const LinearTask& task, const float* sums, int64_t row, 
     const __m512 high = finished<BFloat16>(task, sums + odd * kTurnRows, row + odd, first, rows);
     pair[p] = _mm512_permutexvar_epi16(order, Traits<BFloat16>::round(low, high));
   }
-  // Lane i of each[h][j]: weight rows 8 h to 8 h + 7 of x's row 4 i + j.
+  // The i-th 128 bits of each[h][j] hold the sums of weight rows 8 h to 8 h + 7 for row 4 i + j of x.
   __m512i each[2][4];
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
@@ -181,7 +185,8 @@ void store_tile_of_bf16(const LinearTask& task, const float* sums, int64_t row, 
   }
 }
 
-// Sums of `count` weight rows from `row` on and `rows` rows of x from `first` on to the result.
+// Stores the sums of `count` weight rows, from `row` on, and `rows` rows of x, from `first` on, in the
+// result.
 template <typename T, bool kWhole>
 void store_block(const LinearTask& task, float* sums, int64_t row, int64_t count, int64_t first,
                  int64_t rows) {
@@ -205,21 +210,22 @@ void store_block(const LinearTask& task, float* sums, int64_t row, int64_t count
   }
 }
 
-// How many weight rows a panel has, and how many steps of them are expanded at a time.
+// The size of a panel: its weight rows, and the steps (64 bytes of each row) that are expanded at a time.
 struct Panel {
   int64_t rows, steps;
 };
 
-// With a small x, which stays in L2, few weight rows and long pieces: the weights are read as one stream.
-// With a large one many weight rows and short pieces: all of x is read from memory for every panel. Of
-// torch's F.linear 64 rows came to 1.6x and 1.2x, 256 rows to .97x and 1.13x. (4096 x 4096, 50 % kept, one
-// thread; Xeon, Sapphire Rapids class, Dec 2026)
+// The first shape is for a small x, which stays in L2. Its panels have few weight rows and long pieces, so
+// that the weights are read as one stream. The second shape is for a large x, which is read from memory again
+// for every panel. Its panels have many weight rows and short pieces. Speed relative to torch's F.linear with
+// the first shape and the second: 1.6x and 1.2x for 64 rows of x, 0.97x and 1.13x for 256. (4096 x 4096, 50 %
+// kept, one thread; Xeon, Sapphire Rapids class, Dec 2026)
 Panel panel_for(int64_t x_bytes) {
   constexpr int64_t kSmall = 1 << 20;  // half of L2
   return x_bytes <= kSmall ? Panel{32, 128} : Panel{256, 16};
 }
 
-// The memory of a call.
+// Scratch memory of one call.
 struct Room {
   char* panel;
   float* sums;
@@ -231,9 +237,9 @@ int64_t steps_of(const LinearArgs& a) {
   return (bitmask_words(a.in_features) + Values::kStepWords - 1) / Values::kStepWords;
 }
 
-// Weight rows [begin, end) of a panel, a piece of `steps` from `first` on. The rows that follow are asked
-// for: those of the panel for this piece, then the first ones for the next piece, and after the last one the
-// next panel's.
+// Expands a piece of a panel: `steps` steps, from `first` on, of weight rows [begin, end). Meanwhile it
+// prefetches the rows that will be expanded `distance` rows later: rows of the same piece, near its end the
+// panel's first rows for the next piece, and near the end of the last piece the rows of the next panel.
 template <typename Values>
 void expand_piece(const LinearArgs& a, int64_t begin, int64_t guarded, int64_t end, int64_t first,
                   int64_t steps, const Panel& panel, const Room& room) {
@@ -263,7 +269,7 @@ void expand_piece(const LinearArgs& a, int64_t begin, int64_t guarded, int64_t e
   }
 }
 
-// Weight rows [begin, end), which a panel holds, times rows of x from `from` to `to`.
+// Multiplies weight rows [begin, end), all in one panel, by rows [from, to) of x.
 template <typename T, typename Values>
 void multiply_panel(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end, int64_t from,
                     int64_t to, const Panel& panel, const Room& room) {
@@ -294,8 +300,8 @@ void multiply_panel(const LinearTask& task, int64_t begin, int64_t guarded, int6
   }
 }
 
-// All rows of x against weight rows [begin, end), of which those from `guarded` on must not be read past
-// their end. False where memory is short.
+// Multiplies weight rows [begin, end) by all rows of x. Loads must not pass the end of weight rows from
+// `guarded` on. Returns false if memory is short.
 template <typename T, typename Values>
 bool multiply_all_tiles(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
   const LinearArgs& a = task.args;
@@ -322,13 +328,14 @@ bool multiply_all_tiles(const LinearTask& task, int64_t begin, int64_t guarded, 
   return true;
 }
 
+// True if AMX multiplies these operands, false if AVX-512 does.
 bool takes(WeightKind kind, const LinearArgs& a) {
   if (a.rows < (a.scales ? kLeastRowsOfInt8 : kLeastRows) || a.in_features == 0) return false;
   if (kind == kPackedInt8TimesInt8) return a.in_features <= kMostWholeColumns;
   return a.dtype == DType::kBFloat16 && kind != kPackedInt8TimesInt16;
 }
 
-// A kernel that takes what AMX multiplies, and leaves the rest to AVX-512.
+// Multiplies with AMX if takes() says so, else with the kernel for AVX-512.
 template <WeightKind kind, typename T, typename Values>
 bool linear_amx(const LinearTask& task, int64_t begin, int64_t end) {
   if (!takes(kind, task.args))
@@ -347,8 +354,8 @@ bool takes_turned_rows(const LinearArgs& a) {
   return takes(kind_of(a), a) || avx512::kTable.has_turned_rows(a);
 }
 
-// As AVX-512 does, but for int8 weights with many rows of x, which AMX multiplies as they are, and for x
-// rounded to int8, which it takes with a sign.
+// The same as with AVX-512, except where AMX multiplies int8 weights: x is not rounded to 16 bits, and x
+// rounded to 8 bits is stored as signed bytes.
 XForm x_form(WeightKind kind, const LinearArgs& a) {
   if (!takes(kind, a)) return avx512::kTable.x_form(kind, a);
   return kind == kPackedInt8TimesInt8 ? XForm::kSignedInt8 : XForm::kPlain;
@@ -364,7 +371,7 @@ template <DType dtype>
 bool round_x(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales) {
   const auto run = avx512::kTable.round_x[static_cast<int>(dtype)];
   const bool even = run(x, unsigned_form(form), rows, in_features, packed, scales);
-  if (form == XForm::kSignedInt8) {  // takes away the 128 that vpdpbusd wants added
+  if (form == XForm::kSignedInt8) {  // subtracts the 128 that round_x adds for vpdpbusd
     auto* bytes = static_cast<__m512i*>(packed);
     const int64_t count = rows * rounded_row_bytes(form, in_features) / kStepBytes;
     for (int64_t i = 0; i < count; ++i) {

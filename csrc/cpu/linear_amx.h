@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the AMX kernels are made of: the tiles' instructions, and where weights come from.
+// The parts of the AMX kernels: wrappers for the tile instructions, and one class for each way in which
+// weights are stored, which expands them into tiles.
 #pragma once
 
 #include <immintrin.h>
@@ -11,10 +12,11 @@ namespace {
 
 constexpr int64_t kSide = 16;          // rows of a tile
 constexpr int64_t kTileBytes = 1024;   // of a full tile
-constexpr int64_t kBlock = 2 * kSide;  // rows of weights, and of x, that four tiles of sums are for
+constexpr int64_t kBlock = 2 * kSide;  // four tiles of sums hold this many weight rows x rows of x
 constexpr int64_t kBlockSums = kBlock * kTurnRows;
 
-// The tiles' shapes, as ldtilecfg reads them. Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 x.
+// The shapes of the eight tile registers, in the layout that ldtilecfg reads. Tiles 0 to 3 hold sums, 4 and 5
+// weights, 6 and 7 rows of x.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -32,7 +34,8 @@ constexpr TileShapes shapes_for(int x_rows) {
 
 constexpr TileShapes kShapes = shapes_for(16), kNarrowShapes = shapes_for(8);
 
-// gcc's intrinsics tell the compiler neither what they read nor that tiles change.
+// Written in assembly because gcc's intrinsics do not declare which memory they read or that tiles change, so
+// the compiler may move other code across them.
 void use_shapes(const TileShapes& shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
 void release_tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
 template <int kTile>
@@ -62,11 +65,11 @@ struct Int8Tiles {
   }
 };
 
-// What four weight rows will be read from soon, asked for into L2 while others are expanded.
+// Prefetches the values and bits of four weight rows into L2 while other rows are expanded.
 struct Ahead {
   const char* values[4];
   const char* bits[4];
-  int64_t value_bytes;  // of a step, on average
+  int64_t value_bytes;  // of one row in one step, on average
   int64_t bit_bytes;
 
   void step(int64_t s) const {
@@ -78,10 +81,12 @@ struct Ahead {
   }
 };
 
-// Where weights come from. expand() takes R of them a few steps of 64 bytes further: row r's next value is at
-// value[r], and step s of it goes to `to` + s * kTileBytes + r * 64.
+// Each of the classes below reads weights stored in one way. expand() writes the next `steps` steps of R
+// weight rows to a panel; a step is 64 bytes of an expanded row. It reads row r from value[r] on and writes
+// its step s to `to` + s * kTileBytes + r * 64. At the end value[r] points to the first value that it did not
+// read.
 //
-// Kept values of bf16.
+// Packed values of bf16.
 struct Bf16Values {
   using Tiles = Bf16Tiles;
   static constexpr bool kWhole = false, kScaled = false;
@@ -112,8 +117,8 @@ struct Bf16Values {
   }
 };
 
-// Dense rows of bf16. They are copied, because tiles of rows that are a multiple of 4 KB apart evict each
-// other.
+// Dense rows of bf16. They are copied to the panel although tiles could be loaded from where they are: rows
+// whose distance is a multiple of 4 KB evict each other from the cache.
 struct DenseBf16 {
   using Tiles = Bf16Tiles;
   static constexpr bool kWhole = false, kScaled = false;
@@ -138,8 +143,9 @@ struct DenseBf16 {
   }
 };
 
-// Kept values of int8, as bf16, which holds them exactly. With a scale for every 64 columns the weight is
-// rounded to bf16, by at most 1/6 of what rounding it to int8 cost.
+// Packed values of int8, converted to bf16, which represents every int8 exactly. With a scale for every 64
+// columns (kGrouped) each value is multiplied by its scale and rounded to bf16; that error is at most 1/6 of
+// the error of rounding the weight to int8.
 template <bool kGrouped>
 struct WidenedInt8 {
   using Tiles = Bf16Tiles;
@@ -182,12 +188,12 @@ struct WidenedInt8 {
   }
 };
 
-// Kept values of int8 as they are, for x rounded to int8.
+// Packed values of int8, not converted, for x rounded to int8.
 template <bool kGrouped>
 struct Int8Values {
   using Tiles = Int8Tiles;
-  static constexpr bool kWhole = !kGrouped;  // sums are whole numbers, in int32
-  static constexpr bool kScaled = kGrouped;  // a step's sums are scaled before they are added up
+  static constexpr bool kWhole = !kGrouped;  // sums are integers, in int32
+  static constexpr bool kScaled = kGrouped;  // each step's sums are scaled, then added up
   static constexpr int64_t kStepWords = 2, kValueBytes = 1;
 
   static const char* row(const LinearArgs& a, int64_t row) {

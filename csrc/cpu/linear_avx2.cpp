@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a weight times activations with AVX2, in fp32.
+// Weights times few rows of x with AVX2. Products and sums are in fp32.
 //
 //     byte of bits ── table ──> shuffle ─┐
 //     8 values, in both halves of a register ─┴─> 8 weights in fp32 ── multiply-add with 8 of x
 //
-// One row of x is bound by memory, and by some 8 instructions for 8 weights where that is fast; from two rows
-// up by the multiply-adds. What the shuffle puts where fp32 wants it needs no widening. With that, addresses
-// that do not wait for each other and memory asked for ahead, one row of x takes 0.78 of the time before with
-// bf16, 0.82 with fp16 and fp32, four rows 0.81 to 0.88. (4096x4096, half kept, from memory, one thread,
-// Xeon, Sapphire Rapids class, Dec 2026)
+// With one row of x the kernel is bound by memory or, where memory is fast, by the 8 or so instructions for 8
+// weights. From two rows on it is bound by the multiply-adds. Three things keep it fast: the shuffle puts a
+// bf16 value where fp32 has its upper half, so widening takes no instruction; the addresses of a word's bytes
+// do not wait for each other; and weights are prefetched. Compared with a kernel without these, one row of x
+// took 0.78 times as long with bf16 and 0.82 times with fp16 and fp32, and four rows 0.81 to 0.88 times.
+// (4096x4096, half kept, from memory, one thread, Xeon, Sapphire Rapids class, Dec 2026)
 //
-// Every sum is built the same way whatever the rows of x: lane by lane, column after column. From 64 rows on
-// it is built another way, linear_tiles_avx2.cpp, and again the same for every row.
+// For any number of rows of x below 64 a sum is built in the same order: lane by lane, column after column.
+// From 64 rows on linear_tiles_avx2.cpp builds it in another order, again the same for every row.
 #include "cpu/linear_avx2.h"
 
 #include "cpu/thread_pool.h"
@@ -19,12 +20,12 @@
 namespace mosaic::MOSAIC_ISA {
 namespace {
 
-// Where weight rows come from: kept values and bits, stored as V. kGrouped: with a scale for every 64
-// columns.
+// Reads a packed weight row: its bitmap, and its values, stored as V. kGrouped: values have a scale for every
+// 64 columns.
 template <typename V, bool kGrouped>
 struct Packed {
-  // 32 weights of a row. kWithin: never load past the last value of a row, for rows whose end is less than a
-  // full load from the end of the values.
+  // 32 weights of a row. kWithin: never load past the last value of a row; needed for rows that end less than
+  // one full load before the end of all values.
   template <bool kWithin>
   struct Word {
     __m256 weights(int q) const {
@@ -44,7 +45,7 @@ struct Packed {
         value(static_cast<const V*>(task.args.values) + task.args.offsets[row]),
         scales(kGrouped ? task.args.scales + row * task.args.scale_groups : nullptr) {}
 
-  // Words are taken in order.
+  // Reads word w of the row. Words must be read in order.
   template <bool kWithin>
   MOSAIC_HD void next(Packed& row, int64_t w, Word<kWithin>& word) {
     word.bits = row.bits[w];
@@ -54,7 +55,7 @@ struct Packed {
     row.value += popcount(word.bits);
   }
 
-  // What comes into L2 while rows [row, row + count) are read, step by step.
+  // Prefetches the `count` rows that are `distance` rows ahead of `row` into L2, step by step.
   struct Ahead {
     Ahead(const LinearTask& task, int64_t row, int64_t count, int64_t distance, int64_t steps)
         : values(values_of(task.args, row + distance, row + distance + count, sizeof(V), steps)),
@@ -75,7 +76,7 @@ struct Packed {
   const float* scales;
 };
 
-// Dense rows. torch's F.linear reads bf16 at half the speed of memory.
+// Reads a dense weight row. This exists because torch's F.linear reads bf16 at half the speed of memory.
 template <typename V>
 struct Dense {
   template <bool>
@@ -116,7 +117,7 @@ struct Dense {
   const V* weight;
 };
 
-// R weight rows from `row` on and N rows of x from `first` on.
+// Multiplies R weight rows, from `row` on, by N rows of x, from `first` on.
 template <typename Form, int R, int N, bool kWithin>
 void multiply(const LinearTask& task, int64_t row, int64_t first, __m256 (&sums)[N][R]) {
   static_assert(R * N <= 12, "the sums, a weight and its shuffle must fit 16 registers");
@@ -136,9 +137,10 @@ void multiply(const LinearTask& task, int64_t row, int64_t first, __m256 (&sums)
     if (!kWithin) ahead.step();
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      // Row after row: a loop over bytes outside keeps so many addresses that they are spilled, and 4 rows of
-      // x took 1.13 times as long; loading what x holds once for all rows spilled sums, and 4 rows took 1.15
-      // times, 6 rows 1.2 times as long. (Xeon, Sapphire Rapids class, Dec 2026)
+      // The loop over weight rows is outside the loop over bytes. The other way round the compiler keeps so
+      // many addresses that it spills them, and 4 rows of x took 1.13 times as long. Each weight row loads x
+      // again. Loading x once for all of them spilled sums: 4 rows of x took 1.15 times as long, 6 rows 1.2
+      // times. (Xeon, Sapphire Rapids class, Dec 2026)
       typename Form::template Word<kWithin> word;
       Form::template next<kWithin>(weight[r], w, word);
       if (!kWithin) ahead.bits_of(r, w);
@@ -167,19 +169,20 @@ void multiply_store(const LinearTask& task, int64_t row, int64_t first) {
   for (int n = 0; n < N; ++n) store_sums<T>(task, row, first + n, sums[n], R);
 }
 
-// From kPanelRows rows of x on, weights are expanded once for all of them instead of once for every 6:
+// If x has at least kPanelRows rows, weights are expanded once for all of them not once for every 6 rows:
 //
 //     12 weight rows x 256 columns ── expand ──> panel (12 KB) x block of 8 rows of x (8 KB), both in L1
 //
-// Sums wait in memory between two panels, as vectors, so that every one of them adds up what it does at one
-// row, in the same order: the same bits. 7 rows take 1.3 times as long as 6, 8 as long as 7; without panels 8
-// took 1.3 times as long, 16 1.5 times. (4096x4096, half kept, bf16, Xeon, Sapphire Rapids class, Dec 2026)
+// Between two panels the sums are in memory, still as vectors of lanes. Every sum therefore adds the same
+// terms in the same order as with one row of x, and has the same bits. 7 rows take 1.3 times as long as 6,
+// and 8 as long as 7. Without panels 8 rows took 1.3 times as long, and 16 rows 1.5 times. (4096x4096, half
+// kept, bf16, Xeon, Sapphire Rapids class, Dec 2026)
 constexpr int64_t kPanelRows = 7;
 constexpr int64_t kPanelWeights = 12;
 constexpr int64_t kPanelWords = 8;
 constexpr int64_t kPanelColumns = kPanelWords * kWordBits;
 
-// The next `words` words of a weight row to `to`.
+// Expands `words` words of a weight row, from word `first` on, to `to`.
 template <typename Form, bool kWithin>
 void expand_words(Form& row, int64_t r, int64_t first, int64_t words, typename Form::Ahead& ahead,
                   float* to) {
@@ -194,7 +197,8 @@ void expand_words(Form& row, int64_t r, int64_t first, int64_t words, typename F
   }
 }
 
-// Adds R weight rows of the panel times N rows of x to their sums, [row of x][row of the panel][8].
+// Multiplies R weight rows of the panel by N rows of x, and adds the products to their sums,
+// [row of x][row of the panel][8].
 template <int R, int N>
 void add_products(const float* panel, const float* x, int64_t x_stride, int64_t words, float* sums) {
   static_assert(R * N + R + 1 <= 16, "the sums, the weights and one x must fit 16 registers");
@@ -223,8 +227,8 @@ void add_products(const float* panel, const float* x, int64_t x_stride, int64_t 
     for (int n = 0; n < N; ++n) _mm256_store_ps(sums + (n * kPanelWeights + r) * kLanes, sum[r][n]);
 }
 
-// Weight rows [row, row + count), at most kPanelWeights, times all rows of x. Rows that the panel lacks are
-// multiplied as zeros and not stored.
+// Multiplies weight rows [row, row + count), at most kPanelWeights, by all rows of x. If the panel is not
+// full, its other rows are zero; they are multiplied too, and not stored.
 template <typename T, typename Form>
 void multiply_panel(const LinearTask& task, int64_t row, int64_t count, int64_t guarded, float* panel,
                     float* sums) {
@@ -265,7 +269,7 @@ void multiply_panel(const LinearTask& task, int64_t row, int64_t count, int64_t 
   }
 }
 
-// False where memory is short.
+// Multiplies weight rows [begin, end) by all rows of x, panel by panel. Returns false if memory is short.
 template <typename T, typename Form>
 bool multiply_panels(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
   constexpr int64_t kPanel = kPanelWeights * kPanelColumns;
@@ -278,7 +282,8 @@ bool multiply_panels(const LinearTask& task, int64_t begin, int64_t guarded, int
   return true;
 }
 
-// Weight rows [begin, end), of which those from `guarded` on must not be read past their ends.
+// Multiplies weight rows [begin, end) by all rows of x. Loads must not pass the end of rows from `guarded`
+// on.
 template <typename T, typename Form>
 void multiply_all(const LinearTask& task, int64_t begin, int64_t guarded, int64_t end) {
   if (task.args.rows >= kPanelRows && multiply_panels<T, Form>(task, begin, guarded, end)) return;

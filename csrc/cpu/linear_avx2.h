@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the AVX2 kernels share. There is no expand instruction: eight columns at a time, their byte of the
-// bitmap picks a shuffle that moves the next values into place and zeros the rest.
+// What the AVX2 kernels share. AVX2 has no expand instruction. Instead, weights are expanded eight columns at
+// a time: the columns' byte of the bitmap selects a shuffle from a table, and the shuffle moves the next
+// values into place and fills the other columns with zeros.
 //
-// A word of 32 columns takes 16 instructions besides: for each of its bytes a rotation and a mask give the
-// shuffle's address, a mask and a popcount where its values begin. None of these waits for another byte's.
+// The addresses take 16 more instructions for a word of 32 columns, four for each byte: a rotation and a mask
+// for the shuffle's address, a mask and a popcount for the address of the byte's values. No byte waits for
+// another.
 #pragma once
 
 #include <immintrin.h>
@@ -17,8 +19,9 @@ namespace {
 
 constexpr int kWordBytes = kWordBits / kLanes;
 
-// For each byte of bits a shuffle that puts its values, kItem bytes each, at the end of every kBytes / 8
-// bytes of zeros. 0x80 becomes zero.
+// One shuffle of kBytes bytes for each byte of the bitmap. It gives each of the eight columns kBytes / 8
+// bytes, puts the column's value (kItem bytes) at their end and zeros before it. The index 0x80 produces a
+// zero.
 template <int kBytes, int kItem>
 struct Shuffles {
   alignas(64) uint8_t row[256][kBytes];
@@ -38,7 +41,7 @@ struct Shuffles {
   }
 };
 
-// The row of a table that byte q of a word picks.
+// The row of the table that byte q of `word` selects.
 template <typename Vector, typename Table>
 MOSAIC_HD Vector row_of(const Table& table, uint32_t word, int q) {
   constexpr int kShift = sizeof table.row[0] == 32 ? 5 : 4;
@@ -52,7 +55,8 @@ constexpr Shuffles<32, 2> kWiden16;
 constexpr Shuffles<32, 1> kWiden8;
 constexpr Shuffles<16, 2> kExpand16;
 
-// For 32-bit values: the lane that each one comes from; negative where the bit is clear.
+// The shuffles for 32-bit values: the lane from which each column's value comes, negative where the bit is
+// clear.
 struct Sources {
   alignas(64) int32_t row[256][kLanes];
 
@@ -69,7 +73,7 @@ struct Sources {
 };
 constexpr Sources kSources;
 
-// Byte q of a word and the values that it begins with -> 8 weights.
+// Expands byte q of `word` to 8 weights. `values` points to the first value of that byte.
 MOSAIC_HD __m256 expand(uint32_t word, int q, const BFloat16* values) {
   const __m256i twice =
       _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
@@ -103,17 +107,18 @@ MOSAIC_HD __m256 load(const BFloat16* from) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
 }
 
-// Keeps the compiler from loading what it finds there once for several rows: it would spill it, and the sums.
+// Makes the compiler load from `p` again for each weight row. If it loaded once for several rows, it would
+// run out of registers, and spill both what it loaded and the sums.
 template <typename T>
 MOSAIC_HD const T* as_is(const T* p) {
   __asm__("" : "+r"(p));
   return p;
 }
 
-// How many values of a word come before its byte q.
+// How many values of `word` belong to the bytes before byte q.
 MOSAIC_HD int64_t values_before(uint32_t word, int q) {
   uint32_t bits = word & bits_below(8 * q);
-  __asm__("" : "+r"(bits));  // or gcc counts the bits of a register's half, whose other half it waits for
+  __asm__("" : "+r"(bits));  // else gcc counts in half a register, and waits for its other half
   return q == 0 ? 0 : popcount(bits);
 }
 
@@ -123,9 +128,10 @@ float horizontal_sum(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Adds up the lanes of `count` weight rows' sums, from `row` on, for row n of x; scales, adds the bias and
-// stores. The sums come in memory: where gcc adds lanes of several registers side by side, it keeps them in
-// memory all the time.
+// Finishes the results of `count` weight rows, from `row` on, for row n of x: adds up the lanes of each sum,
+// scales, adds the bias and stores. The sums are passed in memory. If they were passed in registers, gcc
+// would add the lanes of several sums side by side, and for that keep all sums in memory during the whole
+// multiplication.
 template <typename T>
 void store_sums(const LinearTask& task, int64_t row, int64_t n, const __m256* sums, int count) {
   const LinearArgs& a = task.args;

@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8 values times whole numbers with AVX2, exactly, for few rows of x. Both are taken as 16 bits:
+// int8 weights times x rounded to integers with AVX2, for few rows of x. The integer products and sums
+// are exact. Both factors are read as integers of 16 bits:
 //
 //     2 bytes of bits ── table ──> shuffles ─┐
 //     8 and 8 values, a half of a register each ─┴─> 16 weights in the upper halves of 16 bits
 //                     ── vpsraw (x of 16 bits) ── vpmaddwd with 16 of x ──> int32
 //
-// x of 8 bits leaves room for the 8 that a weight is too high, and its sums are 256 times as large. Widening
-// to fp32 takes two instructions for 8 weights where this takes one for 16: one row took 1.15 times as long,
-// with a scale for every 64 columns 1.2 times. (From L2, Xeon, Sapphire Rapids class, Dec 2026)
+// A weight in the upper 8 of 16 bits is 256 times too large. With x of 16 bits the kernel shifts it down
+// (vpsraw), because the sums would overflow. With x of 8 bits they cannot, so the kernel skips the shift and
+// divides the sums by 256 instead.
+//
+// Widening weights to fp32 takes two instructions for 8 weights; this takes one for 16. With fp32 one row of
+// x took 1.15 times as long, and 1.2 times with a scale for every 64 columns. (Weights in L2; Xeon, Sapphire
+// Rapids class, Dec 2026)
 #include "cpu/linear_avx2.h"
 
 namespace mosaic::MOSAIC_ISA {
@@ -16,7 +21,7 @@ namespace {
 constexpr Shuffles<16, 1> kUpper8;
 
 struct X8 {
-  static constexpr float kUnit = 1.0f / 256;  // a sum of 1
+  static constexpr float kUnit = 1.0f / 256;  // undoes the factor of 256
   static __m256i weights(__m256i upper) { return upper; }
 };
 
@@ -25,7 +30,8 @@ struct X16 {
   static __m256i weights(__m256i upper) { return _mm256_srai_epi16(upper, 8); }
 };
 
-// A lane of int32 gets four products for a word, of up to 127 x 32767 or 127 x 127 x 256 each.
+// At most this many words are added up in int32, so that no lane overflows. Each word adds four products to a
+// lane, of up to 127 x 32767 (x of 16 bits) or 127 x 127 x 256 (x of 8 bits).
 constexpr int64_t kMostWords = 128;
 static_assert(kMostWords * 4 * 127 * 32767 < int64_t{1} << 31 &&
               kMostWords * 4 * 127 * 127 * 256 < int64_t{1} << 31);
@@ -35,7 +41,7 @@ MOSAIC_HD __m256i both(__m128i low, const void* high) {
                                  _mm_loadu_si128(static_cast<const __m128i*>(high)), 1);
 }
 
-// Bytes q and q + 1 of a word -> 16 weights, 256 times as large.
+// Expands bytes q and q + 1 of a word to 16 weights, each multiplied by 256.
 MOSAIC_HD __m256i expand_whole(uint32_t word, int q, const int8_t* values) {
   const auto at = [&](int byte) { return values + values_before(word, byte); };
   const __m256i source = _mm256_inserti128_si256(_mm256_castsi128_si256(row_of<__m128i>(kUpper8, word, q)),
@@ -44,8 +50,8 @@ MOSAIC_HD __m256i expand_whole(uint32_t word, int q, const int8_t* values) {
   return _mm256_shuffle_epi8(kept, source);
 }
 
-// R weight rows from `row` on and N rows of x from `first` on. kWithin: never load past the last value of a
-// row.
+// Multiplies R weight rows, from `row` on, by N rows of x, from `first` on. kWithin: never load past the last
+// value of a row.
 template <typename X, bool kGrouped, int R, int N, bool kWithin>
 void multiply(const LinearTask& task, int64_t row, int64_t first, __m256 (&sums)[N][R]) {
   const LinearArgs& a = task.args;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels of vector instruction sets ask memory for before they need it.
+// Prefetching into L2, for the kernels with AVX2 and more.
 #pragma once
 
 #include <immintrin.h>
@@ -11,10 +11,11 @@ namespace {
 
 inline void fetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1); }
 
-// Memory that is wanted soon, asked for into L2 as eight streams side by side: the processor waits for the
-// addresses of several pages of 4 KB at once (two threads read 38 GB/s in one stream each, 52 in four, 53 in
-// eight). Each line is asked for once, in equal portions over `steps` steps: asking word by word, sixteen
-// times for a line of bits, took a fifth of the time where memory was not the limit. (Zen 4, Nov 2026)
+// Prefetches a range of memory into L2 as eight streams side by side. Several streams are faster than one
+// because the processor then translates the addresses of several pages of 4 KB at once: two threads read 38
+// GB/s with one stream each, 52 with four, 53 with eight. Each line is prefetched once, evenly spread over
+// `steps` calls of step(). A prefetch for every word, which is sixteen for a line of bits, took a fifth of
+// the time where memory was not the limit. (Zen 4, Nov 2026)
 class Streams {
  public:
   Streams(const void* begin, const void* end, int64_t steps = 1)
@@ -41,12 +42,12 @@ class Streams {
     next_ += kLine;
   }
 
-  const char* next_;  // of the first stream
+  const char* next_;  // in the first stream
   int64_t length_;
   int period_, wait_ = 1;
 };
 
-// The values of weight rows [begin, end), as far as there are such.
+// Streams for the values of weight rows [begin, end). Rows past the last one count as empty.
 inline Streams values_of(const LinearArgs& a, int64_t begin, int64_t end, int64_t value_bytes,
                          int64_t steps = 1) {
   const auto at = [&](int64_t row) {
@@ -58,7 +59,7 @@ inline Streams values_of(const LinearArgs& a, int64_t begin, int64_t end, int64_
 
 constexpr int64_t kWordsPerLine = 16;
 
-// A chunk's first rows, for which nothing asked while others were computed.
+// Prefetches the first rows of a chunk. All later rows are prefetched while earlier ones are computed.
 inline void fetch_first_rows(const LinearTask& task, int64_t begin, int64_t end, int64_t value_bytes) {
   const LinearArgs& a = task.args;
   if (begin + task.rows_ahead < end) end = begin + task.rows_ahead;

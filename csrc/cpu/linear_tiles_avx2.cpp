@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Many rows of x with AVX2: weights are expanded to fp32 once for all of them, and lanes are rows of x.
+// Weights times many rows of x with AVX2. Weights are expanded to fp32 once for all rows of x, and the lanes
+// of a register are rows of x.
 //
 //     some weight rows x 256 columns ── expand ──> panel, groups of 12 rows, [16 columns of each row] in turn
 //     panel: one weight, broadcast ─────────────┐
-//     x: the same column of 16 rows, turned ────┴─ 12 multiply-adds ──> 6 x 16 sums in registers
+//     x: the same column of 16 rows, transposed ┴─ 12 multiply-adds ──> 6 x 16 sums in registers
 //
 // The sum for one output stays in one lane, so nothing is added across lanes, and 12 multiply-adds need 8
-// loads. A tile of 16 rows of x takes a group in two halves of 6 weight rows, a tile of 8 takes all 12:
-// either way 12 sums do not wait for each other. 256 columns of a tile (16 KB) and of half a group (6 KB)
-// stay in L1.
+// loads. A tile of 16 rows of x is multiplied by half a group at a time (6 weight rows), a tile of 8 rows by
+// a whole group (12 weight rows). Either way 12 registers of sums are in use, and none waits for another. 256
+// columns of a tile (16 KB) and of half a group (6 KB) stay in L1.
 //
-// Whatever a weight is stored as, it is multiplied in fp32: processors of this level have no products of bf16
-// or fp16. Each piece of 256 columns is added up alone, which loses less than one long sum, and nothing at
-// all of whole numbers: 256 products of up to 127 x 127 stay below 2^24.
+// Weights of any dtype are multiplied in fp32, because processors of this level have no products of bf16 or
+// fp16. Each piece of 256 columns has its own sum, which is then added to the sums of the pieces before it.
+// That is more exact than one long sum, and integers are added up without any error: 256 products of up to
+// 127 x 127 stay below 2^24.
 #include "cpu/linear_avx2.h"
 #include "cpu/thread_pool.h"
 
@@ -28,10 +30,10 @@ constexpr int64_t kTileRows = 16;   // of x, at most
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// One row of the panel: where its 32 columns from column c on, a multiple of 32, go to.
+// Where column c of a panel's row is stored; c is a multiple of kStep.
 float* at_column(float* row, int64_t c) { return row + c * kGroupRows; }
 
-// Asks for memory that the next piece reads, while this one is multiplied.
+// Prefetches memory that the next piece reads, while this one is multiplied.
 inline void fetch_lines(const void* begin, const void* end) {
   constexpr uintptr_t kLine = 64;
   const auto first = reinterpret_cast<uintptr_t>(begin) / kLine * kLine;
@@ -40,7 +42,7 @@ inline void fetch_lines(const void* begin, const void* end) {
   }
 }
 
-// A weight row of kept values, from left to right. kGrouped: values have a scale for each 64 columns.
+// Reads a packed weight row from left to right. kGrouped: values have a scale for every 64 columns.
 template <typename V, bool kGrouped>
 class PackedRow {
  public:
@@ -51,7 +53,7 @@ class PackedRow {
         scales_(kGrouped ? task.args.scales + row * task.args.scale_groups : nullptr),
         within_(task.args.offsets[row + 1] >= task.fast_values) {}
 
-  // The next `columns` of the row, and as many after the last one as make a multiple of 32.
+  // Expands the next `columns` columns of the row, rounded up to a multiple of 32.
   void expand_to(float* panel, int64_t columns) {
     const V* before = value_;
     within_ ? expand_words<true>(panel, columns) : expand_words<false>(panel, columns);
@@ -94,7 +96,7 @@ class PackedRow {
   bool within_;
 };
 
-// A weight row with all its weights.
+// Reads a dense weight row from left to right.
 template <typename T>
 class DenseRow {
  public:
@@ -126,8 +128,8 @@ class DenseRow {
   int64_t left_;
 };
 
-// Products of M weight rows of the panel and V vectors of rows of x, `columns` of each, to sums[M][V]: of the
-// first piece, or added to those of the pieces before.
+// Multiplies `columns` columns of M weight rows of the panel by those of V vectors of rows of x. Stores the
+// products in sums[M][V] if kFirst (the first piece), else adds them to the sums of the pieces before.
 template <int M, int V, bool kFirst>
 void multiply_tile(const float* weights, const float* x, int64_t columns, float* sums) {
   static_assert(M * V + V + 1 <= 16, "the sums, those of x and a weight must fit 16 registers");
@@ -159,7 +161,7 @@ void multiply_tile(const float* weights, const float* x, int64_t columns, float*
     }
 }
 
-// A group of which `count` weight rows are used, times a tile of x.
+// Multiplies a group, of which `count` weight rows are used, by a tile of x.
 template <bool kFirst>
 void multiply_group(const float* group, int64_t count, const float* x, int64_t tile, int64_t columns,
                     float* sums) {
@@ -174,7 +176,8 @@ void multiply_group(const float* group, int64_t count, const float* x, int64_t t
   }
 }
 
-// Sums of weight row `row` and eight rows of x from `first` on, of which some are `rows`: scales, bias.
+// Applies scales and bias to the sums of weight row `row` and eight rows of x, from `first` on, of which the
+// first `rows` exist.
 template <typename T>
 __m256 finished(const LinearTask& task, const float* sums, int64_t row, int64_t first, int64_t rows) {
   const LinearArgs& a = task.args;
@@ -185,8 +188,9 @@ __m256 finished(const LinearTask& task, const float* sums, int64_t row, int64_t 
   return sum;
 }
 
-// Weight rows [row, row + count), at most four, and eight rows of x from `first` on, of which some are
-// `rows`: from sums, `tile` apart, to the result.
+// Finishes the sums of weight rows [row, row + count), at most four, and of eight rows of x, from `first` on,
+// of which the first `rows` exist; transposes them and stores them in the result. `tile` is the distance
+// between the sums of two weight rows.
 template <typename T>
 void store_turned(const LinearTask& task, const float* sums, int64_t tile, int64_t row, int64_t count,
                   int64_t first, int64_t rows) {
@@ -197,7 +201,7 @@ void store_turned(const LinearTask& task, const float* sums, int64_t tile, int64
   }
   const __m256 low01 = _mm256_unpacklo_ps(four[0], four[1]), high01 = _mm256_unpackhi_ps(four[0], four[1]);
   const __m256 low23 = _mm256_unpacklo_ps(four[2], four[3]), high23 = _mm256_unpackhi_ps(four[2], four[3]);
-  alignas(32) T turned[4][2][4];  // row 4 i + j of x is at [j][i]
+  alignas(32) T turned[4][2][4];  // [j][i] holds row 4 i + j of x
   store_lanes(turned[0][0], _mm256_shuffle_ps(low01, low23, 0x44));
   store_lanes(turned[1][0], _mm256_shuffle_ps(low01, low23, 0xee));
   store_lanes(turned[2][0], _mm256_shuffle_ps(high01, high23, 0x44));
@@ -213,8 +217,8 @@ void store_turned(const LinearTask& task, const float* sums, int64_t tile, int64
   }
 }
 
-// Weight rows [begin, end), at most kPanelRows, times all rows of x. Room: for the panel, and for the sums
-// between two pieces, [tile of x][weight row][row of the tile].
+// Multiplies weight rows [begin, end), at most kPanelRows, by all rows of x. `panel` and `all_sums` are
+// scratch memory; all_sums holds the sums between two pieces, [tile of x][weight row][row of the tile].
 template <typename T, typename Row>
 void multiply_panel(const LinearTask& task, int64_t begin, int64_t end, float* panel, float* all_sums) {
   const LinearArgs& a = task.args;
@@ -223,7 +227,7 @@ void multiply_panel(const LinearTask& task, int64_t begin, int64_t end, float* p
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
   Row rows[kPanelRows];
   for (int64_t row = begin; row < end; ++row) rows[row - begin] = Row(task, row);
-  for (int64_t c = 0; c == 0 || c < columns; c += kPieceColumns) {  // sums of nothing are stored, too
+  for (int64_t c = 0; c == 0 || c < columns; c += kPieceColumns) {  // runs once if there are no columns
     const int64_t here = least(kPieceColumns, columns - c);
     for (int64_t r = 0; r < end - begin; ++r) {
       rows[r].expand_to(panel + r / kGroupRows * kGroupFloats + r % kGroupRows * kStep, here);
@@ -250,7 +254,7 @@ void multiply_panel(const LinearTask& task, int64_t begin, int64_t end, float* p
   }
 }
 
-// False where memory is short.
+// Multiplies weight rows [begin, end) by all rows of x, panel by panel. Returns false if memory is short.
 template <typename T, typename Row>
 bool multiply_tiles(const LinearTask& task, int64_t begin, int64_t end) {
   const int64_t panel_rows = least(kPanelRows, (end - begin + kGroupRows - 1) / kGroupRows * kGroupRows);
@@ -258,7 +262,7 @@ bool multiply_tiles(const LinearTask& task, int64_t begin, int64_t end) {
                 x_rows = (task.args.rows + kTileRows - 1) / kTileRows * kTileRows;
   auto* room = static_cast<float*>(scratch(1, (panel + panel_rows * x_rows) * sizeof(float)));
   if (!room) return false;
-  // The last rows of a panel that is not full are multiplied like the others, and not stored.
+  // If a panel is not full, its last rows are multiplied like the others and not stored.
   std::memset(room, 0, panel * sizeof(float));
   for (int64_t row = begin; row < end; row += kPanelRows) {
     multiply_panel<T, Row>(task, row, least(end, row + kPanelRows), room, room + panel);

@@ -10,23 +10,25 @@ namespace mosaic::MOSAIC_ISA {
 
 using namespace mosaic::cpu;
 
-// From how many rows on x is turned (see KernelTable::turn_x), and the room in the next tile where `rows` are
-// left.
+// has_turned_rows: true if x has enough rows to be transposed into tiles (see KernelTable::turn_x).
+// turned_rows: the size of the next tile if `rows` rows are left.
 #if defined(__AVX512VNNI__)
-// Up to 17 rows tiles took 1.1 to 1.7 times as long as blocks, but with a scale for every 64 columns 0.7
-// to 1.0 times from 12 rows on, 0.65 to 0.85 at 16. (4096x4096 and 2048x2048, Zen 4, Nov 2026)
+// Up to 17 rows tiles took 1.1 to 1.7 times as long as blocks of rows. With a scale for every 64 columns they
+// took 0.7 to 1.0 times as long from 12 rows on, and 0.65 to 0.85 times at 16. (4096x4096 and 2048x2048, Zen
+// 4, Nov 2026)
 inline bool has_turned_rows(const LinearArgs& a) { return a.rows >= (a.scale_groups > 1 ? 12 : 24); }
 MOSAIC_HD int64_t turned_rows(int64_t rows) { return rows > 24 ? 32 : rows > 8 ? 16 : 8; }
 constexpr int64_t kTurnMultiple = 4, kTurnChunk = 0;
 #elif defined(__AVX2__)
-// Panels with lanes along columns (linear_avx2.cpp) leave no lane empty where rows are no multiple of 8: at
-// 17 rows tiles took 1.5 times as long, at 33 and 41 1.2 times, at 48 and 56 as long, at 64 0.9 times.
-// (4096x4096, Xeon, Sapphire Rapids class, kept to AVX2, Dec 2026)
+// The lanes of a tile are rows of x, so some stay empty if the number of rows is not a multiple of 8. The
+// lanes of the panels in linear_avx2.cpp are columns and are always full. Compared with panels, tiles took
+// 1.5 times as long at 17 rows, 1.2 times at 33 and 41, 1.0 times at 48 and 56, and 0.9 times at 64.
+// (4096x4096, Xeon, Sapphire Rapids class, limited to AVX2, Dec 2026)
 inline bool has_turned_rows(const LinearArgs& a) { return a.rows >= 64; }
 MOSAIC_HD int64_t turned_rows(int64_t rows) { return rows > 8 ? 16 : 8; }
-// Chunks are multiples of half a group of weight rows, and as many of them as a panel has: of bf16 rows of
-// 5632 columns 256 KB are but 23, and to read x for each 23 took 1.1 times as long. (256 rows of x, Xeon,
-// Sapphire Rapids class, kept to AVX2, Dec 2026)
+// A chunk has about 96 weight rows, as many as a panel, and always a multiple of 6 (half a group). A chunk of
+// 256 KB, as other kernels have, is only 23 rows of 5632 columns in bf16; since every chunk reads all of x,
+// that took 1.1 times as long. (256 rows of x, Xeon, Sapphire Rapids class, limited to AVX2, Dec 2026)
 constexpr int64_t kTurnMultiple = 6, kTurnChunk = 96;
 #else
 inline bool has_turned_rows(const LinearArgs&) { return false; }
@@ -43,7 +45,8 @@ template <typename T>
 bool linear_int8_times_int8(const LinearTask& task, int64_t begin, int64_t end);
 template <typename T>
 bool linear_dense(const LinearTask& task, int64_t begin, int64_t end);
-// Levels of AVX2: of `linear`, `linear_int8` and `linear_dense` what takes many rows of x, turned.
+// AVX2 only: the parts of `linear`, `linear_int8` and `linear_dense` for many rows of x, which are
+// transposed.
 template <typename T>
 bool linear_tiles(const LinearTask& task, int64_t begin, int64_t end);
 template <typename T>
@@ -55,7 +58,7 @@ template <typename T>
 void pack_x(const void* x, int64_t rows, int64_t in_features, void* packed);
 void turn_x(const void* from, int64_t row_bytes, int64_t rows, void* to);
 XForm x_form(WeightKind kind, const LinearArgs& a);
-constexpr int64_t kWholeRows = 6;  // AVX2: up to so many rows of x are multiplied as whole numbers
+constexpr int64_t kWholeRows = 6;  // AVX2: x is rounded to integers if it has at most this many rows
 template <typename T>
 bool round_x(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed, float* scales);
 int64_t rounded_row_bytes(XForm form, int64_t in_features);

@@ -10,24 +10,33 @@ namespace mosaic::cpu {
 // Rows of x go through the linear kernels in blocks of this many (the last one may be smaller).
 constexpr int64_t kRowBlock = 8;
 
-// Rows of x are turned in blocks of this many (the last one may be smaller), each of one or several tiles.
+// Rows of x are transposed in blocks of this many (the last one may be smaller). A block is one or several
+// tiles.
 constexpr int64_t kTurnRows = 32;
 
 struct LinearTask {
   LinearArgs args;
-  // x interleaved block by block, [word][row of the block][32], columns past the last one zero; in the
-  // element type that packed_x_size tells. Block b starts at row 8 b of 32 * bitmask_words columns each.
-  // Or what round_x made of it, where x_form tells so. Or tile by tile what turn_x made of either.
+  // x in the layout that the kernel reads, one of three:
+  // - from pack_x: blocks of kRowBlock rows, [word][row of the block][32], zeros past the last column,
+  //   elements of packed_x_size bytes. Block b starts where row 8 b would, if rows had 32 * bitmask_words
+  //   columns;
+  // - from round_x, where x_form is not kPlain: blocks of rows rounded to integers;
+  // - from turn_x, where has_turned_rows is true: tiles of transposed rows that pack_x or round_x wrote.
   const void* x;
-  int64_t fast_values;    // a 64-byte load that starts below this index stays inside `values`
-  int64_t rows_ahead;     // this many weight rows before they are read, memory should be asked for them
-  const float* x_scales;  // [rows], of whole numbers; else nullptr
+  int64_t fast_values;    // a 64-byte load from any index below this one stays inside `values`
+  int64_t rows_ahead;     // weight rows should be prefetched this many rows before they are read
+  const float* x_scales;  // [rows] where x is rounded to integers, else nullptr
 };
 
-// What a kernel multiplies by: numbers as they are, or whole numbers and a scale for each row of x. kInt16 is
-// tried where a level prefers it, and given up for rows that sixteen bits do not hold well.
-// kInt8Float are whole numbers of eight bits in fp32, for levels and rows that have no other products of
-// them. How kInt8 is stored is the level's own affair; kSignedInt8 is stored as such.
+// The form of x that a kernel multiplies by. kPlain: floating-point numbers. All others: integers, with one
+// scale for each row of x.
+// - kInt8: integers of 8 bits. Each instruction set chooses how to store them (AVX-512: unsigned bytes with
+//   128 added; AVX2: 16 bits).
+// - kSignedInt8: integers of 8 bits, stored as signed bytes.
+// - kInt8Float: integers of 8 bits, stored in fp32. For instruction sets, or numbers of rows,
+//   without kernels for integer products.
+// - kInt16: integers of 16 bits. Tried where an instruction set prefers them to kPlain; the driver returns to
+//   kPlain if 16 bits hold most elements of a row less well than bf16.
 enum class XForm { kPlain, kInt8, kInt16, kInt8Float, kSignedInt8 };
 
 enum WeightKind { kPacked, kPackedInt8, kPackedInt8TimesInt16, kPackedInt8TimesInt8, kDense, kWeightKinds };
@@ -81,25 +90,26 @@ struct Split {
 struct KernelTable {
   const char* name;
 
-  // All rows of x against weight rows [begin, end), false where memory is short; nullptr where the level has
-  // no such kernel.
+  // Multiplies weight rows [begin, end) by all rows of x; returns false if memory is short. nullptr if the
+  // instruction set has no such kernel.
   bool (*linear[kWeightKinds][3])(const LinearTask&, int64_t begin, int64_t end);
   // Bytes of an element of LinearTask::x: 4 (fp32), or 2 where the kernel multiplies x as it is.
   int (*packed_x_size)(DType);
   // Interleaves up to kRowBlock rows of x.
   void (*pack_x[3])(const void* x, int64_t rows, int64_t in_features, void* packed);
   XForm (*x_form)(WeightKind, const LinearArgs&);
-  // Rounds up to kRowBlock rows of x, one scale each, and interleaves them as their kernel wants it; false
-  // where kInt16 holds most elements of a row, so small beside its largest, less well than bf16 would.
+  // Rounds up to kRowBlock rows of x to integers, with one scale for each row, and interleaves them in the
+  // layout of their kernel. Returns false if kInt16 holds most elements of a row less well than bf16 does:
+  // they are too small beside the largest element.
   bool (*round_x[3])(const void* x, XForm form, int64_t rows, int64_t in_features, void* packed,
                      float* scales);
   int64_t (*rounded_row_bytes)(XForm, int64_t in_features);
-  // Whether the linear kernels take x turned. They then take weight rows in multiples of `turn_multiple`, and
-  // best some `turn_chunk` at a time; 0: as many as stay in L2.
+  // True if the linear kernels read x transposed by turn_x. They then take weight rows in multiples of
+  // `turn_multiple`, and are fastest with about `turn_chunk` rows at a time (0: as many as stay in L2).
   bool (*has_turned_rows)(const LinearArgs&);
   int64_t turn_multiple, turn_chunk;
-  // Up to kTurnRows rows of x, each interleaved or rounded alone, to tiles of [row_bytes / 4][rows of a tile]
-  // items of 4 bytes: lanes are rows of x, and missing ones zero.
+  // Transposes up to kTurnRows rows of x, each packed or rounded as a block of its own, into tiles of
+  // [row_bytes / 4][rows of the tile] items of 4 bytes. Lanes are then rows of x; missing rows are zero.
   void (*turn_x)(const void* from, int64_t row_bytes, int64_t rows, void* to);
 
   // Bits of one row: of what is not zero and, unless `keep` is null, kept; returns their number.

@@ -21,7 +21,7 @@ try:  # `from mosaic_kernels import _C_cpu` would report a circular import if th
 except ImportError as error:
     _IMPORT_ERROR: str | None = why_missing("_C_cpu", error)
 else:
-    _IMPORT_ERROR, BEST_ISA = None, isa.limit(_C_cpu)  # the processor's level, whatever MOSAIC_ISA says
+    _IMPORT_ERROR, BEST_ISA = None, isa.limit(_C_cpu)  # BEST_ISA ignores MOSAIC_ISA
     unchanged = _C_cpu.unchanged
 
 __all__ = [
@@ -57,19 +57,19 @@ DENSE_ROWS = _IMPORT_ERROR is None and _C_cpu.isa() != "scalar"
 
 
 def why_not() -> str | None:
-    """``None`` where the CPU kernels can run, else the reason."""
+    """``None`` if the CPU kernels can run, else the reason why not."""
     return _IMPORT_ERROR
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor's memory begins; 0 where there is none."""
+    """The address of a tensor's first element; 0 for ``None``."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def _fitting(
     x: Tensor, values: Tensor, words: Tensor | None, bias: Tensor | None, in_features: int, out_features: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``x``, ``values`` and ``bias`` as a kernel may read them.
+    """``x``, ``values`` and ``bias``, checked and contiguous.
 
     Raises:
         KernelError: a shape, dtype or device does not fit.
@@ -125,16 +125,19 @@ def sparse_linear_int8_raw(
 def linear_at(
     operands: Operands, in_features: int, dtype: torch.dtype, quantize_x: bool = False
 ) -> Callable[[int, int, int, int], None]:
-    """The kernel of one weight, which was checked and addressed once and has to stay where it is.
+    """Prepare the kernel of one weight.
+
+    The weight is checked, and the addresses of its tensors are read, only here. The tensors must stay where they are.
 
     Args:
         operands: the weight, contiguous.
-        in_features: of it.
-        dtype: of the activations it will meet.
+        in_features: the number of its columns.
+        dtype: the dtype of the activations.
         quantize_x: see ``sparse_linear_int8``.
 
     Returns:
-        What takes the addresses of ``x`` and of the result, the rows of ``x`` and the number of threads.
+        A function of the address of ``x``, the address of the result, the number of rows of ``x`` and the number of
+        threads.
 
     Raises:
         KernelError: activations of that dtype do not fit the weight.
@@ -149,22 +152,23 @@ def linear_at(
 
 
 def bytes_of(x: Tensor) -> bytes:
-    """A copy of what a tensor of the CPU holds."""
+    """A copy of the contents of a CPU tensor."""
     x = x.contiguous()
     return _C_cpu.bytes_at(x.data_ptr(), x.numel() * x.element_size())
 
 
 def holds(x: Tensor, copy: bytes) -> bool:
-    """Whether :func:`bytes_of` a tensor of that size would be this: -0 is not 0, and NaN is itself."""
-    x = x.contiguous()  # a copy must live as long as it is read
+    """True if ``x`` holds the bytes in ``copy``, from :func:`bytes_of` a tensor of that size; -0 differs from 0."""
+    x = x.contiguous()  # keeps a contiguous copy alive during the comparison
     return _C_cpu.holds(x.data_ptr(), copy)
 
 
 class Group:
-    """Several weights on one ``x`` in one dispatch: the results of ``sparse_linear`` or ``sparse_linear_int8``.
+    """Multiplies one ``x`` by several weights in one native call, as ``sparse_linear`` or ``sparse_linear_int8`` would.
 
-    Query, key and value read the same activations, and so do gate and up: ``x`` is prepared once, and the
-    threads share the rows of all. The weights are checked and addressed here, once.
+    Query, key and value projections read the same activations, and so do gate and up. In one call ``x`` is prepared
+    once, and the threads share the rows of all weights. The constructor checks the weights and reads their addresses,
+    so calls need not.
 
     Args:
         parts: the weights, all float or all int8.
@@ -181,7 +185,7 @@ class Group:
         self.dtype = next(iter(kinds), None)  # int8 without biases takes any x
         self.in_features, self.quantize_x = in_features, quantize_x
         like = torch.empty(0, in_features, dtype=self.dtype, device="cpu")
-        # What the addresses below point to, as tensors of their own: a parameter's storage may be replaced.
+        # Keeps the memory behind the addresses below alive. Detached, because a parameter's storage may be replaced.
         self._held: list[tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]] = []
         self._sizes: list[int] = []
         addresses: list[tuple[int, ...]] = []
@@ -212,12 +216,15 @@ class Group:
 
 
 def prepared_block(dtype: torch.dtype, *described: Any) -> Any:
-    """Native calls of a decoder block, of layers, norms, epsilons, head_dim and scaling; every address stays good."""
+    """The native calls of a decoder block, which is described by its layers, norms, epsilons, head_dim and scaling.
+
+    The tensors behind the described addresses must stay where they are.
+    """
     return _C_cpu.PreparedBlock(_DTYPES[dtype], *described)
 
 
 def dense_linear_raw(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` by the sparse kernels' own loop.
+    """``F.linear``, computed by the loop of the sparse kernels.
 
     Raises:
         BackendError: the instruction set in use has no such kernel (it needs AVX2).

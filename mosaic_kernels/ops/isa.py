@@ -10,7 +10,7 @@ from mosaic_kernels.errors import UsageError
 
 __all__ = ["LEVELS", "level", "limit"]
 
-LEVELS = ("scalar", "avx2", "avx512", "amx")  # each includes those before it
+LEVELS = ("scalar", "avx2", "avx512", "amx")  # each includes the ones before it
 
 
 class Native(Protocol):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators as torch knows them: schema, backends, fake tensor, and autograd where activations flow."""
+"""Registers the operators with torch: their schemas, backends and fake tensors, and autograd for linear layers."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # activations that are rounded on their way in pass gradients as if they were not
+    # if the kernel rounds the activations to int8, their gradient ignores the rounding (straight-through)
     values, scales, words = ctx.saved_tensors
     bits = words.view(torch.uint8)
     weight = torch.ops.mosaic.unpack(dequantize(values, scales, bits).to(grad.dtype), bits, ctx.in_features)
@@ -219,9 +219,9 @@ def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _product(grad: Tensor, weight: Tensor) -> Tensor:
-    """``grad @ weight``, in fp32 where this processor multiplies their dtype slowly.
+    """``grad @ weight``, computed in fp32 if torch multiplies their dtype slowly on this processor.
 
-    A graph, which sees tensors of other types, leaves that to torch.
+    While a graph is traced, ``grad`` is of a subclass of ``Tensor``, and the product is left to torch.
     """
     if type(grad) is Tensor and is_slow(grad):
         return (grad.float() @ weight.float()).to(grad.dtype)

@@ -21,5 +21,5 @@ _FORCED_THREADS = _forced_threads()
 
 
 def threads() -> int:
-    """Threads a kernel may use: ``MOSAIC_NUM_THREADS``, or else what torch uses."""
+    """The number of threads that a kernel may use: ``MOSAIC_NUM_THREADS`` if it is set, else torch's number."""
     return _FORCED_THREADS or torch.get_num_threads()
