@@ -29,7 +29,7 @@ def tiles() -> Iterator[None]:
     try:
         _C_cpu.set_isa("amx")
     except KernelError:
-        pytest.skip("this processor has no AMX, or the system does not lend its tiles")
+        pytest.skip("this processor has no AMX, or the system does not let this process use them")
     with ops.use_backend("cpu"):
         yield
     _C_cpu.set_isa(before)
