@@ -66,9 +66,13 @@ def is_slow(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in _INSTRUCTIONS and not _is_fast(x.dtype)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a graph must not hold the measurement
 def _is_fast(dtype: torch.dtype) -> bool:
     return has_fast_products(dtype)
+
+
+# A compiled graph must hold the answer and not the measurement. This is all that torch.compiler.assume_constant_result
+# does, but that function imports the whole compiler, which takes a second and imports triton.
+_is_fast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

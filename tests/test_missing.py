@@ -24,6 +24,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(PACKAGE, root / "mosaic_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (root / "setup.py").touch()
     (root / "csrc").mkdir()
+    # An editable install of this package would find the native modules for the copy, too.
+    (root / "sitecustomize.py").write_text(
+        "import sys\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path\n"
+        "                    if not getattr(finder, '__module__', '').startswith('__editable___mosaic')]\n"
+    )
     return root
 
 
