@@ -89,8 +89,9 @@ def products(dtype: torch.dtype) -> Products:
     fast = ratio >= FAST
     if known is not None and fast is not known:
         logger.info(
-            "this processor %s instructions for %s products, but torch's are %.2gx as fast as float32's",
+            "this processor %s instructions for %s products, but torch's run at %.2gx the speed of float32's: %s",
             "has" if known else "has no", name_of(dtype), ratio,
+            "they are used" if fast else "products of many rows are computed in float32 here",
         )  # fmt: skip
     return Products(fast, ratio, known)
 

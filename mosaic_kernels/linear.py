@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from mosaic_kernels import ops
 from mosaic_kernels.arrangement import Arrangement, arrange, tensors_of
 from mosaic_kernels.config import Weights
 from mosaic_kernels.device import is_slow
-from mosaic_kernels.errors import FormatError
+from mosaic_kernels.errors import FormatError, UsageError
 from mosaic_kernels.format import PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops.cpu import Operands
@@ -104,7 +104,10 @@ class MosaicLinear(nn.Linear):
         Raises:
             KernelError: the layer's weight is not 2-D fp32, bf16 or fp16.
             NonFiniteError: weights to round are NaN or infinite.
+            UsageError: ``weights`` is none of these.
         """
+        if weights not in get_args(Weights):
+            raise UsageError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
         with torch.no_grad():
             packed = ops.pack(linear.weight.detach())
             if weights != "float":

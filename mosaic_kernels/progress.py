@@ -182,7 +182,7 @@ class _Display:
         plain = "{desc} [{elapsed}]" if station.total is None else None
         self._bar = tqdm(
             total=station.total, initial=station.done, desc=label, unit=station.unit, bar_format=plain,
-            unit_scale=not station.numbered, file=sys.stderr, leave=False, ncols=_columns(),
+            unit_scale=not station.numbered, file=sys.stderr, leave=False, ncols=_columns(), nrows=_ROWS,
         )  # fmt: skip
 
     def _watch(self, stop: threading.Event) -> None:
@@ -193,6 +193,11 @@ class _Display:
 
 def _on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+# tqdm hides bars that would not fit the height of the terminal, and draws nothing where a terminal says it has no rows,
+# as those of `script` and some containers do. There is one bar, and it always fits.
+_ROWS = 20
 
 
 def _columns() -> int:

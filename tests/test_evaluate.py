@@ -149,8 +149,9 @@ def test_command_prints_one_json_line(tiny_llama: Path, validation_text: Path, c
     found = json.loads(out)
     assert set(found) == {
         "perplexity", "tokens", "nll", "seconds", "decode_tokens_per_s", "prefill_tokens_per_s", "weight_bytes",
-        "peak_memory_bytes", "compute_dtype", "runs",
+        "peak_memory_bytes", "compute_dtype", "latency_dtype", "runs",
     }  # fmt: skip
+    assert found["latency_dtype"] == "bfloat16"  # as it is stored and loaded, whatever perplexity was computed in
     assert found["runs"].startswith("0 of 6 blocks natively (not prepared: call mk.prepare_inference(model)), 42 ")
     assert found["tokens"] == 4 * 63
     assert found["perplexity"] < 200  # it was trained; a random model has 4096
@@ -166,6 +167,7 @@ def test_command_prints_a_table(tiny_llama: Path, validation_text: Path, capsys:
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()] == ["decode", "prefill", "runs", "weights", "peak"]
     assert "runs         0 of 6 blocks natively (not prepared" in out
+    assert out.count(" tokens/s, in bfloat16\n") == 2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mosaic_kernels as mk
-from mosaic_kernels.errors import FormatError, KernelError
+from mosaic_kernels.errors import FormatError, KernelError, UsageError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (in_features, out_features): one weight, whole words, one bit over a byte and a word, a row of bytes
@@ -234,3 +234,8 @@ def test_another_pattern_of_as_many_weights_is_read_right(columns: int) -> None:
     layer(x)  # from now on its calls are prepared
     layer.load_state_dict(mk.MosaicLinear.from_linear(other).state_dict())
     torch.testing.assert_close(layer(x), other(x))
+
+
+def test_unknown_kinds_of_values_are_refused() -> None:
+    with pytest.raises(UsageError, match="weights must be one of float, int8, int8-group, got 'int4'"):
+        mk.MosaicLinear.from_linear(_dense((8, 8), 0.5), weights="int4")  # type: ignore[arg-type]

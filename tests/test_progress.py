@@ -283,10 +283,10 @@ def test_a_log_file_names_every_station_in_order(run: Run, dense_dir: Path, shor
 
 
 @contextmanager
-def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> Iterator[list[bytes]]:
+def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 100, rows: int = 24) -> Iterator[list[bytes]]:
     """Make stderr a terminal and collect what is written to it."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
     parts: list[bytes] = []
 
     def read() -> None:
@@ -329,11 +329,13 @@ def test_a_terminal_shows_one_bar(
     assert not any(line in STATIONS for line in logged), "what the bar says is not logged as well"
 
 
-@pytest.mark.parametrize("columns", [0, 100])
-def test_a_bar_has_the_rate_and_the_time_left_whatever_the_width(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal without a width still shows bars; after the inner station the outer one is shown again."""
+@pytest.mark.parametrize(("columns", "rows"), [(0, 24), (100, 24), (100, 0), (0, 0)])
+def test_a_bar_has_the_rate_and_the_time_left_whatever_the_size(
+    columns: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal without a width or a height still shows bars; after the inner station the outer one is shown again."""
     monkeypatch.setattr(progress, "_display", progress._Display())
-    with terminal(monkeypatch, columns) as parts, station("block", 4, "block", numbered=True) as here:
+    with terminal(monkeypatch, columns, rows) as parts, station("block", 4, "block", numbered=True) as here:
         here.advance()
         with station("recover", 10, "step", detail=True) as inner:
             inner.advance(5)

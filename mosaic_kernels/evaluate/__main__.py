@@ -70,6 +70,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """The measurements that the arguments ask for, under the names that ``--json`` prints."""
     from mosaic_kernels.checkpoint.reader import load_model
     from mosaic_kernels.compute import computing_in, settle_evaluation_dtype
+    from mosaic_kernels.device import name_of
     from mosaic_kernels.evaluate.latency import latency, weight_bytes
     from mosaic_kernels.evaluate.perplexity import perplexity
     from mosaic_kernels.evaluate.zero_shot import check_zero_shot, zero_shot
@@ -110,6 +111,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def measure_speed() -> None:
         result.update(vars(latency(model, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)))
+        result["latency_dtype"] = name_of(model.get_input_embeddings().weight.dtype)
         result["runs"] = explain(model).summary
 
     asked = arguments.compute_dtype
@@ -135,8 +137,8 @@ def format_table(result: dict[str, Any]) -> str:
         lines.append(f"perplexity   {result['perplexity']:.3f} {measured}")
     lines += _accuracy_lines(result.get("zero_shot", {}))
     if "decode_tokens_per_s" in result:
-        lines.append(f"decode       {result['decode_tokens_per_s']:,.1f} tokens/s")
-        lines.append(f"prefill      {result['prefill_tokens_per_s']:,.1f} tokens/s")
+        lines.append(f"decode       {result['decode_tokens_per_s']:,.1f} tokens/s, in {result['latency_dtype']}")
+        lines.append(f"prefill      {result['prefill_tokens_per_s']:,.1f} tokens/s, in {result['latency_dtype']}")
         lines.append(f"runs         {result['runs']}")
     lines.append(f"weights      {result['weight_bytes'] / mib:,.1f} MiB")
     device = "" if peak["device"] is None else f", device {peak['device'] / mib:,.0f} MiB"
