@@ -92,9 +92,13 @@ def committed(noun: str) -> list[Figures]:
 
 
 # Least speed of bf16 weights of 2048 x 2048 and more over the faster of torch's dense products, and of int8 at one row
-# over the bf16 bitmap, by instruction set.
-PROMISED = {"avx512": {"1 rows": 2.0, "4 rows": 1.6, "8 rows": 1.4, "64 rows": 0.95}}
-PROMISED_OF_INT8 = {"avx512": 1.4}
+# over the bf16 bitmap, by instruction set. With AVX2 one row of bf16 at 50 % reads 92 % of what memory gives (Xeon,
+# limited to AVX2, Dec 2026): memory bounds it, and the ratio moves with how fast torch reads its dense weight.
+PROMISED = {
+    "avx512": {"1 rows": 2.0, "4 rows": 1.6, "8 rows": 1.4, "64 rows": 0.95},
+    "avx2": {"1 rows": 1.7, "4 rows": 2.0, "8 rows": 1.4, "64 rows": 0.95, "256 rows": 0.95},
+}
+PROMISED_OF_INT8 = {"avx512": 1.4, "avx2": 1.2}
 
 
 def test_linear_layers_are_as_fast_as_promised() -> None:
@@ -154,12 +158,17 @@ def test_memory_is_what_is_promised() -> None:
         assert found["test_peak_of_pruning"]["memory"]["peak"] <= 1.65
 
 
+# Decoding a 1.1B Llama at 50 % over the dense one. The processor with AMX decodes with the kernels of AVX-512, but torch
+# reads dense weights faster there: at 18 GB/s, where on the one without AMX it reads at 12.
+PROMISED_OF_MODELS = {"avx512": 2.5, "avx2": 2.5, "amx": 2.0}
+
+
 def test_whole_models_keep_their_promises() -> None:
     """A 1.1B Llama against the dense one, by the committed measurement."""
-    for found in committed("generate"):
+    for machine, found in committed_by_machine("generate"):
         rows = {row["variant"]: row for row in found.values() if "prefill" in row and "model" not in row}
         bitmap, int8, composite = rows["bitmap 50 %"], rows["int8 50 %"], rows["composite 60 %"]
-        assert bitmap["ratios"]["decode"] >= 2.5
+        assert bitmap["ratios"]["decode"] >= PROMISED_OF_MODELS[machine["isa"]]
         assert bitmap["memory"]["projections"] <= 0.58
         assert int8["memory"]["projections"] <= 0.33
         assert min(composite["ratios"].values()) >= 1 / (1 - 0.3)
