@@ -158,8 +158,8 @@ def test_memory_is_what_is_promised() -> None:
         assert found["test_peak_of_pruning"]["memory"]["peak"] <= 1.65
 
 
-# Decoding a 1.1B Llama at 50 % over the dense one. The processor with AMX decodes with the kernels of AVX-512, but torch
-# reads dense weights faster there: at 18 GB/s, where on the one without AMX it reads at 12.
+# Decoding a 1.1B Llama at 50 % over the dense one. A token of the level "amx" runs on the kernels of AVX-512, but torch
+# reads dense weights faster on that processor: at 18 GB/s, on the one without AMX at 12.
 PROMISED_OF_MODELS = {"avx512": 2.5, "avx2": 2.5, "amx": 2.0}
 
 
