@@ -16,7 +16,7 @@ import torch
 from prune_runs import Run
 
 import mosaic_kernels as mk
-from mosaic_kernels.errors import CalibrationError, MosaicError, UsageError
+from mosaic_kernels.errors import CalibrationError, Interrupted, MosaicError, UsageError
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.given import MOST_ITEMS, Sequences, Stream, Texts, given_calibration, sequence_length
 
@@ -280,7 +280,7 @@ def test_a_resumed_run_knows_its_tokens(dense_dir: Path, tmp_path: Path, monkeyp
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_prune_blocks", stop)
-        with pytest.raises(mk.MosaicError, match="interrupted"):
+        with pytest.raises(Interrupted, match="finished blocks are kept"):
             mk.prune(dense_dir, output_dir=out, calibration=TOKENS, **OPTIONS)
     changed = TOKENS.clone()
     changed[3, 3] += 1
