@@ -68,14 +68,20 @@ class Difference(NamedTuple):
         return f"{self.name} {self.detail}"
 
 
-def write(directory: Path) -> Manifest:
+def write(directory: Path, *, leave_out: Set[str] = frozenset()) -> Manifest:
     """List every file below ``directory`` in ``mosaic_manifest.json``; folders without files are removed.
+
+    Args:
+        directory: where the files are.
+        leave_out: names in ``directory`` itself that are not part of it.
 
     Raises:
         FormatError: the directory holds something that is neither a file nor a folder, such as a link.
     """
     names = []
     for name, info in sorted(_walk(directory), reverse=True):  # a folder comes after what it holds
+        if PurePosixPath(name).parts[0] in leave_out:
+            continue
         path = directory / name
         if stat.S_ISDIR(info.st_mode):
             if not any(path.iterdir()):

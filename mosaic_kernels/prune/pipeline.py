@@ -99,7 +99,9 @@ def prune(
         output = None
         if output_dir is not None:
             output = team.first(
-                lambda: OutputDirectory(Path(output_dir), overwrite=config.overwrite, resume=config.resume)
+                lambda: OutputDirectory(
+                    output_dir, overwrite=config.overwrite, resume=config.resume, source=_name(model)
+                )
             )
         if not isinstance(model, (str, Path)):  # pruned where it is
             device = next(model.parameters()).device
