@@ -88,7 +88,10 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _release(handle: int, path: Path, holder: int) -> None:
-    if os.getpid() == holder:  # a forked child shares the lock, but does not end it
+    if os.getpid() != holder:  # a forked child shares the lock, but does not end it
+        return
+    try:
         if _is_at(handle, path):
-            path.unlink(missing_ok=True)  # before the lock goes: who has it open then sees that it is no longer there
+            path.unlink(missing_ok=True)  # before the lock goes: who waits for it then sees that its file is gone
+    finally:
         os.close(handle)
