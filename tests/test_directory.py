@@ -158,7 +158,7 @@ def test_a_finished_result_is_not_dropped_by_repeating_the_command(tmp_path: Pat
     with _failing(output, errno.EIO), pytest.raises(EnvironmentError_):
         output.publish()
     output.release()
-    with pytest.raises(UsageError, match="a run has left a finished result in"):
+    with pytest.raises(UsageError, match="has left its result"):
         OutputDirectory(output.path)
     assert (output.staging / "config.json").read_text() == "new"
     assert _names(OutputDirectory(output.path, overwrite=True).staging) == {"journal", staging.MARKER}

@@ -167,7 +167,7 @@ def test_places_that_hold_other_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _refused(tmp_path / "tree", "is a repository", overwrite=True)
 
 
-@pytest.mark.parametrize("path", ["a\0b", "~nobody-of-this-name/out", "n" * 246, "loop"])
+@pytest.mark.parametrize("path", ["a\0b", "~nobody-of-this-name/out", "n" * 246, "n" * 300 + "/out", "loop"])
 def test_what_is_not_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")

@@ -3,21 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import stat
-import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import mosaic_kernels as mk
 from mosaic_kernels.checkpoint import lock, staging
 from mosaic_kernels.checkpoint.directory import OutputDirectory
 from mosaic_kernels.checkpoint.lock import Lock
-from mosaic_kernels.errors import UsageError
+from mosaic_kernels.errors import Interrupted, UsageError
+from mosaic_kernels.prune import pipeline
 
 WISHES: tuple[dict[str, bool], ...] = ({}, {"resume": True}, {"overwrite": True})
 BESIDE = (".out.partial", ".out.journal", ".out.previous", ".out.lock")
@@ -241,40 +245,40 @@ def test_a_filesystem_without_locks(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-STARTS = """
-import sys
-from pathlib import Path
-from mosaic_kernels.checkpoint.directory import OutputDirectory
-from mosaic_kernels.errors import UsageError
-root, won, kept = Path(sys.argv[1]), [], []
-for line in sys.stdin:
-    try:
-        kept.append(OutputDirectory(root / line.strip()))
-        won.append(line.strip())
-    except UsageError as error:
-        assert "another run" in str(error), error
-    print("done", flush=True)
-print(*won)
-"""
+def test_a_run_that_failed_holds_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook keeps the last error, and with it everything that the run held."""
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_run", stop)
+    with pytest.raises(Interrupted) as kept:
+        mk.prune("any/model", output_dir=tmp_path / "out")
+    OutputDirectory(tmp_path / "out", resume=True).publish()
+    assert kept.value.__traceback__ is not None
 
 
 def test_of_two_starts_at_one_instant_one_is_refused(tmp_path: Path) -> None:
-    """Each round, both processes read the line that starts them at the same time."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", STARTS, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    for number in range(100):
-        for run in runs:
-            assert run.stdin is not None
-            run.stdin.write(f"{number}\n")
-            run.stdin.flush()
-        for run in runs:
-            assert run.stdout is not None
-            assert run.stdout.readline() == "done\n"
-    won = [run.communicate()[0].split() for run in runs]
-    assert sorted([*won[0], *won[1]], key=int) == [str(number) for number in range(100)]
+    """Threads stand for processes: a lock of one open file excludes all others, in this process too."""
+    rounds, both = range(200), threading.Barrier(2)
+    won: tuple[list[int], list[int]] = ([], [])
+
+    def start(number: int) -> None:
+        for turn in rounds:
+            both.wait()
+            held = None
+            with contextlib.suppress(UsageError):  # another run is writing there; any other error fails the test
+                held = OutputDirectory(tmp_path / str(turn))
+                won[number].append(turn)
+            both.wait()
+            if held is not None:
+                held.release()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(start, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted([*won[0], *won[1]]) == list(rounds)

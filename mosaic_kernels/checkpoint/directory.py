@@ -58,7 +58,8 @@ class OutputDirectory:
         source: str | Path | None = None,
     ) -> None:
         self.path = resolved(path)
-        require_place(self.path, source)
+        with write_errors(self.path):
+            require_place(self.path, source)
         self._may_replace = overwrite or resume
         self.complete = False
         self.staging, self._journal_aside, self._aside, lock = (
@@ -168,10 +169,10 @@ class OutputDirectory:
                 f"an interrupted run has left finished blocks in {self.journal}: --resume goes on with them, "
                 "--overwrite starts afresh"
             )
-        if (self.staging / manifest.FILE_NAME).exists():
+        if any(entry.name not in (self.journal.name, staging.MARKER) for entry in self.staging.iterdir()):
             raise UsageError(
-                f"a run has left a finished result in {self.staging}, which could not be renamed: move its files to "
-                "where you want them, or use --resume or --overwrite to make the result again"
+                f"a run that did not come to its end has left its result, or a part of it, in {self.staging}: move "
+                "the files to where you want them, or use --resume or --overwrite to make the result again"
             )
 
     def _put_in_place(self) -> None:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from mosaic_kernels.checkpoint import manifest
 from mosaic_kernels.checkpoint.disk import write_errors
 from mosaic_kernels.checkpoint.places import require_place, resolved
 from mosaic_kernels.errors import FormatError, UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def require_leave(path: Path, may_replace: bool) -> None:
@@ -33,8 +36,8 @@ def require_output(
         UsageError: ``path`` cannot be made or replaced.
     """
     place = resolved(path)
-    require_place(place, source)
     with write_errors(place):
+        require_place(place, source)
         require_leave(place, overwrite or resume)
         require_ours(place)
 
@@ -62,6 +65,9 @@ def require_ours(path: Path, *, thorough: bool = True) -> None:
             f"{path} is not replaced: it holds {first.name} and no {manifest.FILE_NAME}, so mosaic-kernels did not "
             f"write it, or an older release did: {what_to_do}"
         )
+    size = sum(entry.size for entry in listed.files.values())
+    if thorough and size > 1e9:
+        logger.info("comparing the %.0f GB in %s with its %s", size / 1e9, path, manifest.FILE_NAME)
     for difference in manifest.compare(path, listed, thorough=thorough):
         if difference.kind != "missing":
             raise UsageError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from mosaic_kernels.errors import UsageError
 
 _MOUNTS = Path("/proc/self/mountinfo")
+_LONGEST_NAME = 255  # bytes, on every common filesystem
 _REPOSITORIES = (".git", ".hg", ".svn")
 _ELSEWHERE = "choose an --output-dir"
 
@@ -22,12 +23,16 @@ def resolved(path: str | Path) -> Path:
     """``path`` as an absolute path without links and ``~``.
 
     Raises:
-        UsageError: it is not a path.
+        UsageError: it is not a path, or a name in it, with what this package puts around it, is too long.
     """
     try:
-        return Path(path).expanduser().resolve()
+        found = Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody, a zero byte
         raise UsageError(f"{str(path)!r} is not a path for --output-dir: {error}") from error
+    longest = max((len(os.fsencode(part)) for part in (*found.parts[:-1], f".{found.name}.previous")), default=0)
+    if longest > _LONGEST_NAME:
+        raise UsageError(f"a name in {str(path)!r} is {longest - _LONGEST_NAME} bytes too long: shorten --output-dir")
+    return found
 
 
 def require_place(path: Path, source: str | Path | None) -> None:
@@ -39,7 +44,7 @@ def require_place(path: Path, source: str | Path | None) -> None:
 
     Raises:
         UsageError: ``path`` is a file, or it is, contains or lies in the source model; it is or contains a mount
-            point, the working directory or the home directory; it is a repository; or its name is too long.
+            point, the working directory or the home directory; or it is a repository.
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; --output-dir takes a directory")
@@ -56,9 +61,6 @@ def require_place(path: Path, source: str | Path | None) -> None:
             raise UsageError(f"{path} lies inside the source model {source}: {_ELSEWHERE} outside of it")
     if any(_identity(path) in set(_lineage(file)) for file in _linked_files(source)):
         raise UsageError(f"{path} contains files of the source model {source}: {_ELSEWHERE} outside of it")
-    longest = len(os.fsencode(f".{path.name}.previous"))
-    if longest > 255:
-        raise UsageError(f"the name of {path} is {longest - 255} bytes too long; choose a shorter --output-dir")
 
 
 def require_no_mounts(path: Path) -> None:

@@ -118,6 +118,9 @@ def prune(
             if output is not None and not output.complete and not (worth_keeping and has_blocks(output.journal)):
                 output.discard()
             raise
+        finally:
+            if output is not None:
+                output.release()  # a notebook keeps the error, and with it this frame
 
 
 def make_config(options: dict[str, Any]) -> PruneConfig:
