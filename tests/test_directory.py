@@ -276,6 +276,28 @@ def test_what_was_put_into_the_old_directory_in_the_last_moment(old: Path, caplo
     assert ".out.previous holds files that mosaic-kernels did not write" in caplog.text
 
 
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+def test_an_old_result_is_kept_where_somebody_else_took_its_place(old: Path, options: dict[str, bool]) -> None:
+    old.rename(old.with_name(".out.previous"))  # where kill -9 would leave it
+    old.mkdir()
+    (old / "notes.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"notes\.txt"):
+        OutputDirectory(old, **options)
+    assert _names(old.with_name(".out.previous")) == RESULT
+    assert _names(old) == {"notes.txt"}
+
+
+def test_a_journal_without_its_staging_folder_is_not_given_to_another(tmp_path: Path) -> None:
+    output = _finished(tmp_path / "out")
+    staging.mark(output.journal)
+    output.journal.rename(tmp_path / ".out.journal")
+    staging.unmark(output.staging)  # a folder of somebody else, of the same name
+    output.release()
+    with pytest.raises(UsageError, match=r"\.out\.partial is not replaced"):
+        OutputDirectory(output.path, resume=True)
+    assert _names(output.staging) == {"config.json"}
+
+
 def test_staging_exchanged_meanwhile(tmp_path: Path) -> None:
     output = _finished(tmp_path / "out")
     output.staging.rename(tmp_path / "taken")

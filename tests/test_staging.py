@@ -260,7 +260,7 @@ def test_a_run_that_failed_holds_no_lock(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_of_two_starts_at_one_instant_one_is_refused(tmp_path: Path) -> None:
     """Threads stand for processes: a lock of one open file excludes all others, in this process too."""
-    rounds, both = range(200), threading.Barrier(2)
+    rounds, both = range(200), threading.Barrier(2, timeout=60)
     won: tuple[list[int], list[int]] = ([], [])
 
     def start(number: int) -> None:

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
+_TRIES = 100  # each is lost only to a holder that ends at that very moment
+
 
 class Lock:
     """Held from construction until :meth:`release`, or until this process ends, however it ends.
@@ -35,7 +37,7 @@ class Lock:
     """
 
     def __init__(self, path: Path, busy: str) -> None:
-        while True:
+        for _ in range(_TRIES):
             handle = _open(path)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,6 +52,8 @@ class Lock:
             if _is_at(handle, path):
                 break
             os.close(handle)  # the holder before us removed this file while we waited for it
+        else:
+            raise UsageError(busy)
         self.release = weakref.finalize(self, _release, handle, path, os.getpid())
 
 
