@@ -36,7 +36,8 @@ CHANGEABLE = {
     "_active_collector", "_attn_implementation", "_attn_implementation_internal", "_is_hf_initialized",
     "_hf_peft_config_loaded", "AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING",
 }  # fmt: skip
-MAY_READ_VERSIONS = ("compat", "info", "prune.report", "ops.cuda", "ops.triton.__main__")  # to print them
+# to print them, or to write them down
+MAY_READ_VERSIONS = ("compat", "info", "checkpoint.manifest", "prune.report", "ops.cuda", "ops.triton.__main__")
 MAY_IMPORT_TRITON = ("ops.triton",)
 MOST_LINES = {".py": 400, ".cpp": 600, ".cu": 600, ".h": 600, ".cuh": 600}
 

@@ -140,8 +140,12 @@ def _body(argv: list[str]) -> None:
     model, output_dir = options.pop("model"), options.pop("output_dir")
     as_json, dry_run = options.pop("json"), options.pop("dry_run")
     if dry_run:
+        from mosaic_kernels.checkpoint.ownership import require_output
         from mosaic_kernels.prune.dry_run import describe, predict
 
+        if output_dir is not None:
+            wishes = {name: options.get(name, False) for name in ("overwrite", "resume")}
+            require_output(output_dir, source=model, **wishes)
         prediction = predict(model, options)
         print(json.dumps(prediction) if as_json else describe(prediction))
         return

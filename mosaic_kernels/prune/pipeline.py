@@ -99,7 +99,9 @@ def prune(
         output = None
         if output_dir is not None:
             output = team.first(
-                lambda: OutputDirectory(Path(output_dir), overwrite=config.overwrite, resume=config.resume)
+                lambda: OutputDirectory(
+                    output_dir, overwrite=config.overwrite, resume=config.resume, source=_name(model)
+                )
             )
         if not isinstance(model, (str, Path)):  # pruned where it is
             device = next(model.parameters()).device
@@ -116,6 +118,9 @@ def prune(
             if output is not None and not output.complete and not (worth_keeping and has_blocks(output.journal)):
                 output.discard()
             raise
+        finally:
+            if output is not None:
+                output.release()  # a notebook keeps the error, and with it this frame
 
 
 def make_config(options: dict[str, Any]) -> PruneConfig:
