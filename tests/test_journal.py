@@ -69,7 +69,7 @@ def test_a_block_that_was_being_written_is_not_there(tmp_path: Path, monkeypatch
     block, _ = prepared("llama")
     journal = Journal(tmp_path, RUN)
 
-    def cut_off(tensors: Any, path: Path) -> None:
+    def cut_off(tensors: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
@@ -98,7 +98,7 @@ def test_a_block_that_a_power_cut_spoiled_is_solved_again(
 def test_a_full_disk_is_the_environments_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     from safetensors import SafetensorError
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise SafetensorError(f"Error while serializing: I/O error: {error}")
 
     block, _ = prepared("llama")
