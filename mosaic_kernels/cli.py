@@ -41,14 +41,18 @@ def run_command(body: Callable[[], int | None]) -> int:
     signals.open_standard_files()
     try:
         with _any_character(), signals.raised():
-            code = _exit_code(body)
+            return _flushed(_exit_code(body))
     except KeyboardInterrupt as stop:  # came while an error was being told
-        code = _stopped(stop)
+        return _flushed(_stopped(stop))
+
+
+def _flushed(code: int) -> int:
+    """Write out what stdout and stderr hold; the exit code, which is not 0 if stdout takes it no more."""
     lost = _flush(sys.stdout)
     if lost is not None and code == ExitCode.OK:
         code = ExitCode.FAILED
         if not isinstance(lost, BrokenPipeError):  # a reader that went away wants no more words
-            _fail(f"what was printed on stdout is lost ({lost})", code)
+            _fail(f"what was printed on stdout is lost ({lost})", ExitCode.FAILED)
     _flush(sys.stderr)
     return code
 
