@@ -181,9 +181,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str],
     values: list[str] = []
     advice: dict[str, None] = {}
     for part in dict.fromkeys([*now, *before]):
-        old, new = before.get(part), now.get(part)
-        if _canonical(old) == _canonical(new):
+        if _same(before, now, part):
             continue
+        old, new = before.get(part), now.get(part)
         if part in ("compute_dtype", "weights") and "dtype" in names:  # these follow from it
             continue
         advice[_ADVICE.get(part, _ADVICE[""])] = None
@@ -192,10 +192,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str],
             values += _both(part, old, new)
             continue
         for key in dict.fromkeys([*new, *old]):
-            if _canonical(old.get(key)) != _canonical(new.get(key)):
+            if not _same(old, new, key):
                 names.append(f"{key} in config.json" if part == "config" else key)
                 values += [] if part == "weights" else _both(key, old.get(key), new.get(key))
     return names, values, list(advice)
+
+
+def _same(before: dict[str, Any], now: dict[str, Any], key: str) -> bool:
+    return key in before and key in now and _canonical(before[key]) == _canonical(now[key])
 
 
 def _both(name: str, old: Any, new: Any) -> list[str]:
