@@ -52,12 +52,12 @@ class RollCall:
         """
         number, pause = self._meetings, 0.0005
         self._meetings += 1
-        if self._store.add(f"come/{number}", 1) == self._world:
-            self._store.set(f"go/{number}", "1")
-            return
         if self._rank == 0 and number > 1:  # all have come to the last meeting, so all have left the one before
             for word in ("come", "go"):
                 self._store.delete_key(f"{word}/{number - 2}")
+        if self._store.add(f"come/{number}", 1) == self._world:
+            self._store.set(f"go/{number}", "1")
+            return
         while not self._store.check([f"go/{number}"]):
             if (gone := self._gone()) is not None:
                 minutes = PATIENCE_SECONDS / 60
