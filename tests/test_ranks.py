@@ -138,9 +138,8 @@ def test_failures_end_all_processes_and_runs_go_on(dense_dir: Path, tmp_path: Pa
     assert done.stderr.count("error: made to fail in process 1") == 2  # where it happened, and in the first process
     assert done.stderr.count("error: made to be full") == 1
     assert "error: process 1 ends: process 0 has failed" in done.stderr
-    assert done.stderr.count("finished blocks are kept. Resume with:") == 2  # in the first process alone
-    left = [".failed.partial", "out", "recovered", "whole"]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == left
+    assert done.stderr.count("finished blocks are kept. Resume with:") == 1  # the other run had none, and left nothing
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out", "recovered", "whole"]
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert [json.loads(line)["removed_difference"] for line in done.stdout.splitlines()] == [0, 0, 0]
 
@@ -208,7 +207,7 @@ def test_a_process_that_dies_or_stops_ends_all_and_costs_no_block(
     assert launcher.returncode == 1
     assert re.search(said, err), err
     assert err.count("finished blocks are kept. Resume with:") == 1
-    assert "\nTraceback" not in err.partition("torch.distributed.elastic")[0].replace("\nW", "")
+    assert "/mosaic_kernels/" not in err  # no traceback of ours, below those of torchrun
     assert not (tmp_path / "out").exists()
     assert list(journal.glob("block-*.safetensors"))
     again = torchrun(tmp_path, "-m", "mosaic_kernels.prune", dense_dir, "--output-dir", "out", *options, "--resume")
