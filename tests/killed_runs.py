@@ -139,7 +139,7 @@ def campaign(place: Path, model: Path, kills: int, seed: int) -> None:
 
         print(f"kill {kill}: exit {code}, {blocks} blocks, published {published}")  # noqa: T201
     print(f"{kills} kills, blocks in the journal {sorted(reached)}, {changes} changes of files, {seconds:.2f} s a run")  # noqa: T201
-    assert len(reached) > 4
+    assert len(reached) > 3
 
 
 if __name__ == "__main__":
