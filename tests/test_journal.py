@@ -211,6 +211,9 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     path.rmdir()
     path.symlink_to(directory / "nowhere")
     assert restored(directory, 1) == [False]
+    (directory / "run.json").write_bytes(b'{"model": "\xff"}')
+    with pytest.raises(UsageError, match=r"run.json is damaged"):
+        Journal(directory, RUN)
     (directory / "run.json").unlink()
     os.mkfifo(directory / "run.json")
     with pytest.raises(UsageError, match=r"run.json is damaged"):
@@ -312,7 +315,7 @@ def test_other_options_are_named(tmp_path: Path) -> None:
     assert (tmp_path / "run.json").read_text() == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", "[" * 100_000])
 def test_a_damaged_journal_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UsageError, match=r"run.json is damaged; start afresh with --overwrite"):

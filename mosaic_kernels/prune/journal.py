@@ -205,7 +205,7 @@ class Journal:
             tensors: dict[str, Tensor] = load_file(path)
             with safe_open(path, framework="pt") as file:
                 found = file.metadata() or {}
-        except SafetensorError as error:  # a power cut may come between the name and the content
+        except (SafetensorError, KeyError, TypeError) as error:  # a power cut may come between the name and the content
             raise ValueError(f"is damaged ({error})") from None
         digest = tensor_digest(sorted(tensors.items()))
         if found.get("sha256") != digest:
@@ -265,7 +265,10 @@ def _read(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError("it is no file")
-    body = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(body, dict):
         raise ValueError("it holds no JSON object")
     return body
