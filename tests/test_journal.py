@@ -207,7 +207,8 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     assert restored(directory, 1) == [False]
     path.unlink()
     path.mkdir()
-    assert restored(directory, 1) == [False]
+    with pytest.raises(UsageError, match=r"block-00000.safetensors is a directory .* remove it"):
+        Journal(directory, RUN)
     path.rmdir()
     path.symlink_to(directory / "nowhere")
     assert restored(directory, 1) == [False]

@@ -52,6 +52,9 @@ class Journal:
         self._plan = ""
         self._last = ""  # the digest of the block before
         state = directory / _RUN_FILE
+        for place in self._entries():
+            if place.is_dir():  # found now, and not when a solved block is to take its place
+                raise UsageError(f"cannot resume: {place} is a directory where the journal keeps a file: remove it")
         if os.path.lexists(state):
             _require_equal(state, fingerprint)
             return
