@@ -11,14 +11,17 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from mosaic_kernels.checkpoint import register_with_transformers
-from mosaic_kernels.errors import MosaicError
-from mosaic_kernels.explain import explain
-from mosaic_kernels.format import PackedWeight
-from mosaic_kernels.inference import prepare_inference
-from mosaic_kernels.int8 import quantize
-from mosaic_kernels.linear import MosaicLinear
-from mosaic_kernels.ops import pack, sparse_linear, unpack
+from mosaic_kernels.signals import starting
+
+with starting():  # torch takes seconds to import, and a variable of ours may be wrong
+    from mosaic_kernels.checkpoint import register_with_transformers
+    from mosaic_kernels.errors import MosaicError
+    from mosaic_kernels.explain import explain
+    from mosaic_kernels.format import PackedWeight
+    from mosaic_kernels.inference import prepare_inference
+    from mosaic_kernels.int8 import quantize
+    from mosaic_kernels.linear import MosaicLinear
+    from mosaic_kernels.ops import pack, sparse_linear, unpack
 
 if TYPE_CHECKING:  # at run time the subpackage itself is callable, see prune/__init__.py
     from mosaic_kernels.prune.pipeline import prune

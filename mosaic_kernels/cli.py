@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -10,12 +11,14 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TextIO
 
 import torch
 from torch import distributed
 from tqdm import tqdm
 
-from mosaic_kernels.errors import EnvironmentError_, ExitCode, Interrupted, MosaicError, UsageError
+from mosaic_kernels import signals
+from mosaic_kernels.errors import EnvironmentError_, ExitCode, MosaicError, UsageError
 
 logger = logging.getLogger("mosaic_kernels")
 
@@ -25,41 +28,121 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def run_command(body: Callable[[], int | None]) -> int:
     """Run the body of a command; errors become one line on stderr and an exit code.
 
+    SIGTERM and SIGHUP act as Ctrl-C does. A stderr that takes nothing stops no command; a stdout that takes nothing
+    makes the exit code another than 0.
+
     Args:
-        body: does the work and prints the result; returns an exit code, or ``None`` for 0.
+        body: does the work and shows the result (:func:`show`); returns an exit code, or ``None`` for 0.
 
     Returns:
         The exit code: see :class:`mosaic_kernels.errors.ExitCode`. An exception that is nobody's
         known failure is a bug and passes through with its traceback.
     """
+    signals.open_standard_files()
+    try:
+        with _any_character(), signals.raised():
+            return _flushed(_exit_code(body))
+    except KeyboardInterrupt as stop:  # came while an error was being told
+        return _flushed(_stopped(stop))
+
+
+def _flushed(code: int) -> int:
+    """Write out what stdout and stderr hold; the exit code, which is not 0 if stdout takes it no more."""
+    lost = _flush(sys.stdout)
+    if lost is not None and code == ExitCode.OK:
+        code = ExitCode.FAILED
+        if not isinstance(lost, BrokenPipeError):  # a reader that went away wants no more words
+            _fail(f"what was printed on stdout is lost ({lost})", ExitCode.FAILED)
+    _flush(sys.stderr)
+    return code
+
+
+def _exit_code(body: Callable[[], int | None]) -> int:
     try:
         with log_to_stderr():
-            code = int(body() or ExitCode.OK)
-            sys.stdout.flush()
-            return code
+            return int(body() or ExitCode.OK)
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong option
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Interrupted as stop:
-        return _fail(str(stop), stop.exit_code, "interrupted")
-    except KeyboardInterrupt:
-        return _fail("stopped by the user", ExitCode.INTERRUPTED, "interrupted")
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
     except MosaicError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, error)
     except BrokenPipeError:  # the reader of our output went away (`| head`): end without noise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return ExitCode.FAILED
     except (MemoryError, torch.OutOfMemoryError) as error:
-        return _fail(f"out of memory ({error}): lower --seqlen or --samples, or use --device cpu", ExitCode.FAILED)
+        said = f"out of memory ({error}): lower --seqlen or --samples, or use --device cpu"
+        return _fail(said, ExitCode.FAILED, error)
     except OSError as error:
         if error.errno in DISK_FULL:
-            return _fail(f"disk full: {error}", ExitCode.ENVIRONMENT)
-        return _fail(str(error), ExitCode.FAILED)
+            return _fail(f"disk full: {error}", ExitCode.ENVIRONMENT, error)
+        return _fail(str(error), ExitCode.FAILED, error)
 
 
-def _fail(message: str, code: ExitCode, label: str = "error") -> int:
+def _stopped(stop: KeyboardInterrupt) -> int:
+    code = getattr(stop, "exit_code", ExitCode.INTERRUPTED)
+    return _fail(str(stop) or "stopped by the user", code, label="interrupted")
+
+
+def _fail(message: str, code: ExitCode, error: BaseException | None = None, label: str = "error") -> int:
+    """Tell an error, and below it the notes that it carries, such as the command that resumes."""
     logger.debug("traceback", exc_info=True)
-    print(f"{label}: {message}", file=sys.stderr)  # noqa: T201
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed or full
+        print("\n".join([f"{label}: {message}", *getattr(error, "__notes__", ())]), file=sys.stderr)  # noqa: T201
     return code
+
+
+def show(text: str, kept: str | None = None) -> None:
+    """Print the result of a command on stdout.
+
+    Args:
+        text: the result.
+        kept: where the result is on disk, in words, if it is there.
+
+    Raises:
+        EnvironmentError_: stdout is closed or full, or its reader went away; tells where the result is.
+        BrokenPipeError: the reader of a result that is not on disk went away.
+    """
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
+        print(text)  # noqa: T201
+        sys.stdout.flush()
+    except OSError as error:
+        if kept is None and isinstance(error, BrokenPipeError):
+            raise
+        where = "it is lost" if kept is None else f"it is {kept}"
+        raise EnvironmentError_(f"the result could not be printed on stdout ({error.strerror}): {where}") from error
+
+
+def _flush(stream: TextIO | None) -> Exception | None:
+    """Write out what a standard stream holds; where that fails, let it go, or Python would fail when it ends."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            number = stream.fileno() if stream is not None else 0
+            if number in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        return error
+    return None
+
+
+@contextmanager
+def _any_character() -> Iterator[None]:
+    """Print characters that stdout or stderr cannot encode as escapes, where they would end the command."""
+    before = []
+    for stream in (sys.stdout, sys.stderr):
+        errors = getattr(stream, "errors", None)
+        if errors == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+            before.append((stream, errors))
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors=errors)
 
 
 @contextmanager

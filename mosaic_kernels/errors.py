@@ -13,7 +13,9 @@ class ExitCode(IntEnum):
     FAILED = 1
     USAGE = 2
     ENVIRONMENT = 3
+    HUNG_UP = 129  # 128 + SIGHUP, as a shell says it
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class MosaicError(Exception):
@@ -64,7 +66,15 @@ class EnvironmentError_(MosaicError):  # the trailing underscore keeps the built
     exit_code = ExitCode.ENVIRONMENT
 
 
-class Interrupted(MosaicError):
-    """The run was stopped by the user; the message holds the command that resumes it."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or a signal has stopped the run; the message holds the command that resumes it.
 
-    exit_code = ExitCode.INTERRUPTED
+    It is a ``KeyboardInterrupt`` and no ``MosaicError``: a loop over runs that goes on after an error must end here.
+
+    Attributes:
+        exit_code: that of the command: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+    """
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.INTERRUPTED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mosaic_kernels.cli import run_command
+from mosaic_kernels.cli import run_command, show
 from mosaic_kernels.cuda_toolkit import find_gpu, find_nvcc, why_not_built
 from mosaic_kernels.errors import BackendError
 from mosaic_kernels.explain import explain
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             explanation, versions = explain_model(arguments.model, arguments.dtype, arguments.device), _versions()
             found = {"model": arguments.model, "versions": versions, **explanation.as_dict()}
             text = f"{explanation}\n\n{', '.join(f'{name} {value}' for name, value in versions.items() if value)}"
-        print(json.dumps(found) if arguments.json else text)  # noqa: T201
+        show(json.dumps(found) if arguments.json else text)
 
     return run_command(body)
 

@@ -17,8 +17,9 @@ PACKAGE = Path(__file__).parents[1] / "mosaic_kernels"
 
 # Files whose tests are all quick; below, the beginnings of the names of quick tests in other files.
 FILES = (
-    "test_calibration", "test_capture", "test_cli", "test_config", "test_directory", "test_disk", "test_format",
-    "test_gram", "test_journal", "test_manifest", "test_models", "test_quickstart", "test_sass_budget", "test_search",
+    "test_calibration", "test_capture", "test_cli", "test_config", "test_directory", "test_disk", "test_fingerprint",
+    "test_format", "test_gram", "test_journal", "test_manifest", "test_models", "test_quickstart", "test_roll_call",
+    "test_sass_budget", "test_search",
     "test_sensitivity", "test_setup", "test_solvers", "test_sweep", "test_task_files", "test_tile_groups", "test_tiles",
 )  # fmt: skip
 TESTS: dict[str, tuple[str, ...]] = {

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ def test_a_block_that_was_being_written_is_not_there(tmp_path: Path, monkeypatch
     block, _ = prepared("llama")
     journal = Journal(tmp_path, RUN)
 
-    def cut_off(tensors: Any, path: Path) -> None:
+    def cut_off(tensors: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
@@ -94,11 +96,203 @@ def test_a_block_that_a_power_cut_spoiled_is_solved_again(
     assert "solved again" in caplog.text
 
 
+def solved(tmp_path: Path, blocks: int = 2) -> tuple[Path, list[Block]]:
+    """A journal of magnitude-pruned blocks."""
+    adapter = ModelAdapter.of(random_model())
+    journal = Journal(tmp_path / "journal", RUN)
+    for block in adapter.blocks[:blocks]:
+        for name in PROJECTIONS:
+            weight = block.projection(name).weight.data
+            weight[weight.abs() < weight.abs().median()] = 0
+        journal.record(block)
+    return tmp_path / "journal", list(adapter.blocks[:blocks])
+
+
+def restored(directory: Path, blocks: int = 2) -> list[bool]:
+    """Which blocks a resumed run takes over; those are bit for bit the ones that were recorded."""
+    journal = Journal(directory, RUN)
+    fresh = ModelAdapter.of(random_model()).blocks[:blocks]
+    return [journal.restore(block) for block in fresh]
+
+
+def test_no_changed_byte_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One bit anywhere: in the length, the header, the notes of the run, or a value."""
+    directory, _ = solved(tmp_path, 1)
+    path = directory / "block-00000.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    chance = random.Random(0)
+    places = [*range(8), *chance.sample(range(8, header), 150), *chance.sample(range(header, len(whole)), 50)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        caplog.clear()
+        if restored(directory, 1) == [True]:  # a bit of the padding, or of a name that nobody reads
+            block = ModelAdapter.of(random_model()).blocks[0]
+            assert Journal(directory, RUN).restore(block)
+            path.write_bytes(whole)
+            same = ModelAdapter.of(random_model()).blocks[0]
+            assert Journal(directory, RUN).restore(same)
+            assert all(torch.equal(block.projection(n).weight, same.projection(n).weight) for n in PROJECTIONS)
+        else:
+            assert "block-00000.safetensors" in caplog.text
+            assert "solved again" in caplog.text
+    path.write_bytes(whole)
+    assert restored(directory, 1) == [True]
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 100, -1, -4096])
+def test_truncated_blocks_are_solved_again(tmp_path: Path, size: int) -> None:
+    directory, _ = solved(tmp_path)
+    path = directory / "block-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert restored(directory) == [True, False]
+
+
+def test_exchanged_blocks_are_solved_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory, _ = solved(tmp_path)
+    first, second = (directory / f"block-0000{index}.safetensors" for index in (0, 1))
+    one, two = first.read_bytes(), second.read_bytes()
+    first.write_bytes(two)
+    second.write_bytes(one)
+    assert restored(directory) == [False, False]
+    assert "block-00000.safetensors is another block (1 model.layers.1); the block is solved again" in caplog.text
+
+
+def test_a_block_of_another_run_is_solved_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory, blocks = solved(tmp_path)
+    Journal(tmp_path / "other", RUN | {"seed": 1}).record(blocks[0])
+    name = "block-00000.safetensors"
+    (directory / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    assert restored(directory)[0] is False
+    assert f"{name} is of another run" in caplog.text
+
+
+def test_a_block_of_another_plan_is_solved_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, blocks = solved(tmp_path)
+    journal = Journal(tmp_path / "other", RUN)
+    journal.follow({"zeros": {"a": 1}})
+    journal.record(blocks[0])
+    again = Journal(tmp_path / "other", RUN)
+    again.follow({"zeros": {"a": 2}})
+    assert not again.restore(blocks[0])
+    assert "was pruned by another plan" in caplog.text
+    again.follow({"zeros": {"a": 1}})
+    assert again.restore(blocks[0])
+
+
+def test_blocks_after_one_that_came_out_otherwise_are_solved_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their inputs came through it. Where it comes out as before, they stay."""
+    directory, blocks = solved(tmp_path)
+    path = directory / "block-00000.safetensors"
+    for change, expected in ((0.0, True), (1.0, False)):
+        path.unlink()
+        journal = Journal(directory, RUN)
+        assert not journal.restore(ModelAdapter.of(random_model()).blocks[0])
+        blocks[0].projection(PROJECTIONS[0]).weight.data[0, 0] += change
+        journal.record(blocks[0])
+        assert journal.restore(ModelAdapter.of(random_model()).blocks[1]) is expected
+    assert "block-00001.safetensors follows a block that has changed" in caplog.text
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    """A pipe would never end."""
+    directory, _ = solved(tmp_path, 1)
+    path = directory / "block-00000.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    assert restored(directory, 1) == [False]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UsageError, match=r"block-00000.safetensors is a directory .* remove it"):
+        Journal(directory, RUN)
+    path.rmdir()
+    path.symlink_to(directory / "nowhere")
+    assert restored(directory, 1) == [False]
+    (directory / "run.json").write_bytes(b'{"model": "\xff"}')
+    with pytest.raises(UsageError, match=r"run.json is damaged"):
+        Journal(directory, RUN)
+    (directory / "run.json").unlink()
+    os.mkfifo(directory / "run.json")
+    with pytest.raises(UsageError, match=r"run.json is damaged"):
+        Journal(directory, RUN)
+
+
+def test_blocks_of_nobody_knows_what_run_are_refused_and_kept(tmp_path: Path) -> None:
+    directory, _ = solved(tmp_path)
+    (directory / "run.json").unlink()
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    with pytest.raises(UsageError, match=r"holds block-00000.safetensors but no run.json.*--overwrite"):
+        Journal(directory, RUN)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_no_changed_byte_of_the_run_file_is_taken_over(tmp_path: Path) -> None:
+    directory, _ = solved(tmp_path)
+    path = directory / "run.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match="cannot resume"):
+            Journal(directory, RUN)
+
+
+PLAN: tuple[float | None, dict[str, int]] = (0.25, {"model.layers.0.mlp.up_proj": 12})
+
+
+@pytest.mark.parametrize("share", [0.1 + 0.2, None])
+def test_a_plan_comes_back(tmp_path: Path, share: float | None) -> None:
+    Journal(tmp_path, RUN).keep_plan(share, PLAN[1])
+    assert Journal(tmp_path, RUN).plan() == (share, PLAN[1])
+
+
+def test_no_changed_byte_of_a_plan_or_ranking_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path, RUN)
+    journal.keep_plan(*PLAN)
+    journal.keep_ranks(lambda path: path.write_text(json.dumps({"model": "m", "projections": {"a": {"5.0": 1.5}}})))
+    assert journal.plan() == PLAN
+    assert journal.has_ranks()
+    for path, found in ((tmp_path / "plan.json", journal.plan), (journal.ranks, journal.has_ranks)):
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            caplog.clear()
+            assert not found()
+            assert f"{path} is damaged or of another run" in caplog.text
+        for size in (0, 1, len(whole) // 2):
+            path.write_bytes(whole[:size])
+            assert not found()
+        path.write_bytes(whole)
+        assert found()
+
+
+def test_a_plan_of_another_run_is_made_again(tmp_path: Path) -> None:
+    Journal(tmp_path / "a", RUN).keep_plan(*PLAN)
+    other = Journal(tmp_path / "b", RUN | {"seed": 1})
+    (tmp_path / "b" / "plan.json").write_bytes((tmp_path / "a" / "plan.json").read_bytes())
+    assert other.plan() is None
+
+
+def test_a_missing_plan_is_told_where_there_are_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert Journal(tmp_path / "new", RUN).plan() is None
+    assert not caplog.text
+    directory, _ = solved(tmp_path)
+    assert Journal(directory, RUN).plan() is None
+    assert "the journal has blocks but no plan.json; the plan is made again" in caplog.text
+
+
 @pytest.mark.parametrize("error", ["No space left on device (os error 28)", "File too large (os error 27)"])
 def test_a_full_disk_is_the_environments_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     from safetensors import SafetensorError
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise SafetensorError(f"Error while serializing: I/O error: {error}")
 
     block, _ = prepared("llama")
@@ -122,7 +316,7 @@ def test_other_options_are_named(tmp_path: Path) -> None:
     assert (tmp_path / "run.json").read_text() == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", "[" * 100_000])
 def test_a_damaged_journal_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UsageError, match=r"run.json is damaged; start afresh with --overwrite"):

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mosaic_kernels"
 
 # A module may import what stands on its own level or below; the package's __init__ ties it all together.
 LEVELS = {
-    "errors": 0, "config": 0, "compat": 0,
+    "errors": 0, "config": 0, "compat": 0, "signals": 0,
     "format": 1, "tiles": 1, "semistructured": 1, "text": 1, "cli": 1, "progress": 1, "cuda_toolkit": 1,
     "ops": 2, "device": 2, "_C_cpu": 2, "_C_cuda": 2,
     "arrangement": 3, "linear": 3, "int8": 3, "siblings": 3, "dense": 3,
@@ -36,8 +36,10 @@ CHANGEABLE = {
     "_active_collector", "_attn_implementation", "_attn_implementation_internal", "_is_hf_initialized",
     "_hf_peft_config_loaded", "AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING",
 }  # fmt: skip
-# to print them, or to write them down
-MAY_READ_VERSIONS = ("compat", "info", "checkpoint.manifest", "prune.report", "ops.cuda", "ops.triton.__main__")
+# to print them, to write them down, or to compare them with those of an interrupted run
+MAY_READ_VERSIONS = (
+    "compat", "info", "checkpoint.manifest", "prune.fingerprint", "prune.report", "ops.cuda", "ops.triton.__main__",
+)  # fmt: skip
 MAY_IMPORT_TRITON = ("ops.triton",)
 MOST_LINES = {".py": 400, ".cpp": 600, ".cu": 600, ".h": 600, ".cuh": 600}
 

@@ -332,10 +332,42 @@ def test_resume_without_an_interrupted_run_starts_afresh(dense_dir: Path, tmp_pa
     assert solved == [0, 1, 2]
 
 
-def test_an_error_leaves_nothing_behind(dense_dir: Path, tmp_path: Path) -> None:
-    with stopped_at(1, NonFiniteError), pytest.raises(NonFiniteError):
+def test_an_error_before_the_first_block_leaves_nothing_behind(dense_dir: Path, tmp_path: Path) -> None:
+    with stopped_at(0, NonFiniteError), pytest.raises(NonFiniteError):
         mk.prune(dense_dir, output_dir=tmp_path / "out", **QUICK)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [NonFiniteError, ZeroDivisionError, MemoryError, OSError])
+def test_finished_blocks_survive_any_error(
+    error: type[Exception], dense_dir: Path, tmp_path: Path, solved: list[int]
+) -> None:
+    out = tmp_path / "out"
+    with stopped_at(1, error), pytest.raises(error, match=r"finished blocks are kept in .*resume=True"):
+        mk.prune(dense_dir, output_dir=out, **QUICK)
+    assert not out.exists()
+    solved.clear()
+    mk.prune(dense_dir, output_dir=out, resume=True, **QUICK)
+    assert solved == [1, 2]
+
+
+def test_finished_blocks_survive_a_failure_of_the_last_step(
+    dense_dir: Path, tmp_path: Path, solved: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("made to fail")
+
+    mk.prune(dense_dir, output_dir=tmp_path / "whole", **QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_checkpoint", fails)
+        with pytest.raises(RuntimeError, match=r"made to fail\nfinished blocks are kept in .*resume=True"):
+            mk.prune(dense_dir, output_dir=out, **QUICK)
+    solved.clear()
+    mk.prune(dense_dir, output_dir=out, resume=True, **QUICK)
+    assert solved == []
+    assert digests(out) == digests(tmp_path / "whole")
 
 
 def test_an_interrupted_object_says_that_it_is_half_done() -> None:

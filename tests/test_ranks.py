@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +138,80 @@ def test_failures_end_all_processes_and_runs_go_on(dense_dir: Path, tmp_path: Pa
     assert done.stderr.count("error: made to fail in process 1") == 2  # where it happened, and in the first process
     assert done.stderr.count("error: made to be full") == 1
     assert "error: process 1 ends: process 0 has failed" in done.stderr
+    assert done.stderr.count("finished blocks are kept. Resume with:") == 1  # the other run had none, and left nothing
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out", "recovered", "whole"]
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert [json.loads(line)["removed_difference"] for line in done.stdout.splitlines()] == [0, 0, 0]
+
+
+# A short patience, and blocks that take long enough for a signal to come between.
+IMPATIENT = """
+import sys, time
+from mosaic_kernels.prune import pipeline, ranks, roll_call
+from mosaic_kernels.prune.__main__ import main
+
+ranks.PATIENCE_SECONDS = roll_call.PATIENCE_SECONDS = 5.0
+roll_call.BEAT_SECONDS = 0.1
+solve = pipeline.prune_block
+
+def slow(block, *args, **options):
+    if block.index:
+        time.sleep(0.5)
+    return solve(block, *args, **options)
+
+pipeline.prune_block = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def processes_of(launcher: int) -> dict[str, int]:
+    """Process ids by rank."""
+    found = {}
+    for task in Path(f"/proc/{launcher}/task").iterdir():
+        for pid in map(int, (task / "children").read_text().split()):
+            entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {entry[5:].decode(): pid for entry in entries if entry.startswith(b"RANK=")}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, r"error: process 0 ends: another one has gone|interrupted: stopped by SIGTERM of torchrun"),
+        (signal.SIGSTOP, r"error: process 0 ends: (process 1 has given no sign|another one has gone \(Timed out)"),
+    ],
+)
+def test_a_process_that_dies_or_stops_ends_all_and_costs_no_block(
+    number: signal.Signals, said: str, dense_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    options = (*OPTIONS, "--policy", "uniform", "--structured-share", "0", "--solver", "magnitude")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "impatient.py", str(dense_dir)]
+    command += ["--output-dir", "out", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    journal = tmp_path / ".out.partial" / "journal"
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        while not (journal / "block-00000.safetensors").exists():
+            assert launcher.poll() is None, launcher.communicate()
+            time.sleep(0.01)
+        pids = processes_of(launcher.pid)
+        os.kill(pids["1"], number)
+        while Path(f"/proc/{pids['0']}").exists():
+            time.sleep(0.05)
+        if number == signal.SIGSTOP:  # torchrun would wait for 30 s before it kills it
+            os.kill(pids["1"], signal.SIGCONT)
+        _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    assert re.search(said, err), err
+    assert err.count("finished blocks are kept. Resume with:") == 1
+    assert "/mosaic_kernels/" not in err  # no traceback of ours, below those of torchrun
+    assert not (tmp_path / "out").exists()
+    assert list(journal.glob("block-*.safetensors"))
+    again = torchrun(tmp_path, "-m", "mosaic_kernels.prune", dense_dir, "--output-dir", "out", *options, "--resume")
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from mosaic_kernels.cli import peak_memory_bytes, run_command
+from mosaic_kernels.cli import peak_memory_bytes, run_command, show
 from mosaic_kernels.config import ComputeDtype
 from mosaic_kernels.errors import ModelLoadError, UsageError
 
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> None:
         arguments = make_parser().parse_args(argv)
         result = evaluate(arguments)
-        print(json.dumps(result) if arguments.json else format_table(result))
+        show(json.dumps(result) if arguments.json else format_table(result))
 
     return run_command(body)
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import get_args
 
-from mosaic_kernels.cli import leads, run_command
+from mosaic_kernels.cli import leads, run_command, show
 from mosaic_kernels.config import (
     Category,
     ComputeDtype,
@@ -147,7 +148,7 @@ def _body(argv: list[str]) -> None:
             wishes = {name: options.get(name, False) for name in ("overwrite", "resume")}
             require_output(output_dir, source=model, **wishes)
         prediction = predict(model, options)
-        print(json.dumps(prediction) if as_json else describe(prediction))
+        show(json.dumps(prediction) if as_json else describe(prediction))
         return
     from mosaic_kernels.prune.pipeline import prune
     from mosaic_kernels.prune.ranks import launcher
@@ -156,7 +157,8 @@ def _body(argv: list[str]) -> None:
     command = [*launcher(), "-m", "mosaic_kernels.prune", *argv]
     report = prune(model, output_dir=output_dir, command=command, **options)
     if leads():
-        print(json.dumps(report) if as_json else format_table(report))
+        kept = f"in {output_dir}, and the report in {Path(output_dir, 'mosaic_report.json')}"
+        show(json.dumps(report) if as_json else format_table(report), kept)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +21,7 @@ from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_
 from mosaic_kernels.cli import current_device
 from mosaic_kernels.compute import computing_in, settle_compute_dtype
 from mosaic_kernels.config import DEFAULT_SEQLEN, Category, PruneConfig
-from mosaic_kernels.errors import CalibrationError, EnvironmentError_, Interrupted, UsageError
+from mosaic_kernels.errors import CalibrationError, UsageError
 from mosaic_kernels.evaluate.perplexity import Perplexity, perplexity
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import Block, ModelAdapter
@@ -34,9 +32,11 @@ from mosaic_kernels.prune.block import prune_block, share_block
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
 from mosaic_kernels.prune.composite import Plan
+from mosaic_kernels.prune.fingerprint import fingerprint
 from mosaic_kernels.prune.given import given_calibration, sequence_length
 from mosaic_kernels.prune.importance import Ranks
-from mosaic_kernels.prune.journal import Journal, has_blocks
+from mosaic_kernels.prune.interruption import resumable
+from mosaic_kernels.prune.journal import Journal, has_run
 from mosaic_kernels.prune.masked_lora import lora_layer
 from mosaic_kernels.prune.planning import settle_plan, settle_ranks
 from mosaic_kernels.prune.ranks import Team, joined
@@ -47,12 +47,6 @@ from mosaic_kernels.prune.timing import Clock, Split, measuring
 from mosaic_kernels.text import load_tokens
 
 logger = logging.getLogger(__name__)
-
-# What changes the result, and so must agree before blocks of an interrupted run are used again.
-_RESULT_OPTIONS = (
-    "sparsity", "category", "structured_share", "pattern", "channel_multiple", "policy", "outlier_threshold",
-    "max_deviation", "solver", "quality", "recover", "seed", "dtype",
-)  # fmt: skip
 
 
 def prune(
@@ -83,7 +77,7 @@ def prune(
         UsageError: an option is invalid, or ``output_dir`` is not empty.
         ModelLoadError, UnsupportedModelError, CalibrationError, NonFiniteError: bad input.
         EnvironmentError_: no disk space, no device, no network.
-        Interrupted: stopped by Ctrl-C; the message holds the command that resumes.
+        Interrupted: stopped by Ctrl-C; the message holds the command that resumes. It is a ``KeyboardInterrupt``.
 
     Example:
         >>> import mosaic_kernels as mk
@@ -103,24 +97,15 @@ def prune(
                     output_dir, overwrite=config.overwrite, resume=config.resume, source=_name(model)
                 )
             )
+            if output is not None and config.resume and not has_run(output.journal):
+                logger.info("nothing to resume in %s: the run starts afresh", output.path)
         if not isinstance(model, (str, Path)):  # pruned where it is
             device = next(model.parameters()).device
-        try:
-            with current_device(device), measuring() as split, station(f"prune {_name(model)}"):
-                return _run(model, tokenizer, config, output, list(command), split, device, team)
-        except KeyboardInterrupt:
-            if not team.leads:
-                raise
-            raise Interrupted(_resume_hint(output, command)) from None
-        except Exception as error:
-            # Finished blocks stay where the fault is the machine's, and where a slip in a resumed run would cost them.
-            worth_keeping = config.resume or isinstance(error, (EnvironmentError_, MemoryError, torch.OutOfMemoryError))
-            if output is not None and not output.complete and not (worth_keeping and has_blocks(output.journal)):
-                output.discard()
-            raise
-        finally:
-            if output is not None:
-                output.release()  # a notebook keeps the error, and with it this frame
+        with (
+            resumable(output, command, team), current_device(device), measuring() as split,
+            station(f"prune {_name(model)}"),
+        ):  # fmt: skip
+            return _run(model, tokenizer, config, output, list(command), split, device, team)
 
 
 def make_config(options: dict[str, Any]) -> PruneConfig:
@@ -160,9 +145,12 @@ def _run(
     seqlen = sequence_length(config.calibration, config.seqlen, limit)
     with station("calibrate"):
         calibration, eval_tokens, given = team.each(lambda: _read(config, adapter, tokenizer, seqlen))
-        digest = _weights_digest(adapter)
-    computes = "as stored" if computing.dtype is adapter.dtype else computing.name
-    journal = team.first(lambda: _journal(output, calibration, config, computes, name, digest))
+
+        def journal_of(output: OutputDirectory) -> Journal:
+            computes = "as stored" if computing.dtype is adapter.dtype else computing.name
+            return Journal(output.journal, fingerprint(adapter, tokenizer, calibration, config, computes, team.world))
+
+        journal = team.first(lambda: None if output is None else journal_of(output))
 
     def judged(which: str) -> Perplexity | None:
         return None if eval_tokens is None else perplexity(model, eval_tokens, seqlen, name=f"evaluate {which}")
@@ -282,33 +270,6 @@ def _unpack_projections(adapter: ModelAdapter) -> None:
             block.replace(name, layer.to_dense(adapter.dtype))
 
 
-def _weights_digest(adapter: ModelAdapter) -> str:
-    """Tells this model's dense weights from others, and from their own half-pruned state."""
-    digest = hashlib.sha256()
-    for block, name, layer in adapter.projections():
-        total = float(layer.weight.detach().abs().sum(dtype=torch.float64))
-        digest.update(f"{block.full_name(name)} {list(layer.weight.shape)} {total!r}\n".encode())
-    return digest.hexdigest()
-
-
-def _journal(
-    output: OutputDirectory | None,
-    calibration: Calibration,
-    config: PruneConfig,
-    computes: str,
-    name: str,
-    weights: str,
-) -> Journal | None:
-    if output is None:
-        return None
-    options = {option: getattr(config, option) for option in _RESULT_OPTIONS}
-    ranks = None if config.ranks is None else config.ranks.read_text()
-    samples, seqlen = calibration.tokens.shape
-    options |= {"samples": samples, "seqlen": seqlen, "calibration": calibration.digest}
-    options |= {"compute_dtype": computes}
-    return Journal(output.journal, {"model": name, "weights": weights, "ranks": ranks, **options})
-
-
 def _prune_blocks(
     adapter: ModelAdapter, batches: list[Batch], plan: Plan, config: PruneConfig, journal: Journal | None, team: Team
 ) -> list[Batch]:
@@ -317,6 +278,8 @@ def _prune_blocks(
         return batches  # refitting a dense model to itself would only add rounding
     solver = choose_solver(config.solver, config.quality)
     beside = keeps_dense_side(config)
+    if journal is not None:
+        journal.follow({"units": [vars(each) for each in plan.units], "zeros": plan.zeros})
     if beside:
         batches = [replace(batch, dense=batch.hidden) for batch in batches]
     with station("block", len(adapter.blocks), "block", numbered=True) as here:
@@ -384,17 +347,3 @@ def _write(
         clock.stop()
         (output.staging / "mosaic_report.json").write_text(json.dumps(report, indent=1))  # now with all seconds
     output.publish()
-
-
-def _resume_hint(output: OutputDirectory | None, command: Sequence[str]) -> str:
-    if output is None:
-        return "the model in memory is partly pruned"
-    if output.complete:
-        return f"while the finished result was put into place; it is in {output.staging} or {output.path}"
-    if not command:
-        return (
-            f"finished blocks are kept in {output.journal}; call again with resume=True "
-            "(a model given as an object must be loaded again first)"
-        )
-    again = [part for part in command if part not in ("--resume", "--overwrite")]
-    return f"finished blocks are kept. Resume with:\n  {shlex.join([*again, '--resume'])}"

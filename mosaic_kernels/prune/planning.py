@@ -34,7 +34,7 @@ def settle_ranks(
     """The ranking with all that the policy needs, from the journal where a run that was cut off has left it."""
 
     def kept() -> Ranks | None:
-        if journal is None or not journal.ranks.exists():
+        if journal is None or not journal.has_ranks():
             return None
         return Ranks.load(journal.ranks, adapter, config.outlier_threshold)
 
@@ -52,7 +52,7 @@ def settle_ranks(
             per_projection=config.quality == "best", known=ranks.sensitivity, team=team,
         )  # fmt: skip
         ranks = replace(ranks, sensitivity=found)
-    team.first(lambda: None if journal is None else journal.write(journal.ranks, ranks.save))
+    team.first(lambda: None if journal is None else journal.keep_ranks(ranks.save))
     return ranks
 
 

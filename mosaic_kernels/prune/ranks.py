@@ -13,6 +13,7 @@ import datetime
 import logging
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,11 +24,11 @@ from torch import Tensor, distributed
 
 from mosaic_kernels.cli import launched, resolve_device
 from mosaic_kernels.errors import CalibrationError, EnvironmentError_, ExitCode, MosaicError, UsageError
+from mosaic_kernels.prune.roll_call import PATIENCE_SECONDS, RollCall, call_roll
 
 T = TypeVar("T")
 
-# One process may solve, evaluate or write for hours while the others wait; a process that dies ends all by torchrun.
-_PATIENCE = datetime.timedelta(days=30)
+_roll: RollCall | None = None  # of this process, where torchrun has started several
 
 
 class ElsewhereError(MosaicError):
@@ -155,11 +156,17 @@ ALONE = Team()
 
 @contextmanager
 def _meeting(rank: int) -> Iterator[None]:
-    """A process that ends without a word breaks the others' connections."""
+    """Begin a collective operation when all have come: one may solve, evaluate or write for hours meanwhile."""
     try:
+        if _roll is not None:
+            _roll.meet()
         yield
-    except RuntimeError as error:
-        raise ElsewhereError(f"process {rank} ends: another one has gone ({error})", ExitCode.FAILED) from error
+    except TimeoutError as error:
+        raise ElsewhereError(f"process {rank} ends: {error}", ExitCode.FAILED) from error
+    except RuntimeError as error:  # a process that ends without a word breaks the others' connections
+        # without gloo's place in its source, and its guesses
+        reason = re.sub(r"^\[[^\]]*\] ", "", str(error).partition("\n")[0]).partition(". This is typically")[0]
+        raise ElsewhereError(f"process {rank} ends: another one has gone ({reason})", ExitCode.FAILED) from error
 
 
 def _sendable(error: Exception | None) -> Exception | None:
@@ -185,10 +192,14 @@ def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
     if not distributed.is_initialized():
         if place.type == "cuda":
             torch.cuda.set_device(place)
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=_PATIENCE)
-        atexit.register(
-            distributed.destroy_process_group
-        )  # not before: a second group would find the first's addresses
+        # the limit of one operation, which begins when all have come to it
+        limit = datetime.timedelta(seconds=PATIENCE_SECONDS)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=limit)
+        atexit.register(_leave)  # not before: a second group would find the first's addresses
+    global _roll
+    if _roll is None:
+        _roll = call_roll()
+        atexit.register(_roll.close)
     logger = logging.getLogger("mosaic_kernels")
     level = logger.level
     try:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of a run that ends early: finished blocks stay, and its last words say how to go on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from mosaic_kernels.checkpoint.directory import OutputDirectory
+from mosaic_kernels.errors import ExitCode, Interrupted, UsageError
+from mosaic_kernels.prune.journal import has_blocks
+from mosaic_kernels.prune.ranks import Team
+
+
+@contextmanager
+def resumable(output: OutputDirectory | None, command: Sequence[str], team: Team) -> Iterator[None]:
+    """Do the work of a run inside.
+
+    Args:
+        output: where it writes; ``None`` in all processes but the first, and for a model in memory.
+        command: the command line; empty for a call from Python.
+
+    Raises:
+        Interrupted: Ctrl-C or a signal has stopped it; only in the first process.
+        What was raised inside, with a note that tells how to go on if a block was finished. A run without a finished
+        block leaves nothing behind.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not team.leads:
+            raise
+        code = getattr(stop, "exit_code", ExitCode.INTERRUPTED)
+        cause = "" if code == ExitCode.INTERRUPTED else f"{stop}{_by_torchrun(team, code)}; "
+        raise Interrupted(cause + _resume_hint(output, command), code) from None
+    except Exception as error:
+        if output is not None and not output.complete:
+            if not has_blocks(output.journal):
+                output.discard()
+            elif isinstance(error, UsageError):  # the same command would end the same way
+                error.add_note(f"finished blocks are kept in {output.journal}")
+            else:
+                error.add_note(_resume_hint(output, command))
+        raise
+    finally:
+        if output is not None:
+            output.release()  # a notebook keeps the error, and with it the frames that hold the output and its lock
+
+
+def _by_torchrun(team: Team, code: ExitCode) -> str:
+    if team.world == 1 or code != ExitCode.TERMINATED:
+        return ""
+    return " of torchrun, which sends it when another process has ended (see what it says of it) or when it is stopped"
+
+
+def _resume_hint(output: OutputDirectory | None, command: Sequence[str]) -> str:
+    if output is None:
+        return "the model in memory is partly pruned"
+    if output.complete:
+        return f"while the finished result was put into place; it is in {output.staging} or {output.path}"
+    if not command:
+        return (
+            f"finished blocks are kept in {output.journal}; call again with resume=True "
+            "(a model given as an object must be loaded again first)"
+        )
+    again = [part for part in command if part not in ("--resume", "--overwrite")]
+    return f"finished blocks are kept. Resume with:\n  {shlex.join([*again, '--resume'])}"
