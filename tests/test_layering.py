@@ -14,8 +14,9 @@ PACKAGE = ROOT / "mosaic_kernels"
 
 # A module may import what stands on its own level or below; the package's __init__ ties it all together.
 LEVELS = {
-    "errors": 0, "config": 0, "compat": 0,
-    "format": 1, "tiles": 1, "semistructured": 1, "text": 1, "cli": 1, "progress": 1, "cuda_toolkit": 1,
+    "errors": 0, "paths": 0, "config": 0, "compat": 0,
+    "format": 1, "tiles": 1, "semistructured": 1, "text": 1, "text_files": 1, "documents": 1, "tables": 1,
+    "cli": 1, "progress": 1, "cuda_toolkit": 1,
     "ops": 2, "device": 2, "_C_cpu": 2, "_C_cuda": 2,
     "arrangement": 3, "linear": 3, "int8": 3, "siblings": 3, "dense": 3,
     "models": 4, "native_block": 4, "decode": 4,

@@ -16,7 +16,8 @@ from mosaic_kernels.models import STAGES, ModelAdapter
 from mosaic_kernels.prune.capture import TOKENS_PER_BATCH
 from mosaic_kernels.prune.composite import Plan, make_plan
 from mosaic_kernels.prune.importance import Ranks
-from mosaic_kernels.prune.pipeline import keeps_dense_side, make_config, settle_category
+from mosaic_kernels.prune.options import make_config
+from mosaic_kernels.prune.pipeline import keeps_dense_side, settle_category
 from mosaic_kernels.prune.planning import to_measure
 from mosaic_kernels.prune.sensitivity import PROBE_TOKENS
 from mosaic_kernels.prune.solvers import choose_solver

@@ -17,7 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mosaic_kernels.checkpoint.beside import check_files_beside
 from mosaic_kernels.checkpoint.directory import write_errors
+from mosaic_kernels.checkpoint.public import public_name
 from mosaic_kernels.checkpoint.reader import check_finite, load_model
 from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
 from mosaic_kernels.cli import current_device
@@ -29,19 +31,21 @@ from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import Block, ModelAdapter
 from mosaic_kernels.ops import reference
 from mosaic_kernels.ops.select import kernel
+from mosaic_kernels.paths import local_path
 from mosaic_kernels.progress import station
 from mosaic_kernels.prune.block import prune_block, share_block
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
 from mosaic_kernels.prune.composite import Plan
-from mosaic_kernels.prune.given import given_calibration, sequence_length
+from mosaic_kernels.prune.given import sequence_length
 from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.journal import Journal, has_blocks
 from mosaic_kernels.prune.masked_lora import lora_layer
+from mosaic_kernels.prune.options import make_config
 from mosaic_kernels.prune.planning import settle_plan, settle_ranks
 from mosaic_kernels.prune.ranks import Team, joined
 from mosaic_kernels.prune.recover import HELD_OUT, dense_teacher, recover_lora
-from mosaic_kernels.prune.report import make_report
+from mosaic_kernels.prune.report import log_removed, make_report
 from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.prune.timing import Clock, Split, measuring
 from mosaic_kernels.text import load_tokens
@@ -70,9 +74,9 @@ def prune(
         output_dir: where to write the checkpoint. Needed for a path; optional for a model.
         tokenizer: of a model given as an object, where calibration or evaluation text is used.
         command: the command line, for the report and for the resume hint.
-        **options: fields of :class:`~mosaic_kernels.config.PruneConfig`. ``calibration`` is the path of a text file,
-            the name of a dataset, ``random``, a list of texts, a tensor of token ids, or any iterable of texts or of
-            sequences of token ids. Of text and of one flat sequence of ids ``samples`` windows of ``seqlen`` tokens are
+        **options: fields of :class:`~mosaic_kernels.config.PruneConfig`. ``calibration`` is the path of a text file, a
+            table or a folder (docs/calibration.md), the name of a dataset, ``random``, a list of texts, a
+            tensor of token ids, or any iterable of texts or of sequences of token ids. Of text and of one flat sequence of ids ``samples`` windows of ``seqlen`` tokens are
             drawn by ``seed``; of a tensor ``[sequences, tokens]`` (or sequences of one length) the first ``samples``
             are used as they are, and ``seqlen`` is their length.
 
@@ -118,19 +122,6 @@ def prune(
             raise
 
 
-def make_config(options: dict[str, Any]) -> PruneConfig:
-    """A checked configuration from keyword options; unknown names are a usage error."""
-    for name in ("ranks", "eval_text"):
-        if options.get(name) is not None:
-            options = {**options, name: Path(options[name]).expanduser()}
-    unknown = sorted(set(options) - set(PruneConfig.__dataclass_fields__))
-    if unknown:
-        known = ", ".join(PruneConfig.__dataclass_fields__)
-        raise UsageError(f"unknown option {unknown[0]!r}; the options are: {known}")
-    config = PruneConfig(**options)
-    return replace(config, calibration=given_calibration(config.calibration, config.samples))
-
-
 def _run(
     source: Any,
     tokenizer: Any,
@@ -149,6 +140,8 @@ def _run(
     config = settle_category(config, device)
     computing = team.from_first(lambda: settle_compute_dtype(config.compute_dtype, adapter.dtype, device))
     name = _name(source)
+    if output is not None:
+        team.first(lambda: check_files_beside(model, tokenizer, local_path(name)))
     lap = clock.lap("load", clock.started)
 
     limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
@@ -166,8 +159,9 @@ def _run(
         dense = team.first(lambda: judged("dense"))
         batches = team.each(lambda: _embed(working, calibration.tokens, config, team))
         lap = clock.lap("calibrate", lap)
-        ranks = settle_ranks(working, calibration, config, name, given, journal, team)
+        ranks = settle_ranks(working, calibration, config, public_name(name), given, journal, team)
         plan = settle_plan(working, ranks, calibration, config, journal, team)
+        team.first(lambda: log_removed(working, plan, config))
         lap = clock.lap("allocate", lap)
         batches = _prune_blocks(working, batches, plan, config, journal, team)
         lap = clock.lap("prune", lap)
@@ -186,7 +180,7 @@ def _run(
         if output is None:
             clock.stop()
         else:
-            _write(adapter, tokenizer, plan, ranks, config, output, report, clock)
+            _write(adapter, tokenizer, plan, ranks, config, output, report, clock, name)
         return report
 
     return team.from_first(finish)
@@ -367,11 +361,12 @@ def _write(
     output: OutputDirectory,
     report: dict[str, Any],
     clock: Clock,
+    name: str,
 ) -> None:
     started = time.perf_counter()
     write_checkpoint(
         adapter, output.staging, tokenizer=tokenizer, report=report, original_shapes=plan.original_shapes,
-        source=report["model"], format=config.format,
+        source=name, format=config.format,
     )  # fmt: skip
     with write_errors(output.staging):
         ranks.save(output.staging / "ranks.json")
