@@ -56,12 +56,13 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
     return torch.cat(found)
 
 
-def windows(tokens: Tensor, seqlen: int) -> Tensor:
+def windows(tokens: Tensor, seqlen: int, name: str = "the text") -> Tensor:
     """Cut tokens into windows that do not overlap; the rest at the end is left out.
 
     Args:
         tokens: ``int64 [tokens]``.
         seqlen: tokens in a window, at least 2.
+        name: of the text, for the message.
 
     Returns:
         ``int64 [windows, seqlen]``.
@@ -81,7 +82,7 @@ def windows(tokens: Tensor, seqlen: int) -> Tensor:
     count = len(tokens) // seqlen
     if not count:
         raise CalibrationError(
-            f"the text has {len(tokens)} tokens but one window needs {seqlen}: "
+            f"{name} has {len(tokens)} tokens but one window needs {seqlen}: "
             f"give at least {seqlen - len(tokens)} tokens more, or lower --seqlen"
         )
     return tokens[: count * seqlen].view(count, seqlen)

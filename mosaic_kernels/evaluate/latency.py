@@ -58,11 +58,13 @@ def latencies(
         seed: of the prompt.
 
     Raises:
-        UsageError: a count is below 1.
+        UsageError: a count is below 1, or both together are more tokens than a model knows positions.
     """
     for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
         if count < 1:
             raise UsageError(f"{name} must be at least 1, got {count}")
+    for model in models:
+        require_positions(model, prompt_tokens, new_tokens)
     vocabulary = min(model.get_input_embeddings().num_embeddings for model in models)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(seed))
     ids = [prompt.to(model.get_input_embeddings().weight.device) for model in models]
@@ -88,6 +90,20 @@ def latencies(
         )
         for model, *seconds in zip(models, *rounds[1:], strict=True)
     ]
+
+
+def require_positions(model: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise where a prompt and what follows it are more tokens than the model knows positions.
+
+    Raises:
+        UsageError: says how many it knows.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + new_tokens > limit:
+        raise UsageError(
+            f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} are more than the {limit} positions this "
+            "model knows: lower one of them"
+        )
 
 
 def weight_bytes(model: nn.Module) -> int:

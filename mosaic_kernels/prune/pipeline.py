@@ -48,7 +48,7 @@ from mosaic_kernels.prune.recover import HELD_OUT, dense_teacher, recover_lora
 from mosaic_kernels.prune.report import log_removed, make_report
 from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.prune.timing import Clock, Split, measuring
-from mosaic_kernels.text import load_tokens
+from mosaic_kernels.text import load_tokens, windows
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ def prune(
         command: the command line, for the report and for the resume hint.
         **options: fields of :class:`~mosaic_kernels.config.PruneConfig`. ``calibration`` is the path of a text file, a
             table or a folder (docs/calibration.md), the name of a dataset, ``random``, a list of texts, a
-            tensor of token ids, or any iterable of texts or of sequences of token ids. Of text and of one flat sequence of ids ``samples`` windows of ``seqlen`` tokens are
-            drawn by ``seed``; of a tensor ``[sequences, tokens]`` (or sequences of one length) the first ``samples``
+            tensor of token ids, or any iterable of texts or of sequences of token ids. Of text and of one flat sequence
+            of ids ``samples`` windows of ``seqlen`` tokens are drawn by ``seed``; of a tensor ``[sequences, tokens]`` (or sequences of one length) the first ``samples``
             are used as they are, and ``seqlen`` is their length.
 
     Returns:
@@ -215,6 +215,8 @@ def _read(
             "or lower --seqlen"
         )
     eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)[: config.eval_tokens]
+    if eval_tokens is not None:
+        windows(eval_tokens, seqlen, str(config.eval_text))  # says now that the text is too short
     vocabulary = cast(Any, adapter.model).get_input_embeddings().num_embeddings
     calibration = calibrate(
         config.calibration, tokenizer, vocabulary, samples=config.samples, seqlen=seqlen, seed=config.seed
