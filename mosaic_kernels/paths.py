@@ -10,6 +10,9 @@ import io
 import lzma
 import os
 import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -60,11 +63,12 @@ def is_pipe(path: Path) -> bool:
     return stat.S_ISFIFO(mode)
 
 
-def open_text_file(path: Path) -> IO[bytes]:
+@contextmanager
+def open_text_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file of texts for reading, a compressed one decompressed; a pipe is opened once and read to its end.
 
     Raises:
-        TextFileError: no such file, a directory, a device, or reading is not allowed.
+        TextFileError: no such file, a directory, a device, damaged, or reading is not allowed.
         EnvironmentError_: ``zstandard`` is needed and missing.
     """
     try:
@@ -77,11 +81,12 @@ def open_text_file(path: Path) -> IO[bytes]:
         raise TextFileError(f"{path}: cannot read this text file: it is a directory")
     if not (stat.S_ISREG(mode) or is_pipe(path)):
         raise TextFileError(f"{path}: this is a device, not a text file; a pipe, such as <(command), is read")
-    try:
-        stream = path.open("rb")
-        return _decompressed(stream, path)
-    except OSError as error:
-        raise TextFileError(f"{path}: cannot read this text file: {_reason(error)}") from error
+    with ExitStack() as opened:
+        try:
+            whole = opened.enter_context(path.open("rb"))
+            yield opened.enter_context(_decompressed(whole, path))
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # also in the middle, where it is damaged
+            raise TextFileError(f"{path}: cannot read this text file: {_reason(error)}") from error
 
 
 def _decompressed(stream: io.BufferedReader, path: Path) -> IO[bytes]:

@@ -76,10 +76,7 @@ def read_items(path: Path, column: str | None = None) -> Iterator[Any]:
     with open_text_file(path) as stream:
         if is_pipe(path):
             logger.info("reading %s to its end", path)
-        try:
-            yield from _items(stream, path, column)
-        except (OSError, EOFError) as error:  # also a damaged gzip file, in the middle
-            raise TextFileError(f"{path}: cannot read this text file: {error}") from error
+        yield from _items(stream, path, column)
 
 
 def _items(stream: Any, path: Path, column: str | None) -> Iterator[Any]:

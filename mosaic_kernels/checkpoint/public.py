@@ -16,7 +16,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w-]+)?")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://[^\s'\"<>]+", re.IGNORECASE)
 # A path inside other words: its beginning, folders, and the last part, which stays.
 _PATH = re.compile(
-    r"(?:(?<![\w:/\\.~])[A-Za-z]:[\\/]|(?<![\w/\\.~-])(?:~[\w.-]*|\.{1,2})?[\\/])(?:[^\\/\s,;'\"()\[\]]+[\\/]+)+"
+    r"(?:(?<![\w:/\\.~])[A-Za-z]:[\\/]|(?<![\w/\\.~-])(?:~[\w.-]*|\.{1,2})?[\\/])"
+    r"(?:[^\\/\s,;'\"()\[\]]+[\\/]+)*(?=[^\\/\s])"
 )
 _ROOTED = re.compile(r"(?:[A-Za-z]:[\\/]|\\\\|/|~|\.{1,2}(?:[\\/]|$)|file:)")
 _SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{6,}|\b(?:sk|ghp|gho|github_pat|glpat)[-_][A-Za-z0-9_-]{16,}")
@@ -51,8 +52,8 @@ def public_text(text: str) -> str:
     text = _SECRET.sub(_HIDDEN, text)
     text = _URL.sub(lambda found: _public_url(found[0]), text)
     home = home_directory()
-    if home is not None and len(home.parts) > 2:
-        text = text.replace(str(home), "~")
+    if home is not None and len(home.parts) > 2:  # also behind letters, as in -I/home/me/x
+        text = text.replace(f"{home}/", "").replace(str(home), "~")
     text = _PATH.sub("", text)
     return text.encode("utf-8", "replace").decode()  # the name of a file may be no Unicode
 

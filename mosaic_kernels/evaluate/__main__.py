@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     accuracy.add_argument("--limit", type=int, metavar="N", help="examples of each task, from its start (default: all)")
     speed = parser.add_argument_group("speed")
     speed.add_argument("--latency", action="store_true", help="measure prefill and decode, batch size 1, greedy")
-    speed.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    speed.add_argument("--prompt-tokens", type=int, metavar="N", help="(default: 128, or what the model knows)")
     speed.add_argument("--new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
     speed.add_argument(
         "--repeats", type=int, default=5, metavar="N", help="runs, of which the median counts (default: %(default)s)"
@@ -77,7 +77,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from mosaic_kernels.checkpoint.reader import load_model
     from mosaic_kernels.compute import computing_in, settle_evaluation_dtype
     from mosaic_kernels.device import name_of
-    from mosaic_kernels.evaluate.latency import latency, require_positions, weight_bytes
+    from mosaic_kernels.evaluate.latency import latency, prompt_length, weight_bytes
     from mosaic_kernels.evaluate.perplexity import perplexity
     from mosaic_kernels.evaluate.zero_shot import check_zero_shot, zero_shot
     from mosaic_kernels.explain import explain
@@ -101,8 +101,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("--tasks and --limit belong to --zero-shot DIR, which is not given")
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     result: dict[str, Any] = {}
-    if arguments.latency:
-        require_positions(model, arguments.prompt_tokens, arguments.new_tokens)
+    prompt_tokens = prompt_length(model, arguments.prompt_tokens, arguments.new_tokens) if arguments.latency else 0
     needing = "--text" if arguments.text is not None else "--zero-shot" if arguments.zero_shot is not None else None
     if tokenizer is None and needing is not None:
         raise ModelLoadError(f"{arguments.model} has no tokenizer files, and {needing} needs them: copy them there")
@@ -122,7 +121,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             )
 
     def measure_speed() -> None:
-        result.update(vars(latency(model, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)))
+        result.update(vars(latency(model, prompt_tokens, arguments.new_tokens, arguments.repeats)))
         result["latency_dtype"] = name_of(model.get_input_embeddings().weight.dtype)
         result["runs"] = explain(model).summary
 

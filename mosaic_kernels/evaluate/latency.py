@@ -20,6 +20,9 @@ from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.progress import station
 
 
+DEFAULT_PROMPT_TOKENS = 128
+
+
 @dataclass(frozen=True)
 class Latency:
     """Speed and size of a model.
@@ -58,13 +61,11 @@ def latencies(
         seed: of the prompt.
 
     Raises:
-        UsageError: a count is below 1, or both together are more tokens than a model knows positions.
+        UsageError: a count is below 1.
     """
     for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
         if count < 1:
             raise UsageError(f"{name} must be at least 1, got {count}")
-    for model in models:
-        require_positions(model, prompt_tokens, new_tokens)
     vocabulary = min(model.get_input_embeddings().num_embeddings for model in models)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(seed))
     ids = [prompt.to(model.get_input_embeddings().weight.device) for model in models]
@@ -92,18 +93,22 @@ def latencies(
     ]
 
 
-def require_positions(model: Any, prompt_tokens: int, new_tokens: int) -> None:
-    """Raise where a prompt and what follows it are more tokens than the model knows positions.
+def prompt_length(model: Any, asked: int | None, new_tokens: int) -> int:
+    """The number of prompt tokens: ``asked``, else 128 or as many as leave room for ``new_tokens``.
 
     Raises:
-        UsageError: says how many it knows.
+        UsageError: both together are more tokens than the model knows positions.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and prompt_tokens + new_tokens > limit:
+    if limit is None:
+        return DEFAULT_PROMPT_TOKENS if asked is None else asked
+    count = min(DEFAULT_PROMPT_TOKENS, limit - new_tokens) if asked is None else asked
+    if count < 1 or count + new_tokens > limit:
         raise UsageError(
-            f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} are more than the {limit} positions this "
+            f"--prompt-tokens {max(1, count)} and --new-tokens {new_tokens} are more than the {limit} positions this "
             "model knows: lower one of them"
         )
+    return count
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -75,10 +75,10 @@ def prune(
         tokenizer: of a model given as an object, where calibration or evaluation text is used.
         command: the command line, for the report and for the resume hint.
         **options: fields of :class:`~mosaic_kernels.config.PruneConfig`. ``calibration`` is the path of a text file, a
-            table or a folder (docs/calibration.md), the name of a dataset, ``random``, a list of texts, a
-            tensor of token ids, or any iterable of texts or of sequences of token ids. Of text and of one flat sequence
-            of ids ``samples`` windows of ``seqlen`` tokens are drawn by ``seed``; of a tensor ``[sequences, tokens]`` (or sequences of one length) the first ``samples``
-            are used as they are, and ``seqlen`` is their length.
+            table or a folder (docs/calibration.md), the name of a dataset, ``random``, a list of texts, a tensor of
+            token ids, or any iterable of texts or of sequences of token ids. Of text and of one flat sequence of ids
+            ``samples`` windows of ``seqlen`` tokens are drawn by ``seed``; of a tensor ``[sequences, tokens]`` (or
+            sequences of one length) the first ``samples`` are used as they are, and ``seqlen`` is their length.
 
     Returns:
         The report, the same object as ``mosaic_report.json``.
