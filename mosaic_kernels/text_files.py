@@ -50,7 +50,14 @@ def read_texts(source: str | Path, column: str | None = None) -> Texts:
     items = list(read_items(path, named or column))
     if not all(isinstance(item, (str, Conversation)) for item in items):
         raise CalibrationError(f"{path}: holds token ids, and a text is needed here")
-    return Texts(tuple(items), str(path))
+    return Texts(tuple(items), description_of(path))
+
+
+def description_of(path: Path) -> str:
+    """What logs and reports call a source of texts."""
+    if str(path) in ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"):
+        return "standard input"
+    return "a pipe" if path.is_relative_to("/dev/fd") or path.is_relative_to("/proc") else str(path)
 
 
 def split_column(source: str | Path) -> tuple[Path, str | None]:

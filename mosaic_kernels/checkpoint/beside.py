@@ -17,7 +17,7 @@ from typing import Any
 from mosaic_kernels.checkpoint.generation import plain_config, valid_generation
 from mosaic_kernels.checkpoint.public import without_paths
 from mosaic_kernels.cli import DISK_FULL
-from mosaic_kernels.errors import ModelLoadError
+from mosaic_kernels.errors import ModelLoadError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -128,17 +128,26 @@ def _copy_licence(path: Path, source: Path, target: Path) -> None:
     target.write_bytes(data)
 
 
-def check_files_beside(model: Any, tokenizer: Any, source: Path) -> None:
+def check_files_beside(model: Any, tokenizer: Any, source: Path, directory: Path) -> None:
     """Save the small files of a result once, before the work starts, and say what the last step will leave out.
 
     Args:
         model: to be pruned; it stays as it is.
         tokenizer: of it, or ``None``.
         source: its directory.
+        directory: where the result will be written.
 
     Raises:
+        UsageError: safetensors cannot write at ``directory``.
         ModelLoadError: transformers loads the configuration and does not save it.
     """
+    try:
+        os.fspath(directory).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"--output-dir {os.fspath(directory)!a}: this name cannot be written as UTF-8, which safetensors "
+            "needs: choose another"
+        ) from error
     valid_generation(model.generation_config)
     config = plain_config(model.config)
     try:

@@ -19,7 +19,6 @@ from mosaic_kernels.format import bitmask_bytes, bitmask_words
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.progress import station
 
-
 DEFAULT_PROMPT_TOKENS = 128
 
 

@@ -21,7 +21,7 @@ from mosaic_kernels.documents import Conversation, Texts, documents
 from mosaic_kernels.errors import CalibrationError, TextFileError, UsageError
 from mosaic_kernels.prune.hub import DATASETS, source_of
 from mosaic_kernels.tables import is_message, kind_of
-from mosaic_kernels.text_files import read_items, read_texts, split_column
+from mosaic_kernels.text_files import description_of, read_items, read_texts, split_column
 
 logger = logging.getLogger(__name__)
 
@@ -197,9 +197,9 @@ def _file(path: Path, column: str | None, samples: int) -> Texts | Stream | Sequ
     if kept and isinstance(kept[0], (str, Conversation)):
         if not all(isinstance(item, (str, Conversation)) for item in kept):
             raise CalibrationError(f"{path}: holds texts and token ids; give a file of one kind")
-        return Texts(tuple(kept), str(path))
+        return Texts(tuple(kept), description_of(path))
     found = _sequences(iter(kept), str(path), None)
-    return type(found)(found.tokens, str(path))
+    return type(found)(found.tokens, description_of(path))
 
 
 def _rows_of_table(given: Any) -> Iterable[Any] | None:

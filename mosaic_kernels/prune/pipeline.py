@@ -141,7 +141,7 @@ def _run(
     computing = team.from_first(lambda: settle_compute_dtype(config.compute_dtype, adapter.dtype, device))
     name = _name(source)
     if output is not None:
-        team.first(lambda: check_files_beside(model, tokenizer, local_path(name)))
+        team.first(lambda: check_files_beside(model, tokenizer, local_path(name), output.staging))
     lap = clock.lap("load", clock.started)
 
     limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
