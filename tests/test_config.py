@@ -59,8 +59,8 @@ def test_options_of_another_type(options: dict[str, Any], words: str) -> None:
 
 def test_options_of_a_type_that_says_the_same() -> None:
     config = PruneConfig(
-        sparsity=np.float32(0.25), samples=np.int64(8), dtype=torch.bfloat16, device=torch.device("cpu"), resume=np.True_,
-        ranks="~/r.json", structured_share=0,
+        sparsity=np.float32(0.25), samples=np.int64(8), dtype=torch.bfloat16, device=torch.device("cpu"),
+        resume=np.True_, ranks="~/r.json", structured_share=0,
     )  # type: ignore[arg-type]  # fmt: skip
     assert (config.sparsity, config.samples, config.dtype, config.device, config.resume) == (
         0.25,
