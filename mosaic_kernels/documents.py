@@ -146,7 +146,13 @@ def joined(texts: Texts, tokenizer: Any) -> str:
             "%s: the tokenizer's chat template refuses %d of %d conversations, which are left out (%s)",
             texts, len(refused), len(texts.texts), refused[0],
         )  # fmt: skip
-    return "\n\n".join(parts)
+    whole = "\n\n".join(parts)
+    try:
+        whole.encode()
+    except UnicodeEncodeError:  # half of a character, as JSON may hold it; tokenizers refuse it
+        logger.warning("%s: holds halves of characters, which count as unknown ones", texts)
+        whole = whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole
 
 
 def _columns(row: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from mosaic_kernels.errors import CalibrationError, EnvironmentError_
+from mosaic_kernels.errors import CalibrationError, EnvironmentError_, UsageError
 from mosaic_kernels.paths import COMPRESSED_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ SUFFIXES = {
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32"}
 _MARKS |= {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _ROWS_AT_ONCE = 1024
+_LONGEST_COLUMN_NAME = 5  # words
 
 
 def kind_of(path: Path) -> str | None:
@@ -146,8 +147,26 @@ def jsonl_rows(stream: IO[bytes], name: str) -> Iterator[Any]:
     yield from json_lines(lines(), name)
 
 
-def csv_rows(text: str, name: str, delimiter: str) -> Iterator[dict[str, str]]:
-    """Rows of a table whose first line names the columns; a field may hold line ends and may be of any length."""
+def csv_rows(text: str, name: str, delimiter: str | None = None) -> Iterator[dict[str, str]]:
+    """Rows of a table whose first line names the columns; a field may hold line ends and may be of any length.
+
+    Args:
+        text: the whole file.
+        name: of the file, for messages.
+        delimiter: ``None``: a comma, or what the first line has instead: a semicolon, a tab or a bar.
+
+    Raises:
+        UsageError: the first line is a text, and names no columns.
+        CalibrationError: not a table.
+    """
+    first = text.partition("\n")[0]
+    if delimiter is None:
+        delimiter = next((sign for sign in ",;\t|" if sign in first), ",")
+    names = next(csv.reader([first], delimiter=delimiter), [])
+    if len(names) == 1 and len(names[0].split()) > _LONGEST_COLUMN_NAME:
+        raise UsageError(
+            f"{name}: the first line of a table names its columns, and this one is a text: put a line 'text' before it"
+        )
     before = csv.field_size_limit(min(sys.maxsize, 2**63 - 1))
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)

@@ -46,6 +46,8 @@ def read_texts(source: str | Path, column: str | None = None) -> Texts:
         CalibrationError: empty, damaged, binary, or token ids.
         UsageError: the column is not known.
     """
+    if not str(source).strip():
+        raise UsageError("an empty string names no text file")
     path, named = split_column(source)
     items = list(read_items(path, named or column))
     if not all(isinstance(item, (str, Conversation)) for item in items):
@@ -104,7 +106,7 @@ def _items(stream: Any, path: Path, column: str | None) -> Iterator[Any]:
         if kind == "json":
             yield from documents(json_rows(text, name), name, column)
         elif kind in ("csv", "tsv"):
-            yield from documents(csv_rows(text, name, "\t" if kind == "tsv" else ","), name, column)
+            yield from documents(csv_rows(text, name, "\t" if kind == "tsv" else None), name, column)
         elif kind is None and looks_like_json_lines(text):
             logger.info("%s: read as JSON Lines", name)
             yield from documents(json_rows(text, name), name, column)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prune_runs import Run
+from prune_runs import QUICK, Run
 from small_models import composite, random_model, save
 
 import mosaic_kernels as mk
@@ -208,6 +208,20 @@ def test_a_tokenizer_that_does_not_save_is_told_first(tmp_path: Path, caplog: py
     (out := tmp_path / "out").mkdir()
     save_tokenizer(Unsaved(), out, tmp_path)
     assert list(out.iterdir()) == []
+
+
+def test_a_tokenizer_of_foreign_code_is_refused_before_the_weights_are_read(run: Run, model_dir: Path) -> None:
+    (model_dir / "tokenizer.json").unlink()
+    (model_dir / "tokenization_x.py").write_text("raise SystemExit('run')")
+    rewrite(
+        model_dir / "tokenizer_config.json", tokenizer_class="X", auto_map={"AutoTokenizer": ["tokenization_x.X", None]}
+    )
+    with (model_dir / "model.safetensors").open("r+b") as weights:  # not a number in it: found only if it is read
+        weights.seek(-64, os.SEEK_END)
+        weights.write(b"\xff" * 64)
+    result = run(model_dir, "--output-dir", "out", *QUICK)
+    assert result.code == 1
+    assert "its tokenizer is code of the model, which this package does not run" in result.err
 
 
 GENERATION: dict[str, tuple[dict[str, Any], set[str]]] = {

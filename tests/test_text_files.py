@@ -53,6 +53,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "columns.json": lambda p: p.write_text(json.dumps({"id": [0, 1, 2], "text": TEXTS})),
     "a.csv": as_csv,
     "a.tsv": lambda p: as_csv(p, "\t"),
+    "semicolons.csv": lambda p: as_csv(p, ";"),
     "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress(LINES.encode())),
     "a.json.bz2": lambda p: p.write_bytes(bz2.compress(json.dumps(ROWS).encode())),
     "a.jsonl.xz": lambda p: p.write_bytes(lzma.compress(LINES.encode())),
@@ -145,6 +146,7 @@ def test_encodings(tmp_path: Path, data: bytes, text: str, caplog: pytest.LogCap
         ("a.jsonl", b'{"text": {"a": 1}}', UsageError, "row 1: the column 'text' holds a dict"),
         ("a.jsonl", b"3\n", UsageError, "row 1: a int"),
         ("a.json.gz", gzip.compress(b'["text"]' * 999)[:40], TextFileError, "cannot read this text file"),
+        ("a.csv", b"A long sentence that names no column.\nAnother.\n", UsageError, "put a line 'text' before it"),
         ("data", b"PAR1" + bytes(9), CalibrationError, r"Parquet\): name it \.parquet"),
     ],
 )  # fmt: skip
@@ -222,6 +224,22 @@ def test_a_template_that_refuses(caplog: pytest.LogCaptureFixture) -> None:
     assert "refuses 1 of 2 conversations, which are left out (roles must alternate)" in caplog.text
     with pytest.raises(CalibrationError, match=r"takes no conversation of it \(roles must alternate"):
         joined(Texts(found.texts[1:], "x"), Chatty())
+
+
+def test_halves_of_characters(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """JSON may hold them; a tokenizer ends in a traceback."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d\\ude00 whole and \\ud83d half one"}')
+    found = joined(read_texts(tmp_path / "a.jsonl"), tokenizer)
+    assert found == "a \U0001f600 whole and \ufffd half one"
+    assert "halves of characters" in caplog.text
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.txt").write_text("not asked for")
+    for read in (read_texts, given_text, lambda name: given_calibration(name, 8)):
+        with pytest.raises(UsageError, match="an empty string"):
+            read("")
 
 
 def test_token_ids_of_a_file(tmp_path: Path) -> None:

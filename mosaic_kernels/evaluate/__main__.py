@@ -28,7 +28,6 @@ def make_parser() -> argparse.ArgumentParser:
     quality = parser.add_argument_group("perplexity")
     quality.add_argument(
         "--text",
-        type=Path,
         metavar="FILE",
         help="text to predict: UTF-8, or a table with a column 'text' (.jsonl, .json, .csv, .parquet; PATH:COLUMN "
         "for another), - for the standard input",
