@@ -35,7 +35,8 @@ DOCUMENTED = (
 CHANGEABLE = {
     "past_key_values", "cache_params", "variance_epsilon", "all_tied_weights_keys", "output_capturing",
     "_active_collector", "_attn_implementation", "_attn_implementation_internal", "_is_hf_initialized",
-    "_hf_peft_config_loaded", "AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING",
+    "_hf_peft_config_loaded", "_get_generation_parameters", "AUTO_QUANTIZER_MAPPING",
+    "AUTO_QUANTIZATION_CONFIG_MAPPING",
 }  # fmt: skip
 MAY_READ_VERSIONS = ("compat", "info", "prune.report", "ops.cuda", "ops.triton.__main__")  # to print them
 MAY_IMPORT_TRITON = ("ops.triton",)

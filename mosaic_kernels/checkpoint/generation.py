@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import logging
 from typing import Any
+
+from mosaic_kernels.compat import generation_settings
 
 logger = logging.getLogger(__name__)
 
@@ -20,16 +21,10 @@ def plain_config(config: Any) -> Any:
 
     They have no effect there: those of ``generation_config.json`` count.
     """
-    from transformers import GenerationConfig
-
     found = copy.deepcopy(config)
-    declared = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
-    for key in vars(GenerationConfig()):
-        if key.startswith("_") or key in declared or key in ("use_cache", "transformers_version"):
-            continue
-        if vars(found).get(key) is not None:
-            delattr(found, key)
-            logger.debug("config.json: %s is left out: it is a setting of generation", key)
+    for key in generation_settings(config):
+        delattr(found, key)
+        logger.debug("config.json: %s is left out: it is a setting of generation", key)
     for key in ("quantization_config", "auto_map"):
         if hasattr(found, key):
             delattr(found, key)
