@@ -140,8 +140,9 @@ def _run(
     config = settle_category(config, device)
     computing = team.from_first(lambda: settle_compute_dtype(config.compute_dtype, adapter.dtype, device))
     name = _name(source)
-    if output is not None:
-        team.first(lambda: check_files_beside(model, tokenizer, local_path(name), output.staging))
+    staging = None if output is None else output.staging
+    # every process takes part, though only the first one has a place to write to
+    team.first(lambda: None if staging is None else check_files_beside(model, tokenizer, local_path(name), staging))
     lap = clock.lap("load", clock.started)
 
     limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
