@@ -127,6 +127,11 @@ def attention_of(config: Any) -> str | None:
     return found
 
 
+def generation_settings(config: Any) -> list[str]:
+    """Settings of generation in a model's configuration, with which transformers loads it and does not save it."""
+    return list(config._get_generation_parameters())
+
+
 def captures_nothing(hook: Any) -> bool:
     """True for a hook of transformers that records hidden states or attentions while no call has asked for any."""
     if getattr(hook, "__module__", None) != _CAPTURING or hook.__name__ != "output_capturing_hook":

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mosaic_kernels.errors import UsageError
+from mosaic_kernels.paths import local_path
 
 Category = Literal["auto", "unstructured", "structured", "composite"]
 Policy = Literal["curve", "curve+search", "pod", "owl", "uniform", "mosaic-reference"]
@@ -52,7 +56,7 @@ class PruneConfig:
     samples: int = 128
     seqlen: int | None = None
     seed: int = 0
-    eval_text: Path | None = None
+    eval_text: Any = None  # see prune.given.given_text
     eval_tokens: int | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -63,22 +67,11 @@ class PruneConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _of_kind(name, getattr(self, name), kind))
         if self.policy is None:  # probes cost more than all that `fast` does otherwise
             quick = self.solver == "admm" and self.quality == "fast"
             object.__setattr__(self, "policy", "uniform" if quick else "curve")
-        choices = {
-            "category": Category,
-            "policy": Policy,
-            "solver": SolverName,
-            "quality": Quality,
-            "recover": Recovery,
-            "compute_dtype": ComputeDtype,
-            "format": OutputFormat,
-            "weights": Weights,
-        }
-        for name, kind in choices.items():
-            if getattr(self, name) not in get_args(kind):
-                raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if not 0 <= self.sparsity < 1:  # also refuses NaN
             raise UsageError(f"sparsity is the fraction removed, 0 <= S < 1, got {self.sparsity}")
         if not (math.isfinite(self.outlier_threshold) and self.outlier_threshold > 0):
@@ -89,6 +82,8 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must lie in [0, 2**63), got {self.seed}")
         if self.eval_tokens is not None and self.eval_text is None:
             raise UsageError("--eval-tokens needs --eval-text FILE: it is the number of tokens of that text to use")
         if self.weights != "float" and self.format == "dense":
@@ -187,6 +182,34 @@ class PruneConfig:
                     f"with pattern {self.pattern} the structured share follows from the sparsity "
                     f"({implied:.4f} here): leave out --structured-share"
                 )
+
+
+def _of_kind(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as the option ``name`` keeps it, whose annotation is ``kind``.
+
+    Raises:
+        UsageError: of another type, or none of the choices.
+    """
+    kinds = set(get_args(kind)) if get_origin(kind) not in (None, Literal) else {kind}
+    if kind is Any or (value is None and NoneType in kinds):
+        return value
+    (wanted,) = kinds - {NoneType}
+    if get_origin(wanted) is Literal:
+        if not isinstance(value, str) or value not in get_args(wanted):
+            raise UsageError(f"{name} must be one of {', '.join(get_args(wanted))}, got {value!r}")
+        return value
+    if wanted is Path and isinstance(value, (str, os.PathLike)):
+        return local_path(value, name)
+    if wanted is float and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if wanted is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if wanted is bool and type(value).__name__ in ("bool", "bool_"):  # numpy's own, too
+        return bool(value)
+    if wanted is str and (isinstance(value, str) or type(value).__name__ in ("dtype", "device")):  # of torch
+        return str(value).removeprefix("torch.")
+    words = {float: "a number", int: "a whole number", bool: "True or False", str: "a string", Path: "a path"}
+    raise UsageError(f"{name} must be {words[wanted]}, got {value!r} ({type(value).__name__})")
 
 
 def _parse_group(pattern: str) -> tuple[int, int]:

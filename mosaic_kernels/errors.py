@@ -42,6 +42,10 @@ class CalibrationError(MosaicError):
     """The calibration text is missing, unreadable or too short."""
 
 
+class TextFileError(UsageError, CalibrationError):
+    """A text file that an option names is missing, cannot be opened, or is no file of texts; exit code 2."""
+
+
 class NonFiniteError(MosaicError):
     """A weight or an activation holds NaN or Inf."""
 

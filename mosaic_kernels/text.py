@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a text file to windows of tokens, for calibration and for perplexity."""
+"""From texts to windows of tokens, for calibration and for perplexity."""
 
 from __future__ import annotations
 
@@ -11,31 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mosaic_kernels.documents import Texts, joined
 from mosaic_kernels.errors import CalibrationError, UsageError
 from mosaic_kernels.progress import station
+from mosaic_kernels.text_files import read_texts
 
 # One encoding of a tokenizer holds about 100 bytes for each token; pieces of this many characters
 # keep that under 30 MB whatever the size of the file.
 _PIECE_CHARACTERS = 1 << 20
 _LINE_END = re.compile(r"\n(?=\S)")
+# Where a line is longer than several pieces, such as a book in one line: before a single space.
+_WORD_END = re.compile(r"(?<=\S)(?= \S)")
+_LONG_LINE = 4  # pieces
 
 
-def load_tokens(path: str | Path, tokenizer: Any) -> Tensor:
-    """All tokens of a text file, without special tokens.
+def load_tokens(source: str | Path | Texts, tokenizer: Any) -> Tensor:
+    """All tokens of texts, without special tokens.
 
     Args:
-        path: a UTF-8 text file.
+        source: texts, or the path of a file of any kind that :func:`~mosaic_kernels.text_files.read_texts` reads.
         tokenizer: a Hugging Face tokenizer.
 
     Returns:
-        ``int64 [tokens]``.
+        ``int64 [tokens]``; texts are joined by an empty line.
 
     Raises:
-        CalibrationError: the file is missing, unreadable, empty, binary or not UTF-8.
+        TextFileError: the file is missing or cannot be opened.
+        CalibrationError: it is empty, binary or in no known encoding.
     """
-    tokens = tokenize(_read(Path(path).expanduser()), tokenizer)
+    texts = source if isinstance(source, Texts) else read_texts(source)
+    tokens = tokenize(joined(texts, tokenizer), tokenizer)
     if not len(tokens):
-        raise CalibrationError(f"{path}: the tokenizer makes no tokens of this text; give another file")
+        raise CalibrationError(f"{texts}: the tokenizer makes no tokens of this text; give another file")
     return tokens
 
 
@@ -49,12 +56,13 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
     return torch.cat(found)
 
 
-def windows(tokens: Tensor, seqlen: int) -> Tensor:
+def windows(tokens: Tensor, seqlen: int, name: str = "the text") -> Tensor:
     """Cut tokens into windows that do not overlap; the rest at the end is left out.
 
     Args:
         tokens: ``int64 [tokens]``.
         seqlen: tokens in a window, at least 2.
+        name: of the text, for the message.
 
     Returns:
         ``int64 [windows, seqlen]``.
@@ -74,38 +82,18 @@ def windows(tokens: Tensor, seqlen: int) -> Tensor:
     count = len(tokens) // seqlen
     if not count:
         raise CalibrationError(
-            f"the text has {len(tokens)} tokens but one window needs {seqlen}: "
+            f"{name} has {len(tokens)} tokens but one window needs {seqlen}: "
             f"give at least {seqlen - len(tokens)} tokens more, or lower --seqlen"
         )
     return tokens[: count * seqlen].view(count, seqlen)
 
 
-def _read(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CalibrationError(f"{path}: no such text file") from error
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot read this text file: {error.strerror}") from error
-    if b"\0" in data:
-        raise CalibrationError(f"{path}: this is a binary file; give plain UTF-8 text")
-    try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path}: not UTF-8 text (byte {error.start}): convert it, e.g. with iconv -t utf-8"
-        ) from error
-    if not text.strip():
-        raise CalibrationError(f"{path}: this text file is empty")
-    return text
-
-
 def _pieces(text: str, tokenizer: Any) -> Iterator[list[int]]:
     """Token ids of consecutive pieces of ``text``, the same as those of the whole text at once.
 
-    Pieces end with a line and the next begins with a letter or sign: there every common tokenizer
-    splits anyway. Those that mark the beginning of a text would mark each piece, so a piece is read
-    behind a line break whose own tokens are then dropped.
+    Pieces end with a line and the next begins with a letter or sign: there every common tokenizer splits anyway, and
+    so it does before a single space, where a long line is cut. Tokenizers that mark the beginning of a text would mark
+    each piece, so a piece is read behind a line break whose own tokens are then dropped.
     """
 
     def encode(part: str) -> list[int]:
@@ -116,7 +104,8 @@ def _pieces(text: str, tokenizer: Any) -> Iterator[list[int]]:
     line_break = encode("\n") if len(text) > _PIECE_CHARACTERS else []
     begin = 0
     while begin < len(text):
-        cut = _LINE_END.search(text, begin + _PIECE_CHARACTERS)
+        least = begin + _PIECE_CHARACTERS
+        cut = _LINE_END.search(text, least, least + _LONG_LINE * _PIECE_CHARACTERS) or _WORD_END.search(text, least)
         end = cut.end() if cut else len(text)
         if begin == 0:
             yield encode(text[:end])

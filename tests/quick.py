@@ -17,10 +17,11 @@ PACKAGE = Path(__file__).parents[1] / "mosaic_kernels"
 
 # Files whose tests are all quick; below, the beginnings of the names of quick tests in other files.
 FILES = (
-    "test_calibration", "test_capture", "test_cli", "test_config", "test_directory", "test_disk", "test_fingerprint",
-    "test_format", "test_gram", "test_journal", "test_manifest", "test_models", "test_quickstart", "test_roll_call",
-    "test_sass_budget", "test_search",
-    "test_sensitivity", "test_setup", "test_solvers", "test_sweep", "test_task_files", "test_tile_groups", "test_tiles",
+    "test_beside", "test_calibration", "test_capture", "test_cli", "test_config", "test_directory", "test_disk",
+    "test_fingerprint", "test_format", "test_gram", "test_journal", "test_manifest", "test_models", "test_public",
+    "test_quickstart", "test_roll_call", "test_sass_budget", "test_search", "test_sensitivity", "test_setup",
+    "test_solvers", "test_sweep", "test_task_files", "test_text_files", "test_tile_groups", "test_tiles",
+    "test_token_cache",
 )  # fmt: skip
 TESTS: dict[str, tuple[str, ...]] = {
     "test_2to4": ("test_is_two", "test_tiles_hold", "test_stored", "test_special", "test_bands", "test_other"),
@@ -60,6 +61,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_an_unknown",
     ),
     "test_score": ("test_groups_are", "test_ties_are", "test_packing"),
+    "test_nothing_removed": ("test_a_divergence",),
     "test_share": ("test_the_model_is_left", "test_nothing_is_tried"),
     "test_solver_steps": ("test_a_step", "test_a_proposal"),
     "test_structured": ("test_channels_go", "test_dead_units", "test_refit_is", "test_block_shape"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration tokens: repeatable, distinct, cached, and clear about what is missing."""
+"""Calibration tokens: repeatable, distinct, and clear about what is missing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from mosaic_kernels.errors import CalibrationError, EnvironmentError_, ExitCode, UsageError
-from mosaic_kernels.prune import calibration
-from mosaic_kernels.prune.calibration import Calibration, cache_directory, calibrate
+from mosaic_kernels.prune.calibration import Calibration, calibrate
 
 VOCABULARY = 4096
 
@@ -107,7 +106,7 @@ def test_a_missing_file_is_no_dataset(source: str, tokenizer: Any) -> None:
 
 def test_a_directory_is_no_text(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(
-        UsageError, match=r"is a directory; calibration may be the path of a text file, .*list of texts"
+        UsageError, match=r"is a directory without texts for training \(it has nothing\): give a folder with train.txt"
     ):
         draw(tmp_path, tokenizer)
 
@@ -132,62 +131,6 @@ def test_random_tokens_need_nothing() -> None:
     assert 4000 < len(found.tokens.unique()) <= VOCABULARY
     assert torch.equal(found.tokens, draw("random", None, samples=500, seqlen=40).tokens)
     assert not torch.equal(found.tokens, draw("random", None, samples=500, seqlen=40, seed=1).tokens)
-
-
-@pytest.fixture
-def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that were really tokenised, in order."""
-    seen: list[Path] = []
-    inner = calibration.load_tokens
-    monkeypatch.setattr(calibration, "load_tokens", lambda path, tok: (seen.append(path), inner(path, tok))[1])
-    return seen
-
-
-def test_the_cache_answers_the_second_time(text: Path, tokenizer: Any, tokenised: list[Path]) -> None:
-    first = draw(text, tokenizer)
-    assert len(list(cache_directory().iterdir())) == 1
-    again = draw(text, tokenizer)
-    assert torch.equal(first.tokens, again.tokens)
-    assert tokenised == [text]
-    text.write_text(text.read_text()[:-500])  # another text under the same name
-    draw(text, tokenizer)
-    assert tokenised == [text, text]
-    assert not list(cache_directory().glob("*.part"))
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x00" * 40, b"{}", None])
-def test_a_damaged_cache_is_made_anew(text: Path, tokenizer: Any, tokenised: list[Path], damage: bytes | None) -> None:
-    first = draw(text, tokenizer)
-    (cached,) = cache_directory().iterdir()
-    whole = cached.read_bytes()
-    cached.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
-    assert torch.equal(draw(text, tokenizer).tokens, first.tokens)
-    assert cached.read_bytes() == whole
-    assert tokenised == [text, text]
-
-
-def test_a_cache_of_something_else_is_made_anew(text: Path, tokenizer: Any) -> None:
-    from safetensors.torch import save_file
-
-    first = draw(text, tokenizer)
-    (cached,) = cache_directory().iterdir()
-    save_file({"other": torch.zeros(3)}, cached)
-    assert torch.equal(draw(text, tokenizer).tokens, first.tokens)
-
-
-def test_a_cache_that_cannot_be_written_costs_nothing_else(
-    text: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = draw(text, tokenizer)
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert torch.equal(draw(text, tokenizer).tokens, first.tokens)
-
-
-def test_the_cache_follows_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / ".cache" / "mosaic-kernels"
 
 
 def test_a_dataset_without_the_package(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,9 +161,11 @@ def test_a_dataset_without_network(tokenizer: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_dataset_without_the_text_column(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_datasets(monkeypatch, lambda *_, **__: Stream([{"body": "no text"}]))
-    with pytest.raises(EnvironmentError_, match=r"'someone/corpus' could not be read \(KeyError: 'text'\)"):
+    fake_datasets(monkeypatch, lambda *_, **__: Stream([{"body": "no text", "title": "none"}]))
+    with pytest.raises(UsageError, match=r"'someone/corpus' has no column 'text', .* it has 'body', 'title'"):
         draw("someone/corpus", tokenizer)
+    with pytest.raises(CalibrationError, match=r"someone/corpus:body has 4 tokens"):
+        draw("someone/corpus:body", tokenizer)
 
 
 def test_a_dataset(text: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +23,64 @@ def test_defaults_are_valid_and_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.sparsity = 0.9  # type: ignore[misc]
     assert (config.category, config.sparsity, config.seqlen) == ("composite", 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": "0.5"}, r"sparsity must be a number, got '0\.5' \(str\)"),
+        ({"sparsity": None}, r"sparsity must be a number, got None \(NoneType\)"),
+        ({"sparsity": True}, "sparsity must be a number, got True"),
+        ({"sparsity": [0.5]}, "sparsity must be a number"),
+        ({"sparsity": 0.5j}, "sparsity must be a number"),
+        ({"structured_share": "0.1"}, "structured_share must be a number"),
+        ({"max_deviation": "a"}, "max_deviation must be a number"),
+        ({"samples": 8.0}, r"samples must be a whole number, got 8\.0 \(float\)"),
+        ({"samples": "8"}, "samples must be a whole number"),
+        ({"seqlen": True}, "seqlen must be a whole number"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"seed": -1}, r"seed must lie in \[0, 2\*\*63\), got -1"),
+        ({"seed": 2**63}, "seed must lie in"),
+        ({"category": ["composite"]}, "category must be one of"),
+        ({"policy": 3}, "policy must be one of"),
+        ({"pattern": 2}, "pattern must be a string"),
+        ({"pattern": None}, "pattern must be a string"),
+        ({"ranks": 3}, "ranks must be a path"),
+        ({"device": 0}, "device must be a string"),
+        ({"resume": "yes"}, "resume must be True or False"),
+        ({"overwrite": 1}, "overwrite must be True or False"),
+    ],
+)
+def test_options_of_another_type(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        PruneConfig(**options)
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_options_of_a_type_that_says_the_same() -> None:
+    config = PruneConfig(
+        sparsity=np.float32(0.25), samples=np.int64(8), dtype=torch.bfloat16, device=torch.device("cpu"),
+        resume=np.True_, ranks="~/r.json", structured_share=0,
+    )  # type: ignore[arg-type]  # fmt: skip
+    assert (config.sparsity, config.samples, config.dtype, config.device, config.resume) == (
+        0.25,
+        8,
+        "bfloat16",
+        "cpu",
+        True,
+    )
+    assert [type(value) for value in (config.sparsity, config.samples, config.structured_share)] == [float, int, float]
+    assert config.ranks == Path.home() / "r.json"
+    assert PruneConfig(sparsity=0).sparsity == 0
+
+
+def test_a_home_directory_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    with pytest.raises(UsageError, match=r"ranks: ~/r\.json: the home directory .* is not known here"):
+        PruneConfig(ranks="~/r.json")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="is not known here"):
+        PruneConfig(ranks="~nobody-of-this-name/r.json")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,19 @@ def test_dry_run_as_people_read_it(run: Run, dense_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "code"), [(("--sparsity", "2"), 2), (("--pattern", "3:7", "--category", "composite"), 2)]
+    ("options", "code"),
+    [
+        (("--sparsity", "2"), 2),
+        (("--pattern", "3:7", "--category", "composite"), 2),
+        (("--calibration", "./none.txt"), 2),
+        (("--calibration", "/dev/null"), 2),
+        (("--eval-text", "none.txt"), 2),
+        (("--ranks", "none.json"), 2),
+        (("--ranks", "/dev"), 2),
+        (("--seqlen", "129"), 2),
+        (("--calibration", f"{__file__}.gz"), 2),
+        (("--eval-text", "/proc/self/exe"), 1),
+    ],
 )
 def test_dry_run_refuses_what_the_run_refuses(run: Run, dense_dir: Path, options: tuple[str, ...], code: int) -> None:
     require_failure(run(dense_dir, "--dry-run", *options), code, "error: ")

@@ -174,19 +174,27 @@ def test_command_prints_a_table(tiny_llama: Path, validation_text: Path, capsys:
     ("words", "code", "message"),
     [
         ([], 2, "nothing to measure"),
-        (["--text", "missing.txt"], 1, "no such text file"),
+        (["--text", "missing.txt"], 2, "no such text file"),
         (["--text", "{text}", "--seqlen", "4096"], 2, "more than the 512 positions"),
         (["--text", "{text}", "--seqlen", "1"], 2, "at least 2 tokens"),
         (["--text", "{text}", "--samples", "0"], 2, "--samples must be at least 1"),
+        (["--text", "{text}", "--seqlen", "0"], 2, "--seqlen 0: a window needs at least 2 tokens"),
+        (["--text", "{short}", "--seqlen", "64"], 1, "short.txt has 4 tokens but one window needs 64"),
+        (["--text", "{folder}"], 2, "without texts"),
+        (["--latency", "--prompt-tokens", "500", "--new-tokens", "13"], 2, "more than the 512 positions"),
+        (["--latency", "--new-tokens", "0"], 2, "--new-tokens must be at least 1"),
         (["--latency", "--device", "abacus"], 2, "'abacus' is not a device"),
         (["--latency", "--dtype", "int4"], 2, "'int4' is not supported"),
         (["--slow"], 2, "unrecognized arguments"),
     ],
 )
 def test_command_errors(
-    words: list[str], code: int, message: str, tiny_llama: Path, validation_text: Path, capsys: Any
+    words: list[str], code: int, message: str, tiny_llama: Path, validation_text: Path, capsys: Any, tmp_path: Path
 ) -> None:
-    assert main([str(tiny_llama), *(word.format(text=validation_text) for word in words)]) == code
+    (short := tmp_path / "short.txt").write_text("Once upon a time")
+    (folder := tmp_path / "empty").mkdir()
+    given = {"text": validation_text, "short": short, "folder": folder}
+    assert main([str(tiny_llama), *(word.format(**given) for word in words)]) == code
     out, err = capsys.readouterr()
     assert message in err
     assert not out

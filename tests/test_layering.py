@@ -14,8 +14,9 @@ PACKAGE = ROOT / "mosaic_kernels"
 
 # A module may import what stands on its own level or below; the package's __init__ ties it all together.
 LEVELS = {
-    "errors": 0, "config": 0, "compat": 0, "signals": 0,
-    "format": 1, "tiles": 1, "semistructured": 1, "text": 1, "cli": 1, "progress": 1, "cuda_toolkit": 1,
+    "errors": 0, "paths": 0, "config": 0, "compat": 0, "signals": 0,
+    "format": 1, "tiles": 1, "semistructured": 1, "text": 1, "text_files": 1, "documents": 1, "tables": 1,
+    "cli": 1, "progress": 1, "cuda_toolkit": 1,
     "ops": 2, "device": 2, "_C_cpu": 2, "_C_cuda": 2,
     "arrangement": 3, "linear": 3, "int8": 3, "siblings": 3, "dense": 3,
     "models": 4, "native_block": 4, "decode": 4,
@@ -34,7 +35,8 @@ DOCUMENTED = (
 CHANGEABLE = {
     "past_key_values", "cache_params", "variance_epsilon", "all_tied_weights_keys", "output_capturing",
     "_active_collector", "_attn_implementation", "_attn_implementation_internal", "_is_hf_initialized",
-    "_hf_peft_config_loaded", "AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING",
+    "_hf_peft_config_loaded", "_get_generation_parameters", "AUTO_QUANTIZER_MAPPING",
+    "AUTO_QUANTIZATION_CONFIG_MAPPING",
 }  # fmt: skip
 # to print them, to write them down, or to compare them with those of an interrupted run
 MAY_READ_VERSIONS = (

@@ -47,6 +47,23 @@ def test_pieces_give_the_same_tokens(tokenizer: Any, validation_text: Path) -> N
 
 
 @pytest.mark.usefixtures("piecewise")
+@pytest.mark.parametrize("which", ["tokenizer", "marking_tokenizer"])
+def test_a_long_line_is_cut_between_words(which: str, validation_text: Path, request: pytest.FixtureRequest) -> None:
+    """A book in one line is not tokenised as a whole, and gives the tokens that it would give as a whole."""
+    tokenizer, line = request.getfixturevalue(which), " ".join(validation_text.read_text().split())
+    expected = tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"]
+    longest = 0
+
+    def watched(part: str, **options: Any) -> Any:
+        nonlocal longest
+        longest = max(longest, len(part))
+        return tokenizer(part, **options)
+
+    assert text.tokenize(line, watched).tolist() == expected
+    assert longest < 1100  # a piece, and the word that ends it
+
+
+@pytest.mark.usefixtures("piecewise")
 def test_pieces_are_not_marked_as_beginnings(marking_tokenizer: Any, validation_text: Path) -> None:
     expected = marking_tokenizer(validation_text.read_text(), add_special_tokens=False)["input_ids"]
     assert load_tokens(validation_text, marking_tokenizer).tolist() == expected
@@ -101,6 +118,8 @@ def test_windows_cover_the_beginning_once(rest: int) -> None:
 
 
 def test_too_short_a_text_says_by_how_much() -> None:
+    with pytest.raises(CalibrationError, match=r"book\.txt has 3 tokens but one window needs 4"):
+        windows(torch.arange(3), 4, "book.txt")
     with pytest.raises(CalibrationError, match=r"37 tokens but one window needs 256: give at least 219 .*--seqlen"):
         windows(torch.arange(37), 256)
 

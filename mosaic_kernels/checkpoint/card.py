@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mosaic_kernels.checkpoint.beside import own_file
+from mosaic_kernels.checkpoint.public import public_command, public_name
 from mosaic_kernels.format import weights_group
 from mosaic_kernels.models import PROJECTIONS
+from mosaic_kernels.paths import local_path
 
 _LOAD_PLAIN = """\
 ```python
@@ -30,17 +33,15 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 
 Without the package the weights do not fit the stock architecture, and loading fails."""
 
+# Of the source's front matter.
+_KEPT = ("base_model", "license", "license_name", "license_link", "language")
+_MOST_README_BYTES, _LONGEST_VALUE = 1 << 20, 500
+
 _CATEGORIES = {
     "structured": "whole attention heads and FFN channels",
     "unstructured": "single weights of its projections",
     "composite": "whole attention heads and FFN channels, and single weights of the projections that remain,",
 }
-
-
-def public_name(source: str) -> str:
-    """A model's name for others: a hub id as it is, of a local directory only its last part."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() or path.is_absolute() else source
 
 
 def model_card(
@@ -83,28 +84,43 @@ def _front_matter(base: str, source: str) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["mosaic", "sparsity", "pruned"],
-        **{key: known[key] for key in ("license", "license_name", "license_link", "language") if key in known},
+        **{key: known[key] for key in _KEPT if key in known and key != "base_model"},
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
 def _known_metadata(source: str) -> dict[str, Any]:
-    """The source's own front matter, from its directory or the hub's cache; no network."""
-    from huggingface_hub import metadata_load, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    """The source's own front matter, from its directory or the hub's cache: short texts and lists of them.
 
-    card: Any = Path(source).expanduser() / "README.md"
-    if not card.is_file():
-        try:
-            card = try_to_load_from_cache(source, "README.md")
-        except HFValidationError:  # a path that is gone, no hub id
-            return {}
-    if not isinstance(card, (str, Path)):
-        return {}
+    No network is used. A README that is a link out of the directory is not read.
+    """
+    from huggingface_hub import metadata_load, try_to_load_from_cache
+
     try:
-        return metadata_load(card) or {}
+        folder = local_path(source)
+        card: Any = folder / "README.md"
+        if folder.is_dir():
+            target = own_file(card, folder)
+        else:
+            card = try_to_load_from_cache(source, "README.md")
+            if not isinstance(card, (str, Path)):
+                return {}
+            target = own_file(Path(card), Path(card).parent)
+        if target.stat().st_size > _MOST_README_BYTES:
+            return {}
+        found = metadata_load(target) or {}
+        return {key: value for key in _KEPT if (value := _plain(found.get(key))) is not None}
     except Exception:  # somebody else's README: whatever is wrong with it must not fail the run
         return {}
+
+
+def _plain(value: Any) -> str | list[str] | None:
+    """A short text or list of them as it may be published; ``None``: something else."""
+    if isinstance(value, str) and 0 < len(value) <= _LONGEST_VALUE:
+        return public_name(value)
+    if isinstance(value, list) and 0 < len(value) <= 100 and all(isinstance(part, str) for part in value):
+        return [public_name(part[:_LONGEST_VALUE]) for part in value]
+    return None
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -147,7 +163,7 @@ def _quality(report: Mapping[str, Any]) -> str:
     return (
         "| | perplexity |\n|---|---|\n"
         f"| before | {found['dense']:.2f} |\n{rounding}| after | {found['pruned']:.2f} |\n\n"
-        f"On {found['tokens']:,} tokens of `{Path(found['text']).name}`, in windows that do not overlap."
+        f"On {found['tokens']:,} tokens of `{public_name(found['text'])}`, in windows that do not overlap."
     )
 
 
@@ -163,7 +179,7 @@ def _made(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in report.get("versions", {}).items())
     if versions:
         lines.append(f"- versions: {versions}")
-    command = shlex.join(_public_word(word) for word in report.get("command", []))
+    command = shlex.join(public_command(report.get("command", [])))
     return "\n".join(lines) + (f"\n\n```\n{command}\n```" if command else "")
 
 
@@ -171,7 +187,3 @@ def _calibration(calibration: Any) -> str:
     if not isinstance(calibration, Mapping):
         return f"`{public_name(str(calibration))}`"
     return ", ".join(f"{key} {public_name(str(value))}" for key, value in calibration.items())
-
-
-def _public_word(word: str) -> str:
-    return Path(word).name if word.startswith("/") else word

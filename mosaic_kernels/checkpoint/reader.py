@@ -24,6 +24,7 @@ from mosaic_kernels.errors import (
     UsageError,
 )
 from mosaic_kernels.models import SUPPORTED_MODEL_TYPES, ModelAdapter
+from mosaic_kernels.paths import local_path
 from mosaic_kernels.progress import station
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,12 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     place = resolve_device(str(device))
+    source = local_path(source, "MODEL") if str(source).startswith("~") else source
     path, _ = _require_supported(source)
     if path is not None:
         tensor_headers(weight_files(path))  # finds a truncated shard now, by name
     with station("load"), _load_errors(source):
+        tokenizer = _load_tokenizer(path or source)  # before the weights: it is small, and may not load
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path or source, dtype=_dtype(dtype), trust_remote_code=False, output_loading_info=True
         )
@@ -66,7 +69,6 @@ def load_model(
         if lacking:  # transformers made these up, and only warned
             raise ModelLoadError(f"{source}: the weight files lack {', '.join(lacking[:3])} ({len(lacking)} in all)")
         ModelAdapter.of(model)
-        tokenizer = _load_tokenizer(path or source)
         return model.to(place).eval(), tokenizer
 
 
@@ -79,6 +81,7 @@ def load_skeleton(source: str | Path, *, dtype: str | torch.dtype = "auto") -> A
 
     from mosaic_kernels.checkpoint.quantizer import MosaicConfig
 
+    source = local_path(source, "MODEL") if str(source).startswith("~") else source
     path, content = _require_supported(source)
     with _load_errors(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(path or source, trust_remote_code=False)
@@ -156,6 +159,11 @@ def _load_tokenizer(source: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
+        if "custom code" in str(error) or "trust_remote_code" in str(error):
+            raise ModelLoadError(
+                f"{source}: its tokenizer is code of the model, which this package does not run: convert it to a "
+                "tokenizer.json, or remove the tokenizer's files and use --calibration random"
+            ) from error
         raise ModelLoadError(f"{source}: its tokenizer does not load: {_first_line(error)}") from error
 
 

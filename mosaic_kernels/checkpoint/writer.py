@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import shutil
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,22 +14,27 @@ from torch import Tensor, nn
 
 from mosaic_kernels import ops
 from mosaic_kernels.checkpoint import autoload
-from mosaic_kernels.checkpoint.card import model_card, public_name
+from mosaic_kernels.checkpoint.beside import clean_json, copy_licences, remove_code, save_tokenizer
+from mosaic_kernels.checkpoint.card import model_card
 from mosaic_kernels.checkpoint.directory import OutputDirectory, require_space, write_errors
+from mosaic_kernels.checkpoint.generation import plain_config, valid_generation
 from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
 from mosaic_kernels.checkpoint.progress import no_bars_of_transformers
+from mosaic_kernels.checkpoint.public import public_name
 from mosaic_kernels.config import Weights
 from mosaic_kernels.format import packed_bytes, weights_group
 from mosaic_kernels.inference import prepare_inference
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import Block, ModelAdapter
+from mosaic_kernels.paths import local_path
 from mosaic_kernels.progress import station
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["OutputDirectory", "pack_model", "write_checkpoint"]
 
 _PROVENANCE = ("sparsity", "category", "policy", "solver", "seed")
-_LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
@@ -110,14 +114,28 @@ def write_checkpoint(
         require_space(directory, sum(t.nbytes for t in (tensors or dict(model.named_parameters())).values()))
         with station("write"), _saved_as(model, settings), no_bars_of_transformers():
             model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
+        _tell_growth(directory, local_path(source))
+        remove_code(directory)
+        clean_json(directory / "config.json", {} if plain else {"auto_map": dict(autoload.AUTO_MAP)})
+        clean_json(directory / "generation_config.json")
         if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+            save_tokenizer(tokenizer, directory, local_path(source))
         if not plain:
             (directory / autoload.FILE_NAME).write_text(autoload.SOURCE, encoding="utf-8")
-        _copy_licences(Path(source), directory)
+        copy_licences(local_path(source), directory)
         card = model_card(report, original_shapes, source, plain=plain)
         (directory / "README.md").write_text(card, encoding="utf-8")
         (directory / "mosaic_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _tell_growth(directory: Path, source: Path) -> None:
+    """Warn where the result takes more bytes than the source, as one that fills zeros of a packed model does."""
+    now, before = (
+        sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
+        for folder in (directory, source)
+    )
+    if before and now > 1.01 * before:
+        logger.warning("the result takes %s bytes, more than the %s of its source", f"{now:,}", f"{before:,}")
 
 
 def _provenance(report: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -142,13 +160,10 @@ def _saved_as(model: Any, settings: Mapping[str, Any]) -> Iterator[None]:
     """Let ``save_pretrained`` write these settings, and put the model back as it was."""
     config, generation, quantizer = model.config, model.generation_config, getattr(model, "hf_quantizer", None)
     try:
-        model.config = copy.deepcopy(config)
-        for key in ("quantization_config", "auto_map"):
-            if hasattr(model.config, key):
-                delattr(model.config, key)
+        model.config = plain_config(config)
         for key, value in settings.items():
             setattr(model.config, key, value)
-        model.generation_config = _valid_generation(generation)
+        model.generation_config = valid_generation(generation)
         model.hf_quantizer = None  # it would describe the model anew
         yield
     finally:
@@ -156,33 +171,3 @@ def _saved_as(model: Any, settings: Mapping[str, Any]) -> Iterator[None]:
         model.hf_quantizer = quantizer
         if quantizer is None:
             del model.hf_quantizer
-
-
-def _valid_generation(generation: Any) -> Any:
-    """Generation defaults that ``save_pretrained`` accepts: it refuses what published models contain.
-
-    A ``temperature`` beside ``do_sample: false`` loads with a warning but does not save; a run must not
-    fail on it after hours.
-    """
-    if generation is None:
-        return None
-    candidate = copy.deepcopy(generation)
-    try:
-        candidate.validate(strict=True)
-    except ValueError:
-        for setting in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "typical_p",
-        ):  # without meaning where nothing is drawn
-            setattr(candidate, setting, None)
-    return candidate
-
-
-def _copy_licences(source: Path, directory: Path) -> None:
-    if source.is_dir():
-        for pattern in _LICENCE_FILES:
-            for file in source.glob(pattern):
-                shutil.copyfile(file, directory / file.name)

@@ -26,7 +26,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or a hub id")
     quality = parser.add_argument_group("perplexity")
-    quality.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to predict")
+    quality.add_argument(
+        "--text",
+        metavar="FILE",
+        help="text to predict: UTF-8, or a table with a column 'text' (.jsonl, .json, .csv, .parquet; PATH:COLUMN "
+        "for another), - for the standard input",
+    )
     quality.add_argument(
         "--seqlen", type=int, metavar="N", help=f"tokens in a window (default: {DEFAULT_SEQLEN} or the model's maximum)"
     )
@@ -46,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     accuracy.add_argument("--limit", type=int, metavar="N", help="examples of each task, from its start (default: all)")
     speed = parser.add_argument_group("speed")
     speed.add_argument("--latency", action="store_true", help="measure prefill and decode, batch size 1, greedy")
-    speed.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    speed.add_argument("--prompt-tokens", type=int, metavar="N", help="(default: 128, or what the model knows)")
     speed.add_argument("--new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
     speed.add_argument(
         "--repeats", type=int, default=5, metavar="N", help="runs, of which the median counts (default: %(default)s)"
@@ -71,38 +76,43 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from mosaic_kernels.checkpoint.reader import load_model
     from mosaic_kernels.compute import computing_in, settle_evaluation_dtype
     from mosaic_kernels.device import name_of
-    from mosaic_kernels.evaluate.latency import latency, weight_bytes
+    from mosaic_kernels.evaluate.latency import latency, prompt_length, weight_bytes
     from mosaic_kernels.evaluate.perplexity import perplexity
     from mosaic_kernels.evaluate.zero_shot import check_zero_shot, zero_shot
     from mosaic_kernels.explain import explain
     from mosaic_kernels.models import ModelAdapter
     from mosaic_kernels.text import load_tokens, windows
+    from mosaic_kernels.text_files import read_texts
 
     if arguments.text is None and arguments.zero_shot is None and not arguments.latency:
         raise UsageError("nothing to measure: give --text FILE, --zero-shot DIR, --latency, or several of these")
-    for option in ("samples", "limit", "batch_size"):
+    for option in ("samples", "limit", "batch_size", "prompt_tokens", "new_tokens", "repeats"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise UsageError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.seqlen is not None and arguments.seqlen < 2:
+        raise UsageError(f"--seqlen {arguments.seqlen}: a window needs at least 2 tokens, one to predict the next")
+    texts = None if arguments.text is None else read_texts(arguments.text)  # now, not when a large model is loaded
     tasks = None if arguments.tasks is None else arguments.tasks.split(",")
     if arguments.zero_shot is not None:
-        check_zero_shot(arguments.zero_shot, tasks)  # a wrong file shows now, not when a large model is loaded
+        check_zero_shot(arguments.zero_shot, tasks)
     elif tasks is not None or arguments.limit is not None:
         raise UsageError("--tasks and --limit belong to --zero-shot DIR, which is not given")
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     result: dict[str, Any] = {}
+    prompt_tokens = prompt_length(model, arguments.prompt_tokens, arguments.new_tokens) if arguments.latency else 0
     needing = "--text" if arguments.text is not None else "--zero-shot" if arguments.zero_shot is not None else None
     if tokenizer is None and needing is not None:
         raise ModelLoadError(f"{arguments.model} has no tokenizer files, and {needing} needs them: copy them there")
-    if arguments.text is not None:
+    if texts is not None:
         limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
         seqlen = arguments.seqlen or min(DEFAULT_SEQLEN, limit)
         if seqlen > limit:
             raise UsageError(f"--seqlen {seqlen} is more than the {limit} positions this model knows")
-        parts = windows(load_tokens(arguments.text, tokenizer), seqlen)[: arguments.samples]
+        parts = windows(load_tokens(texts, tokenizer), seqlen, str(texts))[: arguments.samples]
 
     def measure_quality() -> None:
-        if arguments.text is not None:
+        if texts is not None:
             result.update(vars(perplexity(model, parts.flatten(), seqlen, arguments.batch_size)))
         if arguments.zero_shot is not None:
             result["zero_shot"] = zero_shot(
@@ -110,7 +120,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             )
 
     def measure_speed() -> None:
-        result.update(vars(latency(model, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)))
+        result.update(vars(latency(model, prompt_tokens, arguments.new_tokens, arguments.repeats)))
         result["latency_dtype"] = name_of(model.get_input_embeddings().weight.dtype)
         result["runs"] = explain(model).summary
 

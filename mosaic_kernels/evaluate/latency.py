@@ -19,6 +19,8 @@ from mosaic_kernels.format import bitmask_bytes, bitmask_words
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.progress import station
 
+DEFAULT_PROMPT_TOKENS = 128
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -88,6 +90,24 @@ def latencies(
         )
         for model, *seconds in zip(models, *rounds[1:], strict=True)
     ]
+
+
+def prompt_length(model: Any, asked: int | None, new_tokens: int) -> int:
+    """The number of prompt tokens: ``asked``, else 128 or as many as leave room for ``new_tokens``.
+
+    Raises:
+        UsageError: both together are more tokens than the model knows positions.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        return DEFAULT_PROMPT_TOKENS if asked is None else asked
+    count = min(DEFAULT_PROMPT_TOKENS, limit - new_tokens) if asked is None else asked
+    if count < 1 or count + new_tokens > limit:
+        raise UsageError(
+            f"--prompt-tokens {max(1, count)} and --new-tokens {new_tokens} are more than the {limit} positions this "
+            "model knows: lower one of them"
+        )
+    return count
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mosaic_kernels.errors import UsageError
+from mosaic_kernels.paths import local_path
 
 MEAN = "mean"  # the name of the mean among the results, so no task may have it
 
@@ -64,7 +65,7 @@ def read_tasks(directory: str | Path, tasks: Sequence[str] | None = None) -> dic
     Raises:
         UsageError: no such directory or task, or a line fits no layout; the message names file and line.
     """
-    folder = Path(directory).expanduser()
+    folder = local_path(directory, "--zero-shot")
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; give one with a TASK.jsonl for each task")
     known = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}

@@ -87,7 +87,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
-        "--calibration", metavar="PATH|DATASET|random", help="a local text file (works offline), a dataset, or random"
+        "--calibration",
+        metavar="PATH|DATASET|random",
+        help="a local file or folder (works offline): text, or a table with a column 'text' (.jsonl, .json, .csv, "
+        ".parquet; PATH:COLUMN for another); - is the standard input; or wikitext2, c4, ptb, a hub id, or random",
     )
     calibration.add_argument("--samples", type=int, help="calibration sequences")
     calibration.add_argument(
@@ -96,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     calibration.add_argument("--seed", type=int)
 
     evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--eval-text", metavar="FILE", help="perplexity on this text before and after")
+    evaluation.add_argument("--eval-text", metavar="FILE", help="perplexity on this text or table before and after")
     evaluation.add_argument(
         "--eval-tokens",
         type=int,

@@ -3,31 +3,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mosaic_kernels.errors import CalibrationError, EnvironmentError_
-from mosaic_kernels.prune.given import MOST_ITEMS, Sequences, Stream, Texts, given_calibration
-from mosaic_kernels.text import load_tokens, tokenize
+from mosaic_kernels.documents import joined
+from mosaic_kernels.errors import CalibrationError
+from mosaic_kernels.prune.given import MOST_ITEMS, Sequences, Stream, given_calibration
+from mosaic_kernels.prune.hub import DATASETS, dataset_documents
+from mosaic_kernels.prune.token_cache import cache_directory, cached_tokens
+from mosaic_kernels.text import tokenize
+
+__all__ = ["DATASETS", "Calibration", "cache_directory", "calibrate"]
 
 logger = logging.getLogger(__name__)
-
-# The field's usual calibration and test corpora: name -> (hub id, configuration, split, text column).
-DATASETS = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    "c4": ("allenai/c4", "en", "train", "text"),
-    "ptb": ("ptb_text_only", "penn_treebank", "train", "sentence"),
-}
 
 
 @dataclass(frozen=True)
@@ -52,8 +45,9 @@ def calibrate(source: Any, tokenizer: Any, vocabulary: int, *, samples: int, seq
     """Draw ``samples`` windows of ``seqlen`` tokens, the same ones for the same seed.
 
     Args:
-        source: path of a text file, a name in :data:`DATASETS`, a hub dataset id with a ``text`` column, ``random`` for
-            uniformly random tokens, or texts or token ids: see :func:`~mosaic_kernels.prune.given.given_calibration`.
+        source: path of a text file, a table or a folder of them, a name in :data:`DATASETS`, a hub dataset id,
+            ``random`` for uniformly random tokens, or texts or token ids: see
+            :func:`~mosaic_kernels.prune.given.given_calibration`.
             Sequences of token ids that have one length are used as they are, the first ``samples`` of them.
         tokenizer: of the model; ``None`` is enough for ``random`` and for token ids.
         vocabulary: number of tokens the model knows.
@@ -78,11 +72,14 @@ def calibrate(source: Any, tokenizer: Any, vocabulary: int, *, samples: int, seq
             "calibration text needs a tokenizer: add its files to the model directory (in Python: pass tokenizer=), "
             "or use --calibration random"
         )
-    name = given if isinstance(given, str) else given.description
-    if isinstance(given, Texts):
-        tokens = tokenize("\n\n".join(given.texts), tokenizer)
-    else:
-        tokens = _cached_tokens(Path(given), tokenizer) if _is_file(given) else _dataset_tokens(given, tokenizer)
+    if isinstance(given, str):
+        found = given_calibration(list(dataset_documents(given, MOST_ITEMS)), samples)
+        given = replace(found, description=given) if not isinstance(found, str) else found
+        return calibrate(given, tokenizer, vocabulary, samples=samples, seqlen=seqlen, seed=seed)
+    name, text = given.description, joined(given, tokenizer)
+    tokens = cached_tokens(text, tokenizer, lambda: tokenize(text, tokenizer))
+    if not len(tokens):
+        raise CalibrationError(f"{name}: the tokenizer makes no tokens of this text; give another file")
     if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise CalibrationError(
             f"the tokenizer makes token {int(tokens.max())} but the model knows {vocabulary}: one is of another model"
@@ -118,12 +115,6 @@ def _windows(tokens: Tensor, name: str, samples: int, seqlen: int, generator: to
     return _draw(tokens, samples, seqlen, generator)
 
 
-def _is_file(source: str) -> bool:
-    path = Path(source)
-    looks_local = path.suffix in {".txt", ".md", ".text"} or source.startswith((".", "/", "~"))
-    return path.exists() or looks_local
-
-
 def _draw(tokens: Tensor, samples: int, seqlen: int, generator: torch.Generator) -> Tensor:
     """Distinct non-overlapping windows at random; with too little text all there are, and a warning."""
     available = tokens.numel() // seqlen
@@ -133,50 +124,3 @@ def _draw(tokens: Tensor, samples: int, seqlen: int, generator: torch.Generator)
     start = int(torch.randint(spare + 1, (), generator=generator))
     windows = tokens[start : start + available * seqlen].view(available, seqlen)
     return windows[torch.randperm(available, generator=generator)[:samples]].clone()
-
-
-def cache_directory() -> Path:
-    """Where tokenised texts are kept: ``$XDG_CACHE_HOME/mosaic-kernels`` (default ``~/.cache``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosaic-kernels"
-
-
-def _cached_tokens(path: Path, tokenizer: Any) -> Tensor:
-    """Tokens of a text file; kept on disk under the hash of the text and the tokenizer."""
-    if not path.is_file():
-        return load_tokens(path, tokenizer)  # raises what is wrong with it
-    key = hashlib.sha256(path.read_bytes())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    key.update((backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))).encode())
-    cached = cache_directory() / f"tokens-{key.hexdigest()}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, KeyError):
-        cached_tokens: Tensor = load_file(cached)["tokens"]
-        return cached_tokens
-    tokens = load_tokens(path, tokenizer)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        part = cached.with_suffix(f".{os.getpid()}.part")
-        save_file({"tokens": tokens}, part)
-        part.replace(cached)
-    except (OSError, SafetensorError) as error:  # a cache that cannot be written costs time, not results
-        logger.debug("tokens not cached: %s", error)
-    return tokens
-
-
-def _dataset_tokens(source: str, tokenizer: Any) -> Tensor:
-    name, configuration, split, column = DATASETS.get(source, (source, None, "train", "text"))
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise EnvironmentError_(
-            f"calibration dataset '{source}' needs the 'datasets' package: pip install 'mosaic-kernels[datasets]', "
-            "or give a local text file, which works offline"
-        ) from error
-    try:
-        stream = load_dataset(name, configuration, split=split, streaming=True)
-        texts = [document[column] for document in stream.take(MOST_ITEMS)]
-    except Exception as error:  # the hub's errors have no common base
-        raise EnvironmentError_(
-            f"calibration dataset '{source}' could not be read ({type(error).__name__}: {error}); "
-            "give a local text file, which works offline"
-        ) from error
-    return tokenize("\n\n".join(texts), tokenizer)

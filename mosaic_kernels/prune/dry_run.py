@@ -15,8 +15,10 @@ from mosaic_kernels.config import DEFAULT_SEQLEN, PruneConfig
 from mosaic_kernels.models import STAGES, ModelAdapter
 from mosaic_kernels.prune.capture import TOKENS_PER_BATCH
 from mosaic_kernels.prune.composite import Plan, make_plan
+from mosaic_kernels.prune.given import sequence_length
 from mosaic_kernels.prune.importance import Ranks
-from mosaic_kernels.prune.pipeline import keeps_dense_side, make_config, settle_category
+from mosaic_kernels.prune.options import make_config
+from mosaic_kernels.prune.pipeline import keeps_dense_side, settle_category
 from mosaic_kernels.prune.planning import to_measure
 from mosaic_kernels.prune.sensitivity import PROBE_TOKENS
 from mosaic_kernels.prune.solvers import choose_solver
@@ -24,7 +26,7 @@ from mosaic_kernels.prune.walk import KEPT_BYTES
 
 
 def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What a run would remove and need; reads the configuration, no weights.
+    """What a run would remove and need; reads the configuration, no weights. Texts are read, as far as they are local.
 
     Without ``ranks``, or where the structured share is yet to be chosen, the spread over projections is not
     known before calibration; the totals are, because every policy but ``mosaic-reference`` meets the same
@@ -49,7 +51,8 @@ def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
     projections = plan.predicted_bytes(dtype.itemsize, packed=config.format == "mosaic", weights=config.weights)
     pruned = dense - plan.prunable * dtype.itemsize + projections
     pruned -= _lost_biases(adapter, plan) * dtype.itemsize
-    seqlen = config.seqlen or min(DEFAULT_SEQLEN, getattr(skeleton.config, "max_position_embeddings", DEFAULT_SEQLEN))
+    limit = getattr(skeleton.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+    seqlen = sequence_length(config.calibration, config.seqlen, limit)
     return {
         "model": model,
         "category": config.category,

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -14,31 +17,26 @@ import torch
 from torch import Tensor
 
 from mosaic_kernels.config import DEFAULT_SEQLEN
-from mosaic_kernels.errors import CalibrationError, UsageError
+from mosaic_kernels.documents import Conversation, Texts, documents
+from mosaic_kernels.errors import CalibrationError, TextFileError, UsageError
+from mosaic_kernels.prune.hub import DATASETS, source_of
+from mosaic_kernels.tables import is_message, kind_of
+from mosaic_kernels.text_files import description_of, read_items, read_texts, split_column
+
+logger = logging.getLogger(__name__)
 
 MAY_BE = (
-    "calibration may be the path of a text file, the name of a dataset, 'random', a list of texts, a tensor of token "
-    "ids [sequences, tokens], or any iterable of texts or of sequences of token ids"
+    "calibration may be the path of a text file, of a table or a folder of such files, the name of a dataset, "
+    "'random', a list of texts, a tensor of token ids [sequences, tokens], or any iterable of texts or of sequences of "
+    "token ids"
 )
 # Most items that are read from an iterable without a length, such as a generator or a streamed dataset.
 MOST_ITEMS = 20_000
 # Single token ids among such items: as many as the texts would hold at a thousand each.
 MOST_IDS = 1000 * MOST_ITEMS
+# A file's documents are read until there are MOST_ITEMS and so many characters: many more than calibration draws from.
+ENOUGH_CHARACTERS = 1 << 26
 _LONGEST_NAME = 4096  # characters of a path on Linux
-_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Documents.
-
-    Attributes:
-        texts: at least one.
-        description: the kind and size of the calibration, for logs and the report.
-    """
-
-    texts: tuple[str, ...]
-    description: str
 
 
 @dataclass(frozen=True)
@@ -67,24 +65,63 @@ def given_calibration(given: Any, samples: int) -> str | Texts | Stream | Sequen
         samples: the number of sequences that will be used; no more are read from an iterable without a length.
 
     Returns:
-        The path or name, with ``~`` resolved, or the contents.
+        The name of a dataset or ``random``, or the contents. A file or folder is read now, a pipe once.
 
     Raises:
         UsageError: ``given`` is none of these kinds.
-        CalibrationError: ``given`` is empty.
+        TextFileError: a file is missing or cannot be opened.
+        CalibrationError: ``given`` is empty or damaged.
     """
     if isinstance(given, (Texts, Stream, Sequences)):
         return given
-    if isinstance(given, (str, Path)):
-        return _named(given)
+    if isinstance(given, (str, os.PathLike)):
+        return _named(given, samples)
+    if (rows := _rows_of_table(given)) is not None:
+        return _read(rows, samples, "table")
     if isinstance(given, Tensor) or (hasattr(given, "__array__") and not _holds_texts(given)):
         tokens, kind = _tokens(given, "calibration"), "tensor" if isinstance(given, Tensor) else "array"
         return (Stream if tokens.dim() == 1 else Sequences)(tokens, f"{kind} {list(tokens.shape)}")
     if isinstance(given, Mapping):
-        raise UsageError(f"calibration is a mapping of {_some(given)}: give its 'input_ids', or its texts in a list")
+        return given_calibration(_column_or_split(given), samples)
     if isinstance(given, (bytes, bytearray)) or not isinstance(given, Iterable):
         raise UsageError(f"{MAY_BE}; got {type(given).__name__}")
     return _read(given, samples)
+
+
+def given_text(given: Any) -> Texts:
+    """Read a text to evaluate on: a path (see :func:`~mosaic_kernels.text_files.read_texts`) or a list of texts.
+
+    Raises:
+        UsageError: ``given`` is neither.
+        CalibrationError: it is empty or damaged.
+    """
+    if isinstance(given, Texts):
+        return given
+    if isinstance(given, (str, os.PathLike)):
+        _require_name(given, "eval text")
+        return read_texts(Path(given))
+    if isinstance(given, (list, tuple)) and given and all(isinstance(item, str) for item in given):
+        if not any(item.strip() for item in given):
+            raise CalibrationError(f"the {len(given)} texts given as eval text are empty")
+        return Texts(tuple(given), f"{type(given).__name__} of {len(given)} text{'s' if len(given) > 1 else ''}")
+    raise UsageError(f"eval text may be the path of a text file or a table, or a list of texts; got {_what(given)}")
+
+
+def require_ranks_file(path: Path) -> None:
+    """Raise before a model is loaded if ``--ranks`` names no JSON file that can be read.
+
+    Raises:
+        UsageError: says what is wrong with it.
+    """
+    try:
+        if not path.is_file():  # a pipe could not be read twice
+            what = "not a file" if path.exists() else "no such file"
+            raise UsageError(f"{path} is not a readable ranking ({what}); a run without --ranks makes one")
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} is not a readable ranking ({error}); a run without --ranks makes one") from error
 
 
 def sequence_length(given: Any, asked: int | None, limit: int) -> int:
@@ -116,36 +153,100 @@ def sequence_length(given: Any, asked: int | None, limit: int) -> int:
     return min(DEFAULT_SEQLEN, limit) if asked is None else asked
 
 
-def _named(given: str | Path) -> str:
-    name = str(given)
+def _require_name(given: str | os.PathLike[str], what: str) -> str:
+    name = os.fspath(given)
+    if not isinstance(name, str):
+        raise UsageError(f"{what}: a path of bytes is not taken; give a str")
     if not name.strip() or "\n" in name or "\0" in name or len(name) > _LONGEST_NAME:
         shown = "an empty string" if not name.strip() else f"a string of {len(name):,} characters"
-        raise UsageError(f"calibration is {shown}, which names no file and no dataset; texts go into a list: [text]")
-    path = Path(name).expanduser() if name.startswith("~") else Path(name)
+        raise UsageError(f"{what} is {shown}, which names no file and no dataset; texts go into a list: [text]")
+    return name
+
+
+def _named(given: str | os.PathLike[str], samples: int) -> str | Texts | Stream | Sequences:
+    name = _require_name(given, "calibration")
+    bare = name.partition(":")[0]
+    if isinstance(given, str) and (bare in DATASETS or name == "random"):
+        if Path(bare).exists():
+            logger.info("calibration %s: the dataset of that name; ./%s would be the file or folder here", name, bare)
+        return name
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
+        path, column = split_column(name)
+        there = path.exists()
     except OSError as error:
         raise UsageError(f"calibration: {name[:80]}: {error.strerror}; texts go into a list: [text]") from error
-    if is_folder:
-        raise UsageError(f"calibration: {name} is a directory; {MAY_BE}")
-    if is_file and path.suffix.lower() in _TABLES:
-        raise UsageError(
-            f"calibration: {name} is not plain text, and its field names would be read as text: give its texts in "
-            'a list (in Python, e.g. [json.loads(line)["text"] for line in open(path)]), or write them to a .txt file'
-        )
-    return str(path) if name.startswith("~") else name
+    if there:
+        return _file(path, column, samples)
+    looks_local = not isinstance(given, str) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local or kind_of(path) is not None or kind_of(Path(bare)) is not None:
+        raise TextFileError(f"{path}: no such text file")
+    source_of(name)
+    return name
 
 
-def _read(given: Iterable[Any], samples: int) -> Texts | Stream | Sequences:
-    kind = type(given).__name__ if isinstance(given, (list, tuple)) else "iterable"
+def _file(path: Path, column: str | None, samples: int) -> Texts | Stream | Sequences:
+    """The documents of a file or folder, see :data:`ENOUGH_CHARACTERS`."""
+    kept: list[Any] = []
+    characters, items = 0, read_items(path, column)
+    for item in items:
+        kept.append(item)
+        characters += sum(len(m["content"]) for m in item.messages) if isinstance(item, Conversation) else len(item)
+        if len(kept) >= MOST_ITEMS and characters >= ENOUGH_CHARACTERS:
+            logger.info("calibration: the first %d documents of %s", len(kept), path)
+            break
+    if kept and isinstance(kept[0], (str, Conversation)):
+        if not all(isinstance(item, (str, Conversation)) for item in kept):
+            raise CalibrationError(f"{path}: holds texts and token ids; give a file of one kind")
+        return Texts(tuple(kept), description_of(path))
+    found = _sequences(iter(kept), str(path), None)
+    return type(found)(found.tokens, description_of(path))
+
+
+def _rows_of_table(given: Any) -> Iterable[Any] | None:
+    """Rows of a table of pandas, polars or pyarrow; ``None``: something else."""
+    if hasattr(given, "itertuples") and hasattr(given, "columns"):
+        names = [str(name) for name in given.columns]
+        return (dict(zip(names, row, strict=True)) for row in given.itertuples(index=False, name=None))
+    if hasattr(given, "iter_rows") and hasattr(given, "columns"):
+        rows: Iterable[Any] = given.iter_rows(named=True)
+        return rows
+    if hasattr(given, "to_batches") and hasattr(given, "schema"):
+        return (row for batch in given.to_batches() for row in batch.to_pylist())
+    return None
+
+
+def _column_or_split(given: Mapping[Any, Any]) -> Any:
+    """The part of a mapping to read: the split ``train`` of data sets, or a column of texts or token ids."""
+    for key in ("train", "text", "messages", "input_ids"):
+        if key in given:
+            value = given[key]
+            if isinstance(value, str):
+                return [value]
+            return value
+    if len(given) == 1 and not isinstance(value := next(iter(given.values())), (str, int, float, type(None))):
+        return value
+    raise UsageError(
+        f"calibration is a mapping of {_some(given)}: give its 'input_ids', its split 'train', or its texts in a list"
+    )
+
+
+def _read(given: Iterable[Any], samples: int, kind: str | None = None) -> Texts | Stream | Sequences:
+    if kind is None:
+        kind = type(given).__name__ if isinstance(given, (list, tuple)) else "iterable"
     items = iter(given)
     first = next(items, None)
     if first is None:
         raise CalibrationError(f"the {kind} given as calibration is empty")
     items = chain([first], items)
-    if not isinstance(given, Sized):
+    if not isinstance(given, Sized) and kind != "table":
         items = islice(items, MOST_IDS if _is_id(first) else MOST_ITEMS)
-    if isinstance(first, str):
+    if isinstance(first, Mapping) or (isinstance(first, (list, tuple)) and first and is_message(first[0])):
+        if is_message(first) and "text" not in first:  # one conversation
+            items = iter([list(items)])
+        items = documents(items, f"the {kind} given as calibration")
+        first = next(items)
+        items = chain([first], items)
+    if isinstance(first, (str, Conversation)):
         return _texts(items, kind)
     if _is_id(first):
         ids = list(items)
@@ -157,14 +258,14 @@ def _read(given: Iterable[Any], samples: int) -> Texts | Stream | Sequences:
 
 
 def _texts(items: Iterator[Any], kind: str) -> Texts:
-    texts = []
+    texts: list[str | Conversation] = []
     for place, item in enumerate(items):
-        if not isinstance(item, str):
+        if not isinstance(item, (str, Conversation)):
             raise UsageError(f"calibration: item {place} is {_what(item)} among texts: give texts alone, or token ids")
         texts.append(item)
-    if not any(text.strip() for text in texts):
+    if not any(isinstance(text, Conversation) or text.strip() for text in texts):
         raise CalibrationError(f"the {len(texts)} texts given as calibration are empty")
-    if all(_is_file(text) for text in texts):
+    if all(isinstance(text, str) and _is_file(text) for text in texts):
         raise UsageError(f"calibration: strings in a list are texts, but {texts[0]!r} is a file: give its path alone")
     return Texts(tuple(texts), f"{kind} of {len(texts)} text{'s' if len(texts) > 1 else ''}")
 

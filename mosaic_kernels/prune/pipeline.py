@@ -15,7 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mosaic_kernels.checkpoint.beside import check_files_beside
 from mosaic_kernels.checkpoint.directory import write_errors
+from mosaic_kernels.checkpoint.public import public_name
 from mosaic_kernels.checkpoint.reader import check_finite, load_model
 from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
 from mosaic_kernels.cli import current_device
@@ -27,24 +29,26 @@ from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import Block, ModelAdapter
 from mosaic_kernels.ops import reference
 from mosaic_kernels.ops.select import kernel
+from mosaic_kernels.paths import local_path
 from mosaic_kernels.progress import station
 from mosaic_kernels.prune.block import prune_block, share_block
 from mosaic_kernels.prune.calibration import Calibration, calibrate
 from mosaic_kernels.prune.capture import Batch, advance, embed
 from mosaic_kernels.prune.composite import Plan
 from mosaic_kernels.prune.fingerprint import fingerprint
-from mosaic_kernels.prune.given import given_calibration, sequence_length
+from mosaic_kernels.prune.given import sequence_length
 from mosaic_kernels.prune.importance import Ranks
 from mosaic_kernels.prune.interruption import resumable
 from mosaic_kernels.prune.journal import Journal, has_run
 from mosaic_kernels.prune.masked_lora import lora_layer
+from mosaic_kernels.prune.options import make_config
 from mosaic_kernels.prune.planning import settle_plan, settle_ranks
 from mosaic_kernels.prune.ranks import Team, joined
 from mosaic_kernels.prune.recover import HELD_OUT, dense_teacher, recover_lora
-from mosaic_kernels.prune.report import make_report
+from mosaic_kernels.prune.report import log_removed, make_report
 from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.prune.timing import Clock, Split, measuring
-from mosaic_kernels.text import load_tokens
+from mosaic_kernels.text import load_tokens, windows
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +68,11 @@ def prune(
         output_dir: where to write the checkpoint. Needed for a path; optional for a model.
         tokenizer: of a model given as an object, where calibration or evaluation text is used.
         command: the command line, for the report and for the resume hint.
-        **options: fields of :class:`~mosaic_kernels.config.PruneConfig`. ``calibration`` is the path of a text file,
-            the name of a dataset, ``random``, a list of texts, a tensor of token ids, or any iterable of texts or of
-            sequences of token ids. Of text and of one flat sequence of ids ``samples`` windows of ``seqlen`` tokens are
-            drawn by ``seed``; of a tensor ``[sequences, tokens]`` (or sequences of one length) the first ``samples``
-            are used as they are, and ``seqlen`` is their length.
+        **options: fields of :class:`~mosaic_kernels.config.PruneConfig`. ``calibration`` is the path of a text file, a
+            table or a folder (docs/calibration.md), the name of a dataset, ``random``, a list of texts, a tensor of
+            token ids, or any iterable of texts or of sequences of token ids. Of text and of one flat sequence of ids
+            ``samples`` windows of ``seqlen`` tokens are drawn by ``seed``; of a tensor ``[sequences, tokens]`` (or
+            sequences of one length) the first ``samples`` are used as they are, and ``seqlen`` is their length.
 
     Returns:
         The report, the same object as ``mosaic_report.json``.
@@ -108,19 +112,6 @@ def prune(
             return _run(model, tokenizer, config, output, list(command), split, device, team)
 
 
-def make_config(options: dict[str, Any]) -> PruneConfig:
-    """A checked configuration from keyword options; unknown names are a usage error."""
-    for name in ("ranks", "eval_text"):
-        if options.get(name) is not None:
-            options = {**options, name: Path(options[name]).expanduser()}
-    unknown = sorted(set(options) - set(PruneConfig.__dataclass_fields__))
-    if unknown:
-        known = ", ".join(PruneConfig.__dataclass_fields__)
-        raise UsageError(f"unknown option {unknown[0]!r}; the options are: {known}")
-    config = PruneConfig(**options)
-    return replace(config, calibration=given_calibration(config.calibration, config.samples))
-
-
 def _run(
     source: Any,
     tokenizer: Any,
@@ -139,6 +130,9 @@ def _run(
     config = settle_category(config, device)
     computing = team.from_first(lambda: settle_compute_dtype(config.compute_dtype, adapter.dtype, device))
     name = _name(source)
+    staging = None if output is None else output.staging
+    # every process takes part, though only the first one has a place to write to
+    team.first(lambda: None if staging is None else check_files_beside(model, tokenizer, local_path(name), staging))
     lap = clock.lap("load", clock.started)
 
     limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
@@ -159,8 +153,9 @@ def _run(
         dense = team.first(lambda: judged("dense"))
         batches = team.each(lambda: _embed(working, calibration.tokens, config, team))
         lap = clock.lap("calibrate", lap)
-        ranks = settle_ranks(working, calibration, config, name, given, journal, team)
+        ranks = settle_ranks(working, calibration, config, public_name(name), given, journal, team)
         plan = settle_plan(working, ranks, calibration, config, journal, team)
+        team.first(lambda: log_removed(working, plan, config))
         lap = clock.lap("allocate", lap)
         batches = _prune_blocks(working, batches, plan, config, journal, team)
         lap = clock.lap("prune", lap)
@@ -179,7 +174,7 @@ def _run(
         if output is None:
             clock.stop()
         else:
-            _write(adapter, tokenizer, plan, ranks, config, output, report, clock)
+            _write(adapter, tokenizer, plan, ranks, config, output, report, clock, name)
         return report
 
     return team.from_first(finish)
@@ -214,6 +209,8 @@ def _read(
             "or lower --seqlen"
         )
     eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)[: config.eval_tokens]
+    if eval_tokens is not None:
+        windows(eval_tokens, seqlen, str(config.eval_text))  # says now that the text is too short
     vocabulary = cast(Any, adapter.model).get_input_embeddings().num_embeddings
     calibration = calibrate(
         config.calibration, tokenizer, vocabulary, samples=config.samples, seqlen=seqlen, seed=config.seed
@@ -335,11 +332,12 @@ def _write(
     output: OutputDirectory,
     report: dict[str, Any],
     clock: Clock,
+    name: str,
 ) -> None:
     started = time.perf_counter()
     write_checkpoint(
         adapter, output.staging, tokenizer=tokenizer, report=report, original_shapes=plan.original_shapes,
-        source=report["model"], format=config.format,
+        source=name, format=config.format,
     )  # fmt: skip
     with write_errors(output.staging):
         ranks.save(output.staging / "ranks.json")

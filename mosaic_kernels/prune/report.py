@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mosaic_kernels.checkpoint.public import public_command, public_name
 from mosaic_kernels.cli import peak_memory_bytes
 from mosaic_kernels.compute import Computing
 from mosaic_kernels.config import OutputFormat, PruneConfig
@@ -19,6 +21,8 @@ from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.prune.calibration import Calibration
 from mosaic_kernels.prune.composite import Plan
 from mosaic_kernels.prune.importance import Ranks
+
+logger = logging.getLogger(__name__)
 
 REPORT_SCHEMA = 1
 
@@ -38,7 +42,7 @@ def make_report(
     tuned: dict[str, Any] | None,
     perplexities: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The report, counted from the pruned model itself, not from the plan.
+    """The report, counted from the pruned model itself, not from the plan; of paths it has the last parts.
 
     ``seconds`` is kept by reference, so stations that end later still appear.
     """
@@ -60,8 +64,8 @@ def make_report(
     zeros = sum(o["shape"][0] * o["shape"][1] - o["nnz"] for o in projections.values())
     return {
         "schema": REPORT_SCHEMA,
-        "model": model,
-        "command": list(command),
+        "model": public_name(model),
+        "command": public_command(command),
         "seed": config.seed,
         "versions": _versions(),
         "device": {**_device(adapter), "compute_dtype": computing.name, "compute_dtype_why": computing.why},
@@ -73,7 +77,7 @@ def make_report(
         "recover": {"method": config.recover, **(tuned or {})},
         "weights": config.weights,
         "calibration": dict(zip(("samples", "seqlen"), calibration.tokens.shape, strict=True))
-        | {"source": calibration.source},
+        | {"source": public_name(calibration.source)},
         "prunable_parameters": plan.prunable,
         "removed_parameters": structured + zeros,
         "removed_difference": structured + zeros - plan.budget,
@@ -82,11 +86,37 @@ def make_report(
         "unstructured_zeros": zeros,
         "projections": projections,
         "bytes": {"dense": _dense_bytes(adapter, plan), "pruned": _pruned_bytes(adapter, config.format)},
-        "perplexity": perplexities,
+        "perplexity": None if perplexities is None else {**perplexities, "text": public_name(perplexities["text"])},
         "seconds": seconds,
         "seconds_by_kind": by_kind,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def log_removed(adapter: ModelAdapter, plan: Plan, config: PruneConfig) -> None:
+    """Say where nothing is removed, and how much of the budget zeros that are there already meet.
+
+    Args:
+        adapter: the model before pruning.
+        plan: what will be removed.
+        config: its sparsity is the budget.
+    """
+    if not plan.removed:
+        logger.info(
+            "nothing is removed: sparsity %g of %s prunable parameters is none of them; the weights stay",
+            config.sparsity, f"{plan.prunable:,}",
+        )  # fmt: skip
+    there = sum(layer.weight.numel() - int(layer.weight.count_nonzero()) for _, _, layer in adapter.projections())
+    if not there:
+        return
+    share = there / plan.prunable
+    logger.info("%s of %s prunable parameters (%.2f %%) are zero already; they count as removed", f"{there:,}",
+                f"{plan.prunable:,}", 100 * share)  # fmt: skip
+    if there >= plan.removed:
+        logger.warning(
+            "these zeros meet the budget of sparsity %g (%s parameters) already: more than %g removes more, and less "
+            "may fill some of them", config.sparsity, f"{plan.removed:,}", share,
+        )  # fmt: skip
 
 
 def _versions() -> dict[str, str]:

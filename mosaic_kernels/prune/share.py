@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 
 from torch import Tensor
 
 from mosaic_kernels.config import PruneConfig
+from mosaic_kernels.errors import NonFiniteError
 from mosaic_kernels.models import ModelAdapter
 from mosaic_kernels.progress import station
 from mosaic_kernels.prune.block import prune_block
@@ -61,11 +63,24 @@ def choose_share(
         return found
 
     tried = {share: cost for found in team.gather(try_mine) for share, cost in found.items()}
-    costs = {share: tried[share] for share in shares}
-    chosen = max(share for share, cost in costs.items() if cost <= TOLERANCE * min(costs.values()))
+    chosen = largest_worthwhile(costs := {share: tried[share] for share in shares})
     shown = ", ".join(f"{share:.1%}: {cost:.4f}" for share, cost in costs.items())
     logger.info("structured share %.1f %% of all parameters (divergence in nats at %s)", 100 * chosen, shown)
     return replace(config, structured_share=chosen)
+
+
+def largest_worthwhile(costs: dict[float, float]) -> float:
+    """The largest share whose divergence is at most :data:`TOLERANCE` times the least.
+
+    A divergence is never negative but by rounding, where a model hardly changes; such a one counts as none.
+
+    Raises:
+        NonFiniteError: a divergence is NaN or infinite.
+    """
+    if not all(map(math.isfinite, costs.values())):
+        raise NonFiniteError("the predictions of a pruned trial are NaN or Inf: check the weights, or use float32")
+    least = max(0.0, min(costs.values()))
+    return max(share for share, cost in costs.items() if cost <= TOLERANCE * least)
 
 
 def _pruned(adapter: ModelAdapter, batches: list[Batch], plan: Plan, name: str) -> list[Batch]:

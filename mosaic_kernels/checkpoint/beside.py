@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files beside the weights: tokenizer, generation settings, licences. What is foreign fails no run and runs nowhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mosaic_kernels.checkpoint.generation import plain_config, valid_generation
+from mosaic_kernels.checkpoint.public import without_paths
+from mosaic_kernels.cli import DISK_FULL
+from mosaic_kernels.errors import ModelLoadError, UsageError
+
+logger = logging.getLogger(__name__)
+
+MOST_LICENCE_BYTES = 1 << 20
+_MOST_LICENCES = 64  # files in a folder LICENSES
+_LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+_LICENCE_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".pdf")
+# Keys that name code or places of the source, or secrets, in the JSON files that transformers writes.
+_NOT_OURS = {
+    "auto_map", "custom_pipelines", "trust_remote_code", "custom_generate", "_name_or_path", "name_or_path",
+    "_commit_hash", "token", "use_auth_token", "local_files_only", "cache_dir",
+}  # fmt: skip
+_PATH_KEYS = ("_file", "_path", "_dir")
+_CODE = (".py", ".pyc", ".so", ".sh", ".pkl", ".pickle", ".bin", ".pt", ".pth")
+
+
+class ForeignFileError(OSError):
+    """A file that is not copied; the message says why."""
+
+
+def own_file(path: Path, source: Path) -> Path:
+    """The regular file that ``path`` in the model's directory is, if it belongs to the model.
+
+    A link is followed only inside ``source``, and from a snapshot of the hub's cache to the blobs beside it.
+
+    Raises:
+        ForeignFileError: it leads elsewhere, or is no regular file.
+    """
+    try:
+        root, target = source.resolve(strict=True), path.resolve(strict=True)
+        found = target.stat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ForeignFileError("it cannot be read, or is a broken link") from error
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else None
+    if not target.is_relative_to(root) and not (blobs is not None and target.is_relative_to(blobs)):
+        raise ForeignFileError("it is a link that leads out of the model's directory")
+    if not stat.S_ISREG(found.st_mode):
+        raise ForeignFileError("it is no regular file")
+    if found.st_nlink > 1 and blobs is None:
+        raise ForeignFileError("it is a hard link to a file that stands elsewhere, too")
+    return target
+
+
+def read_own_file(path: Path, source: Path, most: int = MOST_LICENCE_BYTES) -> bytes:
+    """The bytes of a small file of the model, see :func:`own_file`.
+
+    Raises:
+        ForeignFileError: it is not the model's, larger than ``most``, or cannot be read.
+    """
+    target = own_file(path, source)
+    try:
+        descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise ForeignFileError(f"it cannot be read ({error.strerror})") from error
+    if len(data) > most:
+        raise ForeignFileError(f"it is larger than {most >> 10} KiB")
+    return data
+
+
+def copy_licences(source: Path, directory: Path) -> None:
+    """Copy licences and notices of the model's directory, and those in a folder ``LICENSES``.
+
+    A file that is not copied is named in a warning; none fails the run.
+
+    Raises:
+        OSError: writing fails.
+    """
+    try:
+        found = sorted(source.iterdir()) if source.is_dir() else []
+    except OSError as error:
+        logger.warning("licences are not copied: %s cannot be read (%s)", source, error.strerror)
+        return
+    for path in found:
+        if not path.name.upper().startswith(_LICENCES):
+            continue
+        if path.name.upper() in ("LICENSES", "LICENCES") and path.is_dir() and not path.is_symlink():
+            _copy_folder(path, source, directory)
+        elif path.suffix.lower() in _LICENCE_SUFFIXES or path.suffix[1:].isdigit():
+            _copy_licence(path, source, directory / path.name)
+        else:
+            logger.info("%s is not copied: it is no text", path)
+
+
+def _copy_folder(folder: Path, source: Path, directory: Path) -> None:
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        logger.warning("%s is not copied: %s", folder, error.strerror)
+        return
+    for path in found[:_MOST_LICENCES]:
+        if path.suffix.lower() in _CODE:
+            logger.info("%s is not copied: it is no text", path)
+        else:
+            _copy_licence(path, source, directory / folder.name / path.name)
+    if len(found) > _MOST_LICENCES:
+        logger.warning("%s: only the first %d of %d files are copied", folder, _MOST_LICENCES, len(found))
+
+
+def _copy_licence(path: Path, source: Path, target: Path) -> None:
+    try:
+        data = read_own_file(path, source)
+    except ForeignFileError as error:
+        logger.warning("%s is not copied: %s; add the licence to the result yourself", path, error)
+        return
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(data)
+
+
+def check_files_beside(model: Any, tokenizer: Any, source: Path, directory: Path) -> None:
+    """Save the small files of a result once, before the work starts, and say what the last step will leave out.
+
+    Args:
+        model: to be pruned; it stays as it is.
+        tokenizer: of it, or ``None``.
+        source: its directory.
+        directory: where the result will be written.
+
+    Raises:
+        UsageError: safetensors cannot write at ``directory``.
+        ModelLoadError: transformers loads the configuration and does not save it.
+    """
+    try:
+        os.fspath(directory).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"--output-dir {os.fspath(directory)!a}: this name cannot be written as UTF-8, which safetensors "
+            "needs: choose another"
+        ) from error
+    valid_generation(model.generation_config)
+    config = plain_config(model.config)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                config.save_pretrained(folder)
+            except Exception as error:  # whatever a configuration's own checks raise
+                if isinstance(error, OSError):
+                    raise
+                raise ModelLoadError(
+                    f"{source}: transformers loads this config.json but cannot save it "
+                    f"({type(error).__name__}: {_first_line(error)}): correct the file"
+                ) from error
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, Path(folder), source)
+    except OSError as error:  # no room for temporary files says nothing about the output directory
+        logger.debug("the small files were not tried: %s", error)
+
+
+def save_tokenizer(tokenizer: Any, directory: Path, source: Path) -> None:
+    """Save a tokenizer without names of code to run; one that does not save is named in a warning.
+
+    Args:
+        tokenizer: of the model.
+        directory: where to write.
+        source: directory of the model before pruning; a chat template that is a link out of it is left out.
+
+    Raises:
+        OSError: writing fails.
+    """
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        folder = Path(place) / "tokenizer"
+        try:
+            _without_foreign_template(tokenizer, source).save_pretrained(folder)
+        except Exception as error:  # whatever a tokenizer's own code raises
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise
+            logger.warning(
+                "the tokenizer does not save (%s: %s): the result has none; copy its files there",
+                type(error).__name__, _first_line(error),
+            )  # fmt: skip
+            return
+        clean_json(folder / "tokenizer_config.json")
+        for path in sorted(folder.rglob("*")):
+            target = directory / path.relative_to(folder)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            elif path.suffix not in _CODE:
+                shutil.copyfile(path, target)
+        for path in sorted(directory.rglob("*"), reverse=True):
+            if path.is_dir() and path != Path(place) and not path.is_relative_to(place) and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _without_foreign_template(tokenizer: Any, source: Path) -> Any:
+    """The tokenizer, or a copy without its chat template where that came over a link to somebody's other file."""
+    names = [source / "chat_template.jinja", source / "chat_template.json", *source.glob("*chat_templates/*")]
+    for path in names:
+        if not path.is_symlink():
+            continue
+        try:
+            own_file(path, source)
+        except ForeignFileError as error:
+            logger.warning("%s is left out of the result: %s", path, error)
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = None
+    return tokenizer
+
+
+def clean_json(path: Path, ours: Mapping[str, Any] | None = None) -> None:
+    """Remove from a JSON file of transformers what names code, places or secrets of the source; then set ``ours``."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return
+    if not isinstance(content, dict):
+        return
+    cleaned = {**_cleaned(content), **(ours or {})}
+    if cleaned != content:
+        path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
+
+
+def _cleaned(content: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in content.items():
+        if key in _NOT_OURS:
+            continue
+        if key in ("added_tokens_decoder", "quantization_config", "chat_template"):
+            found[key] = value
+        elif isinstance(value, dict):
+            found[key] = _cleaned(value)
+        else:
+            found[key] = without_paths(value) if key.endswith(_PATH_KEYS) or isinstance(value, str) else value
+    return found
+
+
+def remove_code(directory: Path) -> None:
+    """Remove what transformers copies beside a model of the user's own code: the result needs none of it."""
+    for path in directory.glob("*"):
+        if path.suffix in _CODE or path.name == "custom_generate":
+            logger.warning("%s is not part of the result: it is code of the model's source", path.name)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
