@@ -16,6 +16,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,10 @@ def take_loading_attributes(config: type) -> None:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config,)
 
 
-def around_config_saving(before: Callable[[Any], None], after: Callable[[Any, Path], None]) -> None:
-    """Call ``before(config)`` and ``after(config, directory)`` around ``save_pretrained`` of every configuration.
+def around_config_saving(around: Callable[[Any, Path], AbstractContextManager[None]]) -> None:
+    """Run ``save_pretrained`` of every configuration inside ``around(config, directory)``; calls may repeat.
 
-    A model's ``save_pretrained`` and ``push_to_hub`` call that one, before they upload. Calls may repeat.
+    A model's ``save_pretrained`` and ``push_to_hub`` call that one, before they upload.
     """
     from transformers import PreTrainedConfig
 
@@ -190,13 +191,28 @@ def around_config_saving(before: Callable[[Any], None], after: Callable[[Any, Pa
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **options: Any) -> Any:
-        before(self)
-        result = save(self, save_directory, *args, **options)
-        after(self, Path(save_directory))
-        return result
+        with around(self, Path(save_directory)):
+            return save(self, save_directory, *args, **options)
 
     save_pretrained._is_mosaic = True  # type: ignore[attr-defined]
     PreTrainedConfig.save_pretrained = save_pretrained
+
+
+def around_config_reading(around: Callable[[Mapping[str, Any], str], AbstractContextManager[None]]) -> None:
+    """Make every configuration from a ``config.json`` inside ``around(content, source)``; calls may repeat."""
+    from transformers import PreTrainedConfig
+
+    make = PreTrainedConfig.from_dict.__func__
+    if getattr(make, "_is_mosaic", False):
+        return
+
+    @functools.wraps(make)
+    def from_dict(cls: Any, config_dict: Any, **options: Any) -> Any:
+        with around(config_dict, str(options.get("name_or_path") or "the checkpoint")):
+            return make(cls, config_dict, **options)
+
+    from_dict._is_mosaic = True  # type: ignore[attr-defined]
+    PreTrainedConfig.from_dict = classmethod(from_dict)
 
 
 def after_from_config(call: Callable[[Any], None]) -> None:

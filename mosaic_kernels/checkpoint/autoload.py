@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mosaic_kernels import compat
 from mosaic_kernels.checkpoint.checksums import seal_config
+from mosaic_kernels.checkpoint.schema import check_description
+from mosaic_kernels.errors import ModelLoadError, MosaicError
 
 FILE_NAME = "mosaic_autoload.py"
 AUTO_MAP = {"AutoConfig": "mosaic_autoload.MosaicAutoConfig"}
@@ -39,27 +43,64 @@ class MosaicAutoConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
 
 
-def complete_saved_configs() -> None:
-    """Let every configuration of the mosaic format that transformers saves be as a run of this package writes it.
+def extend_configs() -> None:
+    """Check every configuration of the mosaic format before transformers uses it, and complete it when it is saved.
 
-    Without this, a checkpoint that was loaded and saved again would lack :data:`FILE_NAME`, and would load only after
-    ``import mosaic_kernels``.
+    Without the latter, a checkpoint that was loaded and saved again would lack :data:`FILE_NAME`, and would load only
+    after ``import mosaic_kernels``.
     """
-    compat.around_config_saving(_before_saving, _after_saving)
+    compat.around_config_reading(_checked)
+    compat.around_config_saving(_completed)
 
 
-def _before_saving(config: Any) -> None:
-    if is_mosaic(config):
-        config.auto_map = dict(AUTO_MAP)
-        config.verify = False  # makes from_pretrained(..., verify=True) reach the configuration
-    else:
+@contextmanager
+def _checked(content: Mapping[str, Any], source: str) -> Iterator[None]:
+    """Check a ``config.json``, and say in our words what transformers finds wrong with the rest of it."""
+    found = content.get("quantization_config") if isinstance(content, Mapping) else None
+    if not isinstance(found, Mapping) or found.get("quant_method") != METHOD:
+        yield
+        return
+    check_description(found)
+    try:
+        yield
+    except MosaicError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(
+            f"config.json of {source} is damaged ({type(error).__name__}: {error!s:.300}): copy or download it again"
+        ) from error
+
+
+@contextmanager
+def _completed(config: Any, directory: Path) -> Iterator[None]:
+    """Let ``config`` be saved with what makes it load again; its numbers of heads stay as they are in memory."""
+    if not is_mosaic(config):
         forget(config)
+        yield
+        return
+    config.auto_map = dict(AUTO_MAP)
+    config.verify = False  # makes from_pretrained(..., verify=True) reach the configuration
+    heads = config.num_attention_heads, config.num_key_value_heads
+    try:
+        config.num_attention_heads, config.num_key_value_heads = _accepted(config.hidden_size, *heads)
+        yield
+    finally:
+        config.num_attention_heads, config.num_key_value_heads = heads
+    (directory / FILE_NAME).write_text(SOURCE, encoding="utf-8")
+    seal_config(directory / "config.json")
 
 
-def _after_saving(config: Any, directory: Path) -> None:
-    if is_mosaic(config):
-        (directory / FILE_NAME).write_text(SOURCE, encoding="utf-8")
-        seal_config(directory / "config.json")
+def _accepted(hidden_size: int, query: int, key_value: int) -> tuple[int, int]:
+    """The smallest numbers of heads, not below these, that configuration classes accept.
+
+    Some insist that ``hidden_size`` is a multiple of the query heads even where ``head_dim`` is given. At loading the
+    numbers in ``quantization_config`` replace these.
+    """
+    while hidden_size % query and query < hidden_size:
+        query += 1
+    while query % key_value and key_value < query:
+        key_value += 1
+    return query, key_value
 
 
 def is_mosaic(config: Any) -> bool:

@@ -122,7 +122,9 @@ def _is_packed(entry: Mapping[str, Any], weights: Weights) -> bool:
 
 def is_uniform(adapter: ModelAdapter) -> bool:
     """True if every block has the same heads and channels, and a stock configuration can express them."""
-    return len(stock_shapes(adapter)) == _STOCK_KEYS
+    found, config = stock_shapes(adapter), adapter.model.config
+    # some configuration classes insist on whole heads of hidden_size even where head_dim is given
+    return len(found) == _STOCK_KEYS and config.hidden_size % found["num_attention_heads"] == 0  # type: ignore[union-attr, operator]
 
 
 _STOCK_KEYS = 4
@@ -134,11 +136,9 @@ def stock_shapes(adapter: ModelAdapter) -> dict[str, int]:
     Where blocks have different heads or channels, no number is right for all, and the configuration keeps the number
     of before pruning, which is enough for every block.
     """
-    block, config = adapter.blocks[0], adapter.model.config
+    block = adapter.blocks[0]
     found: dict[str, int] = {}
-    heads = {(other.query_heads, other.key_value_heads) for other in adapter.blocks}
-    # some configuration classes insist on whole heads of hidden_size even where head_dim is given
-    if len(heads) == 1 and config.hidden_size % block.query_heads == 0:  # type: ignore[union-attr, operator]
+    if len({(other.query_heads, other.key_value_heads) for other in adapter.blocks}) == 1:
         found["num_attention_heads"], found["num_key_value_heads"] = block.query_heads, block.key_value_heads
         found["head_dim"] = block.head_dim
     if len({other.channels for other in adapter.blocks}) == 1:

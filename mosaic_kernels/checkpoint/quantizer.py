@@ -251,7 +251,7 @@ def _lay_out_empty(model: Any) -> None:
 def complete_models() -> None:
     """Extend what transformers' models do: a saved configuration is complete, an empty model has packed layers."""
     compat.after_from_config(_lay_out_empty)
-    autoload.complete_saved_configs()
+    autoload.extend_configs()
 
 
 compat.register_format(MosaicConfig.METHOD, MosaicConfig, MosaicQuantizer)
