@@ -198,11 +198,18 @@ def around_config_saving(around: Callable[[Any, Path], AbstractContextManager[No
     PreTrainedConfig.save_pretrained = save_pretrained
 
 
-def around_config_reading(around: Callable[[Mapping[str, Any], str], AbstractContextManager[None]]) -> None:
-    """Make every configuration from a ``config.json`` inside ``around(content, source)``; calls may repeat."""
+def around_config_reading(
+    around: Callable[[Any, str], AbstractContextManager[None]], unread: Callable[[str], None]
+) -> None:
+    """Make every configuration from a ``config.json`` inside ``around(content, source)``; calls may repeat.
+
+    Args:
+        around: entered twice: once with nothing inside, as soon as the file is read, and while its class reads it.
+        unread: called with the source of a file whose values are nested too deeply for transformers.
+    """
     from transformers import PreTrainedConfig
 
-    make = PreTrainedConfig.from_dict.__func__
+    make, read = PreTrainedConfig.from_dict.__func__, PreTrainedConfig.get_config_dict.__func__
     if getattr(make, "_is_mosaic", False):
         return
 
@@ -211,8 +218,18 @@ def around_config_reading(around: Callable[[Mapping[str, Any], str], AbstractCon
         with around(config_dict, str(options.get("name_or_path") or "the checkpoint")):
             return make(cls, config_dict, **options)
 
+    @functools.wraps(read)
+    def get_config_dict(cls: Any, source: Any, **options: Any) -> Any:
+        try:
+            found = read(cls, source, **options)
+        except RecursionError:
+            unread(str(source))
+            raise
+        with around(found[0], str(source)):
+            return found
+
     from_dict._is_mosaic = True  # type: ignore[attr-defined]
-    PreTrainedConfig.from_dict = classmethod(from_dict)
+    PreTrainedConfig.from_dict, PreTrainedConfig.get_config_dict = classmethod(from_dict), classmethod(get_config_dict)
 
 
 def after_from_config(call: Callable[[Any], None]) -> None:

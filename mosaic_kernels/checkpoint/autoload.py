@@ -49,7 +49,7 @@ def extend_configs() -> None:
     Without the latter, a checkpoint that was loaded and saved again would lack :data:`FILE_NAME`, and would load only
     after ``import mosaic_kernels``.
     """
-    compat.around_config_reading(_checked)
+    compat.around_config_reading(_checked, _say_what_is_nested)
     compat.around_config_saving(_completed)
 
 
@@ -61,6 +61,9 @@ def _checked(content: Mapping[str, Any], source: str) -> Iterator[None]:
         yield
         return
     check_description(found)
+    for key, kind, wanted in (("auto_map", Mapping, "a table"), ("model_type", str, "a name such as llama")):
+        if key in content and not isinstance(content[key], kind):
+            raise ModelLoadError(f"{key} in config.json of {source} must be {wanted}: copy or download it again")
     try:
         yield
     except MosaicError:
@@ -69,6 +72,12 @@ def _checked(content: Mapping[str, Any], source: str) -> Iterator[None]:
         raise ModelLoadError(
             f"config.json of {source} is damaged ({type(error).__name__}: {error!s:.300}): copy or download it again"
         ) from error
+
+
+def _say_what_is_nested(source: str) -> None:
+    path = Path(source, "config.json")
+    if path.is_file() and METHOD in path.read_text(encoding="utf-8", errors="replace"):
+        raise ModelLoadError(f"{path} nests values too deeply to be read: copy or download it again")
 
 
 @contextmanager
