@@ -229,7 +229,7 @@ def around_config_reading(
             return found
 
     from_dict._is_mosaic = True  # type: ignore[attr-defined]
-    PreTrainedConfig.from_dict, PreTrainedConfig.get_config_dict = classmethod(from_dict), classmethod(get_config_dict)
+    _put(PreTrainedConfig, from_dict, get_config_dict)
 
 
 def after_from_config(call: Callable[[Any], None]) -> None:
@@ -247,7 +247,13 @@ def after_from_config(call: Callable[[Any], None]) -> None:
         return model
 
     _from_config._is_mosaic = True  # type: ignore[attr-defined]
-    PreTrainedModel._from_config = classmethod(_from_config)
+    _put(PreTrainedModel, _from_config)
+
+
+def _put(owner: type, *methods: Callable[..., Any]) -> None:
+    """Give a class these class methods, in the place of its own."""
+    for method in methods:
+        setattr(owner, method.__name__, classmethod(method))
 
 
 def saved_tensors(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

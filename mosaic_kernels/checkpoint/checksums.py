@@ -43,8 +43,8 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def _tensor_digest(tensor: Tensor) -> str:
     if not tensor.numel():
         return hashlib.sha256().hexdigest()
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(flat).hexdigest()
 
 
 def header_digest(headers: Mapping[str, Header]) -> str:

@@ -122,9 +122,10 @@ def _is_packed(entry: Mapping[str, Any], weights: Weights) -> bool:
 
 def is_uniform(adapter: ModelAdapter) -> bool:
     """True if every block has the same heads and channels, and a stock configuration can express them."""
-    found, config = stock_shapes(adapter), adapter.model.config
+    found = stock_shapes(adapter)
+    config: Any = adapter.model.config
     # some configuration classes insist on whole heads of hidden_size even where head_dim is given
-    return len(found) == _STOCK_KEYS and config.hidden_size % found["num_attention_heads"] == 0  # type: ignore[union-attr, operator]
+    return len(found) == _STOCK_KEYS and bool(config.hidden_size % found["num_attention_heads"] == 0)
 
 
 _STOCK_KEYS = 4

@@ -242,7 +242,7 @@ def _lay_out_empty(model: Any) -> None:
 
     ``accelerate.load_checkpoint_and_dispatch`` can then fill it. A model with weights stays as it is: random ones.
     """
-    found = getattr(model.config, "quantization_config", None)
+    found: Any = getattr(model.config, "quantization_config", None)
     if autoload.is_mosaic(model.config) and all(parameter.is_meta for parameter in model.parameters()):
         description = MosaicConfig.from_dict(found) if isinstance(found, dict) else found
         description.lay_out(ModelAdapter.of(model, any_head=True))

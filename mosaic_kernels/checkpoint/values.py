@@ -56,7 +56,7 @@ def _extremes(values: Tensor) -> tuple[int, int]:
     whole, infinity = _BITS[values.dtype]
     bits = values.detach().contiguous().view(-1).view(whole)
     sign = torch.iinfo(whole).max
-    chunks = bits.split(_CHUNK) if values.is_cpu else (bits,)
+    chunks = torch.split(bits, _CHUNK if values.is_cpu else len(bits))
     room = torch.empty_like(chunks[0])
     smallest, largest = infinity, 0
     for chunk in chunks:
