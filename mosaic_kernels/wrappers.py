@@ -36,7 +36,8 @@ def require_prunable(model: Any) -> Any:
         raise UsageError(f"cannot prune {type(model).__name__}: pass a directory, a hub id or a Hugging Face model")
     if compat.has_adapter(model) or any(_is_of_peft(type(module)) for module in model.modules()):
         raise UsageError(
-            f"{type(model).__name__} carries an adapter (PEFT, such as LoRA), which pruning would lose: {MERGE}"
+            f"{type(model).__name__} carries an adapter (PEFT, such as LoRA), which pruning would lose: merge it "
+            "first, with model = model.merge_and_unload(), and prune that model"
         )
     _require_own_weights(model)
     method = quantized_by(model.config)

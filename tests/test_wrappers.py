@@ -24,7 +24,11 @@ QUICK: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compiled", "par"]
+    "wrap",
+    [
+        pytest.param(lambda m: torch.compile(m, backend="eager"), marks=pytest.mark.slow, id="compiled"),
+        pytest.param(nn.DataParallel, id="parallel"),
+    ],
 )
 def test_what_is_inside_is_pruned_and_the_wrapper_computes_with_it(wrap: Any, tmp_path: Path) -> None:
     model = random_model()
@@ -52,7 +56,7 @@ peft_warns = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 @pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
 def test_an_adapter_must_be_merged_first(target: str) -> None:
     model = _adapted(target)
-    for given in (model, model.get_base_model(), torch.compile(model, backend="eager")):
+    for given in (model, model.get_base_model(), nn.DataParallel(model)):
         with pytest.raises(UsageError, match=r"carries an adapter .* model = model\.merge_and_unload\(\)"):
             mk.prune(given, **QUICK)
     mk.prune(model.merge_and_unload(), **QUICK)
