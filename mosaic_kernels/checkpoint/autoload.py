@@ -57,13 +57,18 @@ def extend_configs() -> None:
 def _checked(content: Mapping[str, Any], source: str) -> Iterator[None]:
     """Check a ``config.json``, and say in our words what transformers finds wrong with the rest of it."""
     found = content.get("quantization_config") if isinstance(content, Mapping) else None
-    if not isinstance(found, Mapping) or found.get("quant_method") != METHOD:
+    described = isinstance(found, Mapping) and found.get("quant_method") == METHOD
+    if not described and AUTO_MAP["AutoConfig"] not in repr(content.get("auto_map")):
         yield
         return
+    if not described:
+        raise ModelLoadError(f"quantization_config in config.json of {source} must be a table of quant_method {METHOD}")
     check_description(found)
-    for key, kind, wanted in (("auto_map", Mapping, "a table"), ("model_type", str, "a name such as llama")):
-        if key in content and not isinstance(content[key], kind):
-            raise ModelLoadError(f"{key} in config.json of {source} must be {wanted}: copy or download it again")
+    auto_map = content.get("auto_map", {})
+    if not isinstance(auto_map, Mapping) or not isinstance(auto_map.get("AutoConfig", ""), str):
+        raise ModelLoadError(f"auto_map in config.json of {source} must be a table of names: copy or download it again")
+    if not isinstance(content.get("model_type", ""), str):
+        raise ModelLoadError(f"model_type in config.json of {source} must be a name: copy or download it again")
     try:
         yield
     except MosaicError:

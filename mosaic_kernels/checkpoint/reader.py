@@ -138,6 +138,12 @@ def _require_supported(source: str | Path) -> tuple[Path | None, dict[str, Any]]
 
             content, _ = PreTrainedConfig.get_config_dict(str(source))
     kind, classes = content.get("model_type"), content.get("architectures") or []
+    described = content.get("quantization_config") or {"quant_method": "mosaic"}
+    if not isinstance(described, dict) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+        raise ModelLoadError(
+            f"{source}: in its config.json, quantization_config must be a table and architectures a list of names: copy "
+            "or download it again"
+        )
     if kind not in SUPPORTED_MODEL_TYPES:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
         raise UnsupportedModelError(
@@ -145,7 +151,7 @@ def _require_supported(source: str | Path) -> tuple[Path | None, dict[str, Any]]
         )
     if classes and not any(name.endswith("ForCausalLM") for name in classes):
         raise UnsupportedModelError(f"{source}: {classes[0]} is not a causal language model (...ForCausalLM)")
-    method = (content.get("quantization_config") or {"quant_method": "mosaic"}).get("quant_method")
+    method = described.get("quant_method")
     if method != "mosaic":
         raise UnsupportedModelError(f"{source} is quantized with {method!r}: give the model in fp32, bf16 or fp16")
     return local, content
