@@ -56,7 +56,7 @@ def extend_configs() -> None:
 @contextmanager
 def _checked(content: Mapping[str, Any], source: str) -> Iterator[None]:
     """Check a ``config.json``, and say in our words what transformers finds wrong with the rest of it."""
-    found = content.get("quantization_config") if isinstance(content, Mapping) else None
+    found: Any = content.get("quantization_config")
     described = isinstance(found, Mapping) and found.get("quant_method") == METHOD
     if not described and AUTO_MAP["AutoConfig"] not in repr(content.get("auto_map")):
         yield
