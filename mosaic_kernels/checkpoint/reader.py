@@ -141,8 +141,8 @@ def _require_supported(source: str | Path) -> tuple[Path | None, dict[str, Any]]
     described = content.get("quantization_config") or {"quant_method": "mosaic"}
     if not isinstance(described, dict) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         raise ModelLoadError(
-            f"quantization_config in config.json of {source} must be a table, and architectures a list of names: copy or "
-            "download it again"
+            f"quantization_config in config.json of {source} must be a table, and architectures a list of names: copy "
+            "or download it again"
         )
     if kind not in SUPPORTED_MODEL_TYPES:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
