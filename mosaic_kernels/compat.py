@@ -16,7 +16,9 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 # checkpoint/__init__.py extends these modules after somebody has imported them.
 QUANTIZERS = "transformers.quantizers.auto"
+MODELS = "transformers.modeling_utils"
 LORA_LAYERS = "peft.tuners.lora.layer"
 
 # The attribute of an RMSNorm that holds its epsilon.
@@ -170,6 +173,107 @@ def register_format(method: str, config: type, quantizer: type) -> None:
         auto.register_quantization_config(method)(config)
     if method not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(method)(quantizer)
+
+
+def take_loading_attributes(config: type) -> None:
+    """Let ``from_pretrained(..., quantization_config=config(...))`` pass what ``get_loading_attributes`` returns on."""
+    from transformers.quantizers import auto
+
+    if config not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config,)
+
+
+def around_config_saving(around: Callable[[Any, Path], AbstractContextManager[None]]) -> None:
+    """Run ``save_pretrained`` of every configuration inside ``around(config, directory)``; calls may repeat.
+
+    A model's ``save_pretrained`` and ``push_to_hub`` call that one, before they upload.
+    """
+    from transformers import PreTrainedConfig
+
+    save = PreTrainedConfig.save_pretrained
+    if getattr(save, "_is_mosaic", False):
+        return
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **options: Any) -> Any:
+        with around(self, Path(save_directory)):
+            return save(self, save_directory, *args, **options)
+
+    save_pretrained._is_mosaic = True  # type: ignore[attr-defined]
+    PreTrainedConfig.save_pretrained = save_pretrained
+
+
+def around_config_reading(
+    around: Callable[[Any, str], AbstractContextManager[None]], unread: Callable[[str], None]
+) -> None:
+    """Make every configuration from a ``config.json`` inside ``around(content, source)``; calls may repeat.
+
+    Args:
+        around: entered twice: once with nothing inside, as soon as the file is read, and while its class reads it.
+        unread: called with the source of a file whose values are nested too deeply for transformers.
+    """
+    from transformers import PreTrainedConfig
+
+    make, read = PreTrainedConfig.from_dict.__func__, PreTrainedConfig.get_config_dict.__func__
+    if getattr(make, "_is_mosaic", False):
+        return
+
+    @functools.wraps(make)
+    def from_dict(cls: Any, config_dict: Any, **options: Any) -> Any:
+        with around(config_dict, str(options.get("name_or_path") or "the checkpoint")):
+            return make(cls, config_dict, **options)
+
+    @functools.wraps(read)
+    def get_config_dict(cls: Any, source: Any, **options: Any) -> Any:
+        try:
+            found = read(cls, source, **options)
+        except RecursionError:
+            unread(str(source))
+            raise
+        with around(found[0], str(source)):
+            return found
+
+    from_dict._is_mosaic = True  # type: ignore[attr-defined]
+    _put(PreTrainedConfig, from_dict, get_config_dict)
+
+
+def after_from_config(call: Callable[[Any], None]) -> None:
+    """Call ``call(model)`` with every model that ``from_config`` makes; calls may repeat."""
+    from transformers import PreTrainedModel
+
+    make = PreTrainedModel._from_config.__func__
+    if getattr(make, "_is_mosaic", False):
+        return
+
+    @functools.wraps(make)
+    def _from_config(cls: Any, config: Any, **options: Any) -> Any:
+        model = make(cls, config, **options)
+        call(model)
+        return model
+
+    _from_config._is_mosaic = True  # type: ignore[attr-defined]
+    _put(PreTrainedModel, _from_config)
+
+
+def _put(owner: type, *methods: Callable[..., Any]) -> None:
+    """Give a class these class methods, in the place of its own."""
+    for method in methods:
+        setattr(owner, method.__name__, classmethod(method))
+
+
+def saved_tensors(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What ``save_pretrained`` of ``model`` writes: no tied tensor twice, and offloaded ones read back.
+
+    Args:
+        tensors: what is passed to it as ``state_dict``, if anything.
+    """
+    from transformers import modeling_utils
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    ignored = model._keys_to_ignore_on_save or ()
+    given = (model.state_dict() if tensors is None else tensors).items()
+    kept = modeling_utils.remove_tied_weights_from_state_dict({n: t for n, t in given if n not in ignored}, model)
+    return {name: load_offloaded_parameter(model, name) if t.is_meta else t for name, t in kept.items()}
 
 
 def keep_as_loaded(module: nn.Module) -> None:

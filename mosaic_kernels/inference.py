@@ -35,7 +35,8 @@ def prepare_inference(
     cannot run the fast way on a CPU, one warning gives the reason; :func:`~mosaic_kernels.explain.explain` tells more.
 
     Args:
-        model: a Hugging Face causal language model, dense or with packed layers; changed in place.
+        model: a Hugging Face causal language model, or its base model with any head, dense or with packed layers;
+            changed in place.
         quantize_activations: whether int8 layers round their input to int8 as well, which is faster and
             less exact; ``None`` leaves each layer as it is.
         keep_dense_for_prefill: whether packed layers hold their dense weight too, for inputs of more than 64
@@ -57,7 +58,7 @@ def prepare_inference(
         if keep_dense_for_prefill is not None:
             module.keep_dense_for_prefill(keep_dense_for_prefill)
         module.arrange()
-    for block in ModelAdapter.of(model).blocks:
+    for block in ModelAdapter.of(model, any_head=True).blocks:
         for names in _SAME_INPUT:
             siblings.join(block.projection(name) for name in names)
         decode.take_tokens_natively(block.module)

@@ -20,7 +20,7 @@ import torch
 
 from mosaic_kernels.cli import run_command, show
 from mosaic_kernels.cuda_toolkit import find_gpu, find_nvcc, why_not_built
-from mosaic_kernels.errors import BackendError
+from mosaic_kernels.errors import BackendError, ModelLoadError, UsageError
 from mosaic_kernels.explain import explain
 from mosaic_kernels.explanation import Explanation
 from mosaic_kernels.ops import cpu
@@ -157,6 +157,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", default="auto", help="for MODEL: auto, float32, bfloat16 or float16 (default: %(default)s)"
     )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="only compare the files of MODEL, a directory, with the checksums they were written with; exit code 1 "
+        "names what is damaged",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line on stdout instead of a table")
     return parser
 
@@ -166,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         arguments = make_parser().parse_args(argv)
+        if arguments.verify:
+            return _verify(arguments.model, as_json=arguments.json)
         if arguments.model is None:
             found = collect()
             text = format_table(found)
@@ -174,8 +182,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = {"model": arguments.model, "versions": versions, **explanation.as_dict()}
             text = f"{explanation}\n\n{', '.join(f'{name} {value}' for name, value in versions.items() if value)}"
         show(json.dumps(found) if arguments.json else text)
+        return None
 
     return run_command(body)
+
+
+def _verify(source: str | None, *, as_json: bool) -> None:
+    from mosaic_kernels.checkpoint.verify import verify_directory
+
+    if source is None:
+        raise UsageError("--verify needs a directory: python -m mosaic_kernels.info DIR --verify")
+    found = verify_directory(Path(source).expanduser())
+    if as_json:
+        show(json.dumps(found.as_dict()))
+    if found.damaged:
+        raise ModelLoadError(f"{found}\ncopy or download the checkpoint again")
+    if not as_json:
+        show(str(found))
 
 
 if __name__ == "__main__":

@@ -115,8 +115,11 @@ class ModelAdapter:
     blocks: tuple[Block, ...]
 
     @classmethod
-    def of(cls, model: Any) -> ModelAdapter:
+    def of(cls, model: Any, *, any_head: bool = False) -> ModelAdapter:
         """Discover the blocks of ``model``.
+
+        Args:
+            any_head: also take a base model, or one with another head, such as a classifier.
 
         Raises:
             UnsupportedModelError: not a causal language model of a supported architecture.
@@ -127,7 +130,7 @@ class ModelAdapter:
             raise UnsupportedModelError(
                 f"architecture '{config.model_type}' is not supported; supported dense models: {supported}"
             )
-        if model.get_output_embeddings() is None:
+        if model.get_output_embeddings() is None and not any_head:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is not a causal language model (it has no output head); "
                 "load the checkpoint's ...ForCausalLM class"

@@ -17,6 +17,7 @@ import pytest
 
 from mosaic_kernels.config import PruneConfig
 from mosaic_kernels.evaluate.__main__ import make_parser as evaluate_parser
+from mosaic_kernels.info import make_parser as info_parser
 from mosaic_kernels.prune.__main__ import make_parser as prune_parser
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,9 @@ def test_docstring_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_every_option_in_the_readme_exists() -> None:
-    known = {flag for parser in (prune_parser(), evaluate_parser()) for flag in parser._option_string_actions}
+    known = {
+        flag for parser in (prune_parser(), evaluate_parser(), info_parser()) for flag in parser._option_string_actions
+    }
     for source in ("quality/__main__.py", "conftest.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / source).read_text()))
     known |= {"--benchmark-only", "--benchmark-json"}  # pytest-benchmark's own

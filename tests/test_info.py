@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +121,87 @@ def test_a_build_without_kernels_is_explained() -> None:
     assert found["backends"]["cuda"]["why_not"]
     assert found["active"]["cpu"] == "reference"
     assert found["cpu"]["isa"] is None
+
+
+# --- --verify ---
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    from small_models import composite, save
+
+    return save(composite(), tmp_path / "out", max_shard_size="50KB")
+
+
+def test_verify_names_what_is_damaged(checkpoint: Path, capsys: Any) -> None:
+    from mosaic_kernels.checkpoint.checksums import _places
+
+    assert main([str(checkpoint), "--verify"]) == 0
+    assert re.fullmatch(r"all \d+ tensors are as written\n", capsys.readouterr().out)
+    file = sorted(checkpoint.glob("*.safetensors"))[1]
+    place = _places(file)[2]
+    content = bytearray(file.read_bytes())
+    content[place.start] ^= 4
+    file.write_bytes(content)
+    assert main([str(checkpoint), "--verify"]) == 1
+    assert f"{place.name} was changed" in capsys.readouterr().err
+    assert main([str(checkpoint), "--verify", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found == {
+        "model": str(checkpoint),
+        "tensors": found["tensors"],
+        "files": 0,
+        "damaged": [f"{place.name} was changed"],
+    }
+
+
+def test_verify_sees_headers_and_config(checkpoint: Path, capsys: Any) -> None:
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-02'))
+    file = sorted(checkpoint.glob("*.safetensors"))[0]
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"F32"', b'"I32"', 1))
+    assert main([str(checkpoint), "--verify"]) == 1
+    said = capsys.readouterr().err
+    assert "config.json was changed" in said
+    assert "names, dtypes or shapes of the tensors were changed" in said
+
+
+def test_verify_needs_something_to_compare(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    from small_models import random_model
+
+    random_model().save_pretrained(tmp_path / "dense")
+    for arguments, code, said in (
+        (["--verify"], 2, "--verify needs a directory"),
+        ([str(tmp_path / "not-there"), "--verify"], 1, "no such directory"),
+        ([str(tmp_path / "dense"), "--verify"], 1, "has no checksums and cannot be verified"),
+    ):
+        assert main(arguments) == code
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["mosaic", "dense"])
+def test_verify_reads_the_manifest(form: Any, tmp_path: Path, capsys: Any) -> None:
+    """A plain dense result has no checksums of its own: there the manifest's digests are of the weights too."""
+    from small_models import random_model, save, zero_weights
+
+    from mosaic_kernels.checkpoint import manifest
+    from mosaic_kernels.models import ModelAdapter
+
+    adapter = ModelAdapter.of(random_model())
+    zero_weights(adapter, 0.5)
+    directory = save(adapter, tmp_path / "out", format=form)
+    manifest.write(directory)
+    assert main([str(directory), "--verify"]) == 0
+    assert re.fullmatch(r"all (\d+ tensors and )?\d+ files are as written\n", capsys.readouterr().out)
+    (directory / "notes.txt").write_text("of the user")
+    assert main([str(directory), "--verify"]) == 0
+    capsys.readouterr()
+    (directory / "generation_config.json").unlink()
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert main([str(directory), "--verify"]) == 1
+    said = capsys.readouterr().err
+    assert "generation_config.json is missing" in said
+    assert "model.safetensors has changed" in said
+    assert "notes.txt" not in said

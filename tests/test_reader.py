@@ -163,7 +163,9 @@ def _projection(change: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
             rf"{UP}\.weight: the file holds shape \[1280\] but the config asks for \[40, 64\]",
         ),
         (
-            lambda c: c["quantization_config"]["projections"].update({"model.layers.9.mlp.up_proj": {}}),
+            lambda c: c["quantization_config"]["projections"].update(
+                {"model.layers.9.mlp.up_proj": {"shape": [2, 2], "nnz": 1}}
+            ),
             r"model\.layers\.9\.mlp\.up_proj: described in quantization_config, but the model has no such",
         ),
         (

@@ -78,7 +78,8 @@ def apply_layout(
 
     Args:
         adapter: the model, as its stock configuration builds it.
-        projections: see :func:`describe`.
+        projections: see :func:`describe`; checked by :mod:`~mosaic_kernels.checkpoint.schema`. Names may have another
+            prefix than in the model: a base model's names have none.
         heads: see :func:`describe`.
         packed: whether the checkpoint packs weights at all.
         weights: what the packed values are.
@@ -86,21 +87,31 @@ def apply_layout(
     Raises:
         FormatError: the description contradicts the model or itself.
     """
-    known = {block.full_name(name): (block, name) for block, name, _ in adapter.projections()}
+    known = {_stem(block.full_name(name)): (block, name) for block, name, _ in adapter.projections()}
     for full_name, entry in projections.items():
-        if full_name not in known:
+        if _stem(full_name) not in known:
             raise FormatError(f"{full_name}: described in quantization_config, but the model has no such projection")
-        rows, columns, nnz = _entry(full_name, entry)
-        block, name = known[full_name]
+        (rows, columns), nnz = entry["shape"], entry["nnz"]
+        block, name = known[_stem(full_name)]
         old = block.projection(name)
         kind: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
         if packed and _is_packed(entry, weights):
             block.replace(name, MosaicLinear(columns, rows, nnz=nnz, weights=weights, **kind))
         elif (rows, columns) != (old.out_features, old.in_features):
             block.replace(name, nn.Linear(columns, rows, **kind))
+    described = {_stem(prefix): found for prefix, found in heads.items()}
+    unknown = set(described) - {_stem(block.prefix) for block in adapter.blocks}
+    if unknown:
+        raise FormatError(f"{min(unknown)}: its heads are described in quantization_config, but there is no such block")
     for block in adapter.blocks:
-        _check_block(block, heads.get(block.prefix))
+        _check_block(block, described.get(_stem(block.prefix)))
         block.refresh_heads()
+
+
+def _stem(name: str) -> str:
+    """A name without the base model's prefix: the same in a base model and in one with any head."""
+    start, layers, rest = name.partition("layers.")
+    return layers + rest if layers else start
 
 
 def _is_packed(entry: Mapping[str, Any], weights: Weights) -> bool:
@@ -110,36 +121,30 @@ def _is_packed(entry: Mapping[str, Any], weights: Weights) -> bool:
 
 
 def is_uniform(adapter: ModelAdapter) -> bool:
-    """Whether every block has the same heads and channels, which a stock configuration can express."""
-    sizes = {(block.query_heads, block.key_value_heads, block.channels) for block in adapter.blocks}
-    if len(sizes) > 1:
-        return False
+    """True if every block has the same heads and channels, and a stock configuration can express them."""
+    found = stock_shapes(adapter)
     config: Any = adapter.model.config
     # some configuration classes insist on whole heads of hidden_size even where head_dim is given
-    return bool(config.hidden_size % adapter.blocks[0].query_heads == 0)
+    return len(found) == _STOCK_KEYS and bool(config.hidden_size % found["num_attention_heads"] == 0)
+
+
+_STOCK_KEYS = 4
 
 
 def stock_shapes(adapter: ModelAdapter) -> dict[str, int]:
-    """The keys of a stock configuration that express the shapes of a uniform model."""
+    """The keys of a stock configuration that name shapes which all blocks share.
+
+    Where blocks have different heads or channels, no number is right for all, and the configuration keeps the number
+    of before pruning, which is enough for every block.
+    """
     block = adapter.blocks[0]
-    return {
-        "num_attention_heads": block.query_heads,
-        "num_key_value_heads": block.key_value_heads,
-        "head_dim": block.head_dim,
-        "intermediate_size": block.channels,
-    }
-
-
-def _entry(full_name: str, entry: Any) -> tuple[int, int, int]:
-    try:
-        (rows, columns), nnz = entry["shape"], entry["nnz"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise FormatError(f'{full_name}: its entry must be {{"shape": [out, in], "nnz": n}}, got {entry!r}') from error
-    if not (all(isinstance(n, int) for n in (rows, columns, nnz)) and rows > 0 and columns > 0):
-        raise FormatError(f"{full_name}: shape and nnz must be whole numbers, got {entry!r}")
-    if not 0 <= nnz <= rows * columns:
-        raise FormatError(f"{full_name}: {nnz} weights do not fit into {rows}x{columns}")
-    return rows, columns, nnz
+    found: dict[str, int] = {}
+    if len({(other.query_heads, other.key_value_heads) for other in adapter.blocks}) == 1:
+        found["num_attention_heads"], found["num_key_value_heads"] = block.query_heads, block.key_value_heads
+        found["head_dim"] = block.head_dim
+    if len({other.channels for other in adapter.blocks}) == 1:
+        found["intermediate_size"] = block.channels
+    return found
 
 
 def _check_block(block: Block, heads: Any) -> None:

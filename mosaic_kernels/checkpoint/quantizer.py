@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mosaic_kernels import compat
-from mosaic_kernels.checkpoint.files import Header, tensor_headers
+from mosaic_kernels.checkpoint import autoload, checksums
+from mosaic_kernels.checkpoint.files import Header
 from mosaic_kernels.checkpoint.layout import apply_layout, describe, is_uniform, packed_weights, stock_shapes
+from mosaic_kernels.checkpoint.loading import check_directory, check_files, check_loaded
+from mosaic_kernels.checkpoint.schema import FORMATS, check_description
 from mosaic_kernels.config import Weights
-from mosaic_kernels.errors import FormatError, ModelLoadError, UsageError
-from mosaic_kernels.format import FORMAT_VERSION, GROUP_COLUMNS, weights_group
+from mosaic_kernels.errors import UsageError
+from mosaic_kernels.format import FORMAT_VERSION, weights_group
 from mosaic_kernels.inference import prepare_inference
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
@@ -33,13 +39,17 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         provenance: how the model was made.
         weights: ``{"dtype": "int8", "group": g}`` where packed values are int8, with a scale for each row
             (``null``) or for every 64 columns of it; there is no such key where they are float.
+        checksums: SHA-256 digests, see :mod:`mosaic_kernels.checkpoint.checksums`; there is no such key in
+            checkpoints of older releases.
+        verify: compare the bytes of all tensors with the checksums while loading. Pass it to ``from_pretrained``, as
+            ``verify=True`` or as ``quantization_config=MosaicConfig(verify=True)``; it is never saved.
 
     Raises:
-        FormatError: the version, or something it says, is not known to this release.
+        FormatError: the version, or something it says, is not known to this release; the message names the key.
     """
 
-    METHOD = "mosaic"
-    FORMATS = ("bitmask", "dense")
+    METHOD = autoload.METHOD
+    FORMATS = FORMATS
 
     def __init__(
         self,
@@ -50,26 +60,21 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format: str = "bitmask",
         provenance: Mapping[str, Any] | None = None,
         weights: Mapping[str, Any] | None = None,
+        checksums: Mapping[str, Any] | None = None,
+        verify: bool = False,
         **unknown: Any,
     ) -> None:
-        if version != FORMAT_VERSION:
-            raise FormatError(
-                f"this checkpoint has mosaic format version {version!r} and this release reads version "
-                f"{FORMAT_VERSION}; update mosaic-kernels"
-            )
-        if format not in self.FORMATS:
-            raise FormatError(f"unknown mosaic format {format!r}; this release reads {' and '.join(self.FORMATS)}")
+        tables = {"projections": projections, "heads": heads, "provenance": provenance, "checksums": checksums}
+        check_description({"version": version, "format": format, "weights": weights, **tables})
         self.quant_method = self.METHOD
         self.version, self.format = version, format
         self.projections, self.heads = dict(projections or {}), dict(heads or {})
         self.provenance = dict(provenance or {})
         if weights is not None:
-            if weights not in [{"dtype": "int8", "group": group} for group in (None, GROUP_COLUMNS)]:
-                raise FormatError(
-                    f"unknown packed values {weights!r}: this release reads float ones and int8 with a scale for each "
-                    f"row or {GROUP_COLUMNS} columns; update mosaic-kernels"
-                )
             self.weights = dict(weights)
+        if checksums:
+            self.checksums = dict(checksums)
+        self.verify = verify is True
 
     @property
     def packed_weights(self) -> Weights:
@@ -77,6 +82,14 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if not hasattr(self, "weights"):
             return "float"
         return "int8" if self.weights["group"] is None else "int8-group"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds of it."""
+        return {key: copy.deepcopy(value) for key, value in self.__dict__.items() if key != "verify"}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes from a configuration passed to it; the rest comes from the checkpoint."""
+        return {"verify": self.verify}
 
     def lay_out(self, adapter: ModelAdapter) -> None:
         """Give a model on the meta device the layers and shapes described here.
@@ -86,36 +99,75 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """
         packed = self.format == "bitmask"
         apply_layout(adapter, self.projections, self.heads, packed=packed, weights=self.packed_weights)
+        _name_shapes(adapter)
 
     @classmethod
-    def of(cls, adapter: ModelAdapter, *, format: str = "bitmask", provenance: Mapping[str, Any] | None = None) -> Any:
-        """The description of a model as it stands."""
+    def of(
+        cls,
+        adapter: ModelAdapter,
+        *,
+        format: str = "bitmask",
+        provenance: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """The description of a model as it stands.
+
+        Args:
+            tensors: what its weight files will hold, for the checksums; left out, there are none.
+        """
         projections, heads = describe(adapter)
         kind = packed_weights(adapter)
         int8 = {"dtype": "int8", "group": weights_group(kind)} if kind != "float" and format == "bitmask" else None
-        return cls(projections, heads, format=format, provenance=provenance, weights=int8)
+        sums = None if tensors is None else checksums.of_tensors(tensors)
+        return cls(projections, heads, format=format, provenance=provenance, weights=int8, checksums=sums)
 
 
 class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts :class:`MosaicLinear` where packed weights go, before transformers fills them in."""
 
     quantization_config: Any
+    _headers: Mapping[str, Header] | None = None
 
     def validate_environment(self, *args: Any, **options: Any) -> None:
         if not self.pre_quantized:
             raise UsageError("this model holds no mosaic weights: make them with `python -m mosaic_kernels.prune`")
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Check the files before transformers opens them; it calls this method or the next, by its release."""
+        check_directory(config, self._checksums)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        check_directory(config, self._checksums)
+        return config
+
+    @classmethod
+    def attach(cls, adapter: ModelAdapter) -> None:
+        """Let a model that was packed in memory save itself and dequantize, as one that was loaded."""
+        model: Any = adapter.model
+        model.config.quantization_config = MosaicConfig.of(adapter)
+        model.hf_quantizer = cls(model.config.quantization_config, pre_quantized=True)
+        _name_shapes(adapter)
+
+    @property
+    def _checksums(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = getattr(self.quantization_config, "checksums", {})
+        return found
+
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> Any:
-        self.quantization_config.lay_out(ModelAdapter.of(model))
+        self.quantization_config.lay_out(ModelAdapter.of(model, any_head=True))
         for module in model.modules():
             if isinstance(module, MosaicLinear):  # or else, where it stays on disk, it is filled with normal numbers
                 compat.keep_as_loaded(module)
-        files = options.get("checkpoint_files")
+        verify = self.quantization_config.verify or getattr(model.config, "verify", False) is True
+        self.quantization_config.verify = model.config.verify = False
+        files = [Path(file) for file in options.get("checkpoint_files") or ()]
         if files:
-            _require_tensors(model, tensor_headers(files))
+            self._headers = check_files(model, files, self._checksums, verify=verify)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        check_loaded(model, self._headers or {})
         for name, module in model.named_modules():
             if isinstance(module, MosaicLinear):
                 module.requires_grad_(False)  # transformers makes every floating point tensor trainable
@@ -127,11 +179,11 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         """Bring the description up to date before saving; ``None``: the model's own tensors are written."""
         if compat.has_adapter(model):  # only the adapter is written
             return None, {}
-        old = self.quantization_config
-        new = MosaicConfig.of(ModelAdapter.of(model), format=old.format, provenance=old.provenance)
+        old, adapter = self.quantization_config, ModelAdapter.of(model, any_head=True)
+        tensors = compat.saved_tensors(model)
+        new = MosaicConfig.of(adapter, format=old.format, provenance=old.provenance, tensors=tensors)
         self.quantization_config = model.config.quantization_config = new
-        if hasattr(model.config, "auto_map"):  # names a file that save_pretrained does not copy
-            del model.config.auto_map
+        _name_shapes(adapter)
         return None, {}
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -143,12 +195,12 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         Args:
             dtype: of the whole model afterwards; by default the dtype it computes in now.
         """
-        return super().dequantize(model, dtype=dtype or ModelAdapter.of(model).dtype)
+        return super().dequantize(model, dtype=dtype or ModelAdapter.of(model, any_head=True).dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         if isinstance(dtype, str):  # a saved config holds the name of the dtype
             dtype = getattr(torch, dtype)
-        adapter = ModelAdapter.of(model)
+        adapter = ModelAdapter.of(model, any_head=True)
         trains = model.get_input_embeddings().weight.requires_grad
         for block, name, layer in adapter.projections():
             if isinstance(layer, MosaicLinear):
@@ -157,11 +209,11 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def remove_quantization_config(self, model: Any) -> None:
         """Forget the format after ``dequantize``, but keep the shapes where the stock config has no words for them."""
-        adapter = ModelAdapter.of(model)
+        adapter = ModelAdapter.of(model, any_head=True)
         if is_uniform(adapter):
             super().remove_quantization_config(model)
-            for key, value in stock_shapes(adapter).items():
-                setattr(model.config, key, value)
+            autoload.forget(model.config)
+            _name_shapes(adapter)
         else:
             config = MosaicConfig.of(adapter, format="dense", provenance=self.quantization_config.provenance)
             self.quantization_config = model.config.quantization_config = config
@@ -180,33 +232,27 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-# Of these a cast makes nonsense; floats are cast to what the model computes in.
-_WHOLE_NUMBERS = {torch.int8: "I8", torch.uint8: "U8"}
+def _name_shapes(adapter: ModelAdapter) -> None:
+    for key, value in stock_shapes(adapter).items():
+        setattr(adapter.model.config, key, value)
 
 
-def _require_tensors(model: Any, headers: Mapping[str, Header]) -> None:
-    """Refuse files that lack a tensor of the model or hold another: transformers would make it up, or cast it."""
-    wanted = model.state_dict()
-    tied = compat.tied_weights(model)
-    tied = {**tied, **{source: target for target, source in tied.items()}}
-    for name, tensor in wanted.items():
-        shape = tuple(tensor.shape)
-        if name not in headers:
-            continue
-        if headers[name].shape != shape:
-            raise FormatError(
-                f"{name}: the file holds shape {list(headers[name].shape)} but the config asks for {list(shape)}"
-            )
-        stored, asked = headers[name].dtype, _WHOLE_NUMBERS.get(tensor.dtype)
-        if (stored if stored in _WHOLE_NUMBERS.values() else None) != asked:
-            raise FormatError(f"{name}: the file holds {stored} values but the config asks for {asked or 'floats'}")
-    missing = [name for name in wanted if name not in headers and tied.get(name) not in headers]
-    if missing:
-        raise ModelLoadError(f"the weight files lack {_some(missing)}: copy or download the model again")
+def _lay_out_empty(model: Any) -> None:
+    """Give a model that ``from_config`` made without weights the layers of its mosaic configuration.
+
+    ``accelerate.load_checkpoint_and_dispatch`` can then fill it. A model with weights stays as it is: random ones.
+    """
+    found: Any = getattr(model.config, "quantization_config", None)
+    if autoload.is_mosaic(model.config) and all(parameter.is_meta for parameter in model.parameters()):
+        description = MosaicConfig.from_dict(found) if isinstance(found, dict) else found
+        description.lay_out(ModelAdapter.of(model, any_head=True))
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+def complete_models() -> None:
+    """Extend what transformers' models do: a saved configuration is complete, an empty model has packed layers."""
+    compat.after_from_config(_lay_out_empty)
+    autoload.extend_configs()
 
 
 compat.register_format(MosaicConfig.METHOD, MosaicConfig, MosaicQuantizer)
+compat.take_loading_attributes(MosaicConfig)

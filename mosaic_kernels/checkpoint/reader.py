@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -26,6 +30,7 @@ from mosaic_kernels.errors import (
 from mosaic_kernels.models import SUPPORTED_MODEL_TYPES, ModelAdapter
 from mosaic_kernels.paths import local_path
 from mosaic_kernels.progress import station
+from mosaic_kernels.wrappers import MERGE
 
 logger = logging.getLogger(__name__)
 
@@ -121,11 +126,14 @@ def _require_supported(source: str | Path) -> tuple[Path | None, dict[str, Any]]
     """The directory (``None``: a hub id) and the content of its ``config.json``, if we can use the model."""
     path = Path(source).expanduser()
     if path.is_dir():
+        _require_no_adapter(path)
         local, content = path, read_json(path / "config.json")
     elif path.exists():
         raise ModelLoadError(f"{source} is a file; give the directory that holds the model")
     elif _is_path(str(source)):
-        raise ModelLoadError(f"{source}: no such directory")
+        raise ModelLoadError(f"{source}: no such directory{_meant(path)}")
+    elif _meant(path) and not _hub_answers():  # transformers would try for half a minute
+        raise ModelLoadError(f"{source}: no such directory, and the hub cannot be reached{_meant(path)}")
     else:
         local = None
         with _load_errors(source):
@@ -133,6 +141,12 @@ def _require_supported(source: str | Path) -> tuple[Path | None, dict[str, Any]]
 
             content, _ = PreTrainedConfig.get_config_dict(str(source))
     kind, classes = content.get("model_type"), content.get("architectures") or []
+    described = content.get("quantization_config") or {"quant_method": "mosaic"}
+    if not isinstance(described, dict) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+        raise ModelLoadError(
+            f"quantization_config in config.json of {source} must be a table, and architectures a list of names: copy "
+            "or download it again"
+        )
     if kind not in SUPPORTED_MODEL_TYPES:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
         raise UnsupportedModelError(
@@ -140,7 +154,7 @@ def _require_supported(source: str | Path) -> tuple[Path | None, dict[str, Any]]
         )
     if classes and not any(name.endswith("ForCausalLM") for name in classes):
         raise UnsupportedModelError(f"{source}: {classes[0]} is not a causal language model (...ForCausalLM)")
-    method = (content.get("quantization_config") or {"quant_method": "mosaic"}).get("quant_method")
+    method = described.get("quant_method")
     if method != "mosaic":
         raise UnsupportedModelError(f"{source} is quantized with {method!r}: give the model in fp32, bf16 or fp16")
     return local, content
@@ -148,6 +162,39 @@ def _require_supported(source: str | Path) -> tuple[Path | None, dict[str, Any]]
 
 def _is_path(source: str) -> bool:
     return source.startswith(("/", ".", "~")) or source.endswith("/") or source.count("/") > 1
+
+
+def _meant(path: Path) -> str:
+    """`` (did you mean ...?)`` where a directory with a model has nearly this name."""
+    for first in (
+        get_close_matches(path.parts[0], [p.name for p in Path().iterdir()], cutoff=0.75) if path.parts else ()
+    ):
+        nearby = Path(first, *path.parts[1:])
+        names = [p.name for p in nearby.parent.iterdir()] if nearby.parent.is_dir() else []
+        for last in get_close_matches(nearby.name, names, cutoff=0.75):
+            if nearby.with_name(last).joinpath("config.json").is_file():
+                return f"; did you mean {nearby.with_name(last)}?"
+    return ""
+
+
+def _hub_answers() -> bool:
+    """False where a connection to the hub fails at once; True also where a proxy decides about that."""
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return not constants.HF_HUB_OFFLINE
+    try:
+        with socket.create_connection((address.hostname or "", address.port or 443), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+def _require_no_adapter(path: Path) -> None:
+    if (path / "adapter_config.json").exists():
+        beside = "beside the weights" if (path / "config.json").exists() else "and no model"
+        raise ModelLoadError(f"{path} holds an adapter (PEFT, such as LoRA: adapter_config.json) {beside}: {MERGE}")
 
 
 def _load_tokenizer(source: str | Path) -> Any:
@@ -178,10 +225,11 @@ def _load_errors(source: str | Path) -> Iterator[None]:
     except Exception as error:
         if _is_offline(error):
             raise EnvironmentError_(
-                f"{source} is not a local directory and the hub cannot be reached ({_first_line(error)}): "
-                "download the model where there is a network and give its directory"
+                f"{source} is not a local directory and the hub cannot be reached ({_first_line(error)})"
+                f"{_meant(Path(source))}: download the model where there is a network and give its directory"
             ) from error
-        raise ModelLoadError(f"{source} does not load: {_first_line(error)}") from error
+        hint = "" if Path(source).is_dir() else _meant(Path(source))
+        raise ModelLoadError(f"{source} does not load: {_first_line(error)}{hint}") from error
 
 
 def _is_offline(error: BaseException | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from mosaic_kernels import ops
+from mosaic_kernels import compat, ops
 from mosaic_kernels.checkpoint import autoload
 from mosaic_kernels.checkpoint.beside import clean_json, copy_licences, remove_code, save_tokenizer
 from mosaic_kernels.checkpoint.card import model_card
@@ -49,7 +49,7 @@ def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
     Raises:
         NonFiniteError: weights to round are NaN or infinite.
     """
-    from mosaic_kernels.checkpoint.quantizer import MosaicConfig
+    from mosaic_kernels.checkpoint.quantizer import MosaicQuantizer
 
     with station("pack", len(adapter.sizes()), "projection") as here:
         for block, name, layer in adapter.projections():
@@ -57,7 +57,7 @@ def pack_model(adapter: ModelAdapter, weights: Weights = "float") -> None:
             here.advance()
     model: Any = adapter.model
     prepare_inference(model, attention=False)
-    model.config.quantization_config = MosaicConfig.of(adapter)
+    MosaicQuantizer.attach(adapter)
 
 
 def _pack_projection(block: Block, name: str, layer: nn.Linear, weights: Weights) -> None:
@@ -105,10 +105,11 @@ def write_checkpoint(
     tensors = _dense_tensors(adapter) if format == "dense" else None
     plain = format == "dense" and is_uniform(adapter)
     provenance = _provenance(report, source)
-    settings: dict[str, Any] = stock_shapes(adapter) if plain else {"auto_map": dict(autoload.AUTO_MAP)}
+    settings: dict[str, Any] = stock_shapes(adapter)
     if not plain:
-        kind = "bitmask" if format == "mosaic" else "dense"
-        settings["quantization_config"] = MosaicConfig.of(adapter, format=kind, provenance=provenance)
+        kind, written = "bitmask" if format == "mosaic" else "dense", compat.saved_tensors(model, tensors)
+        described = MosaicConfig.of(adapter, format=kind, provenance=provenance, tensors=written)
+        settings["quantization_config"] = described
     with write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         require_space(directory, sum(t.nbytes for t in (tensors or dict(model.named_parameters())).values()))

@@ -49,6 +49,7 @@ from mosaic_kernels.prune.report import log_removed, make_report
 from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.prune.timing import Clock, Split, measuring
 from mosaic_kernels.text import load_tokens, windows
+from mosaic_kernels.wrappers import require_prunable
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ def prune(
     config = make_config(options)
     if output_dir is None and isinstance(model, (str, Path)):
         raise UsageError("output_dir (--output-dir DIR) is needed to prune a model given by path")
+    if not isinstance(model, (str, Path)):
+        model = require_prunable(model)
     with joined(config.device) as (team, device):
         output = None
         if output_dir is not None:

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked while transformers loads a mosaic checkpoint: its files before, its values after."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mosaic_kernels import compat
+from mosaic_kernels.checkpoint.checksums import config_is_as_written, damaged_tensors, header_digest
+from mosaic_kernels.checkpoint.files import (
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Header,
+    tensor_headers,
+    weight_files,
+)
+from mosaic_kernels.checkpoint.values import check_values
+from mosaic_kernels.errors import FormatError, ModelLoadError, MosaicError
+from mosaic_kernels.linear import MosaicLinear
+
+logger = logging.getLogger(__name__)
+
+_FLOATS = ("F64", "F32", "BF16", "F16")
+# Of these a cast makes nonsense; floats are cast to what the model computes in.
+_WHOLE_NUMBERS = {torch.int8: "I8", torch.uint8: "U8"}
+
+
+def check_directory(config: Any, checksums: Mapping[str, Any]) -> None:
+    """Look at the files of a local checkpoint before transformers builds the model or opens a weight file.
+
+    transformers waits for ever at a weight file that is a pipe, calls one that may not be read missing, and builds as
+    many blocks as ``config.json`` asks for. Where that file was changed since it was written, a warning says so.
+
+    Raises:
+        ModelLoadError, FormatError: a file, or the configuration, is not as it must be.
+        EnvironmentError_: a file may not be read.
+    """
+    directory = Path(config.name_or_path or "")
+    if not config.name_or_path or not (directory / "config.json").is_file():
+        return  # of the hub, or in a subfolder: check_files sees what transformers found there
+    if any((directory / name).is_symlink() or (directory / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        headers = tensor_headers(weight_files(directory))
+        _check_sizes(config, headers)
+    if not config_is_as_written(directory, checksums):
+        _require_buildable(config, directory)
+
+
+def _check_sizes(config: Any, headers: Mapping[str, Header]) -> None:
+    """Compare the sizes that decide how much is built with the tensors that are there to fill it."""
+    blocks = {name.partition("layers.")[2].partition(".")[0] for name in headers if "layers." in name}
+    counts = {"num_hidden_layers": len(blocks)}
+    embedding = next((h for name, h in headers.items() if name.endswith("embed_tokens.weight")), None)
+    if embedding is not None and len(embedding.shape) == 2:
+        counts |= {"vocab_size": embedding.shape[0], "hidden_size": embedding.shape[1]}
+    for key, count in counts.items():
+        said = getattr(config, key, count)
+        if said != count:
+            raise FormatError(
+                f"config.json says {key} is {said!r:.40}, but by the weight files it is {count}: copy or download the "
+                "checkpoint again"
+            )
+
+
+def _require_buildable(config: Any, directory: Path) -> None:
+    """Build the changed configuration's model without weights, so that what fails is said in our words."""
+    from transformers import AutoModel
+
+    logger.warning(
+        "%s was changed after the checkpoint was written; `python -m mosaic_kernels.info %s --verify` checks the rest",
+        directory / "config.json", directory,
+    )  # fmt: skip
+    plain = copy.deepcopy(config)
+    plain.quantization_config = None
+    try:
+        with torch.device("meta"):
+            AutoModel.from_config(plain)
+    except MosaicError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(
+            f"{directory / 'config.json'} was changed after the checkpoint was written, and transformers makes no "
+            f"model of it ({type(error).__name__}: {error!s:.200}): copy or download the checkpoint again"
+        ) from error
+
+
+def check_files(
+    model: Any, files: Sequence[Path], checksums: Mapping[str, Any], *, verify: bool
+) -> Mapping[str, Header]:
+    """Refuse weight files that do not fit the model, or are not as they were written; return their headers.
+
+    Args:
+        model: on the meta device, with the layers that the configuration describes.
+        files: all in one directory.
+        checksums: of ``quantization_config``; empty in checkpoints of older releases.
+        verify: also compare the bytes of all tensors.
+
+    Raises:
+        ModelLoadError, FormatError: names the file or tensor.
+        EnvironmentError_: a file may not be read.
+    """
+    directory = files[0].parent
+    outside = [file for file in files if file.parent != directory or ".." in file.parts[len(directory.parts) :]]
+    if outside:
+        raise ModelLoadError(f"{directory}: the weight file {outside[0]} lies outside the checkpoint")
+    headers = tensor_headers(files)
+    _require_tensors(model, headers)
+    if "header" in checksums and header_digest(headers) != checksums["header"]:
+        raise FormatError(
+            f"{directory}: the weight files hold other names, dtypes or shapes than when they were written: copy or "
+            "download the checkpoint again; if you changed them on purpose, remove checksums from config.json"
+        )
+    if verify:
+        require_verified(directory, files, checksums)
+    return headers
+
+
+def require_verified(directory: Path, files: Sequence[Path], checksums: Mapping[str, Any]) -> None:
+    """Refuse weight files of which a byte is not as it was written.
+
+    Raises:
+        ModelLoadError: names the damaged tensors, or there are no checksums.
+    """
+    if not checksums.get("tensors"):
+        raise ModelLoadError(
+            f"{directory} has no checksums and cannot be verified: an older release wrote it; load it and save it with "
+            "save_pretrained to add them"
+        )
+    if not config_is_as_written(directory, checksums):
+        raise ModelLoadError(f"{directory / 'config.json'} is not as it was written: copy or download it again")
+    damaged = damaged_tensors(files, checksums)
+    if damaged:
+        raise ModelLoadError(
+            f"{directory}: the bytes of {_some(damaged)} are not as they were written: copy or download the checkpoint "
+            "again"
+        )
+
+
+def _require_tensors(model: Any, headers: Mapping[str, Header]) -> None:
+    """Refuse files that lack a tensor of the model or hold another: transformers would make it up, or cast it."""
+    wanted = model.state_dict()
+    tied = compat.tied_weights(model)
+    tied = {**tied, **{source: target for target, source in tied.items()}}
+    missing = []
+    for name, tensor in wanted.items():
+        header = _find(name, headers, model.base_model_prefix)
+        if header is None:
+            if _find(tied.get(name), headers, model.base_model_prefix) is None:
+                missing.append(name)
+            continue
+        shape = tuple(tensor.shape)
+        if header.shape != shape:
+            raise FormatError(
+                f"{name}: the file holds shape {list(header.shape)} but the config asks for {list(shape)}"
+            )
+        asked = _WHOLE_NUMBERS.get(tensor.dtype)
+        if header.dtype not in ((asked,) if asked else _FLOATS):
+            raise FormatError(
+                f"{name}: the file holds {header.dtype} values but the config asks for {asked or 'floats'}"
+            )
+    new = [name for name in missing if _is_of_a_new_head(model, name)]
+    lacking = [name for name in missing if name not in new]
+    if lacking:
+        raise ModelLoadError(f"the weight files lack {_some(lacking)}: copy or download the model again")
+
+
+def _find(name: str | None, headers: Mapping[str, Header], prefix: str) -> Header | None:
+    """The header of a model's tensor: a base model's file names it without the prefix, and one with a head with it."""
+    if name is None:
+        return None
+    return headers.get(name) or headers.get(f"{prefix}.{name}") or headers.get(name.removeprefix(f"{prefix}."))
+
+
+def _is_of_a_new_head(model: Any, name: str) -> bool:
+    """True for tensors of a classifier or the like, which transformers makes, with a warning, for training."""
+    in_base = model.base_model is model or name.startswith(f"{model.base_model_prefix}.")
+    return not in_base and model.get_output_embeddings() is None
+
+
+def check_loaded(model: Any, headers: Mapping[str, Header]) -> None:
+    """Refuse NaN and Inf among all loaded values, and zeros among packed ones.
+
+    Args:
+        headers: what the files said. Where values were cast at loading, small ones may rightly have become zero.
+
+    Raises:
+        NonFiniteError, FormatError: names the tensor.
+    """
+    for prefix, module in model.named_modules():
+        for leaf, tensor in module.named_parameters(prefix, recurse=False):
+            header = _find(leaf, headers, model.base_model_prefix)
+            is_packed = isinstance(module, MosaicLinear)
+            if header is not None and not (is_packed and tensor is module.scales):  # build_index checks scales
+                packed = is_packed and tensor is module.weight
+                as_stored = header.dtype == str(_DTYPES.get(tensor.dtype))
+                check_values(leaf, tensor, packed=packed and as_stored, stored=header.dtype)
+
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
