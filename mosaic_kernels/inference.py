@@ -8,13 +8,11 @@ from typing import Any
 from torch import nn
 
 from mosaic_kernels import attention as grouped_attention
-from mosaic_kernels import compat, decode, siblings
+from mosaic_kernels import compat, decode
 from mosaic_kernels.dense import DenseLinear
 from mosaic_kernels.explain import warn_if_slow
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
-
-_SAME_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
 def prepare_inference(
@@ -58,8 +56,7 @@ def prepare_inference(
             module.keep_dense_for_prefill(keep_dense_for_prefill)
         module.arrange()
     for block in ModelAdapter.of(model).blocks:
-        for names in _SAME_INPUT:
-            siblings.join(block.projection(name) for name in names)
+        decode.join_siblings(block.module)
         decode.take_tokens_natively(block.module)
     if attention and compat.attention_of(model.config) == "sdpa":
         grouped_attention.register_with_transformers()

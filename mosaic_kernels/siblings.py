@@ -9,20 +9,19 @@ the others do, holds every layer alone.
 
 from __future__ import annotations
 
+import struct
 import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mosaic_kernels.format import VALUE_DTYPES
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.ops import cpu, tensor_cores
 from mosaic_kernels.ops.select import is_recorded, kernel_for
 
-_Result = tuple[Tensor, nn.Parameter, int]  # with the values that made it, and their version
-# What a group was made of: layers with their indices, and parameters in their layers, with their addresses.
-_Indices = list[tuple[MosaicLinear, object]]
-_Places = list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int]]
+_Held = dict[str, nn.Parameter | None]
 
 
 class _Input:
@@ -51,24 +50,55 @@ class _Input:
         return x.is_inference() and (x.shape, x.dtype) == self.kind and cpu.holds(x, self.bytes)
 
 
+class _Source:
+    """What a layer's results come from: its parameters, where they are in memory, and its index."""
+
+    __slots__ = ("held", "index", "known")
+
+    def __init__(self, layer: MosaicLinear) -> None:
+        self.held: _Held = layer._parameters
+        found = {name: each for name, each in self.held.items() if each is not None}
+        addresses = struct.pack(f"{len(found)}Q", *(each.data_ptr() for each in found.values()))
+        self.known = tuple(found), tuple(found.values()), addresses
+        self.index: object = None  # of the canonical form alone
+
+    def is_of(self, layer: MosaicLinear) -> bool:
+        """Whether ``layer`` still has these parameters at the same places, and this index."""
+        held = layer._parameters
+        return held is self.held and layer._index is self.index and cpu.unchanged(held, *self.known)
+
+    def versions(self) -> list[int]:
+        """How often torch saw each parameter written to."""
+        return [each._version for each in self.known[1]]
+
+
+_Kernels = cpu.Group | tensor_cores.Group
+_Result = tuple[Tensor, _Source, list[int]]  # with what made it, and the versions of that
+
+
 class Siblings:
     """The layers that share an input.
 
     The first one to be called computes all and keeps the others' results until they ask with the same input
     (see :class:`_Input`). Without gradients, outside ``torch.compile``, on a GPU outside inference mode and for
     weights in tiles; elsewhere every layer runs alone. Where results are not asked for three times in a row, the
-    layers part.
+    layers part. It holds no layer: a model that is deleted is freed at once.
     """
 
     PATIENCE = 3
 
     def __init__(self, layers: Sequence[MosaicLinear]) -> None:
-        self.layers = tuple(layers)
-        self.quantize_x = layers[0].quantize_activations
+        self._layers = tuple(weakref.ref(layer) for layer in layers)
+        self.in_features, self.quantize_x = layers[0].in_features, layers[0].quantize_activations
         # all replaced as a whole, so that threads that share a model never mix their results
-        self._kept: tuple[_Input, dict[MosaicLinear, _Result]] | None = None
-        self._group: tuple[cpu.Group | tensor_cores.Group, _Indices, _Places] | None = None
+        self._kept: tuple[_Input, dict[int, _Result]] | None = None
+        self._group: tuple[_Kernels, list[_Source]] | None = None
         self._unclaimed = 0
+
+    @property
+    def layers(self) -> list[MosaicLinear]:
+        """The layers that still exist."""
+        return [layer for each in self._layers if (layer := each()) is not None]
 
     def forward(self, layer: MosaicLinear, x: Tensor) -> Tensor | None:
         """The result of ``layer``, or ``None`` where it has to run alone."""
@@ -76,53 +106,61 @@ class Siblings:
             return None
         if not _runs_together(x):
             return None
+        layers = self.layers
+        if len(layers) < len(self._layers):
+            return None
+        place = next(i for i, each in enumerate(layers) if each is layer)
         kept = self._kept
         if kept is not None and kept[0].is_again(x):
-            found = kept[1].pop(layer, None)
+            found = kept[1].pop(place, None)
             if not kept[1]:
                 self._kept = None
-            if found is not None and _is_valid(found, layer):
+            if found is not None and found[1].is_of(layer) and found[1].versions() == found[2]:
                 return found[0]
         self._unclaimed = self._unclaimed + 1 if kept is not None and kept[1] else 0
         if self._unclaimed == self.PATIENCE:
             self.part()
             return None
-        group = self._current_group()
+        group = self._current_group(layers)
         if group is None:
             return None
-        others = {}
-        for each, result in zip(self.layers, group(x), strict=True):
-            weight = each._parameters["weight"]
-            assert weight is not None  # for the type checker
-            others[each] = result, weight, weight._version
-        own = others.pop(layer)[0]
-        self._kept = _Input(x), others
+        run, sources = group
+        versions = [source.versions() for source in sources]
+        results = dict(enumerate(zip(run(x), sources, versions, strict=True)))
+        own = results.pop(place)[0]
+        self._kept = _Input(x), results
         return own
 
-    def _current_group(self) -> cpu.Group | tensor_cores.Group | None:
+    def _current_group(self, layers: list[MosaicLinear]) -> tuple[_Kernels, list[_Source]] | None:
         """The dispatch of the layers as they are; anew where a parameter or an index was replaced."""
-        if self._group is None or not _are_current(*self._group[1:]):
-            if any(layer.weight.is_inference() for layer in self.layers):
-                return None  # whether these change between the calls, nobody knows
-            group = self._made_group()
-            if group is None:
-                return None
-            places: _Places = []
-            for layer in self.layers:
-                held = layer._parameters
-                places += [(held, name, found, found.data_ptr()) for name, found in held.items() if found is not None]
-            self._group = group, [(layer, layer._index) for layer in self.layers], places
-        return self._group[0]
+        found = self._group
+        if found is not None and all(map(_Source.is_of, found[1], layers)):
+            return found
+        if any(layer.weight.is_inference() for layer in layers):
+            return None  # whether these change between the calls, nobody knows
+        sources = [_Source(layer) for layer in layers]
+        group = self._made_group(layers, sources)
+        if group is None:
+            return None
+        self._group = group, sources
+        return group, sources
 
-    def _made_group(self) -> cpu.Group | tensor_cores.Group | None:
-        forms = [(layer.arranged, layer.bias) for layer in self.layers]
-        tiles = [(form, bias) for form, bias in forms if form is not None]
+    def _made_group(self, layers: list[MosaicLinear], sources: list[_Source]) -> _Kernels | None:
+        forms = [(layer._form(source.held), source) for layer, source in zip(layers, sources, strict=True)]
+        tiles = [(form[0], source.held.get("bias")) for form, source in forms if form is not None]
         if len(tiles) == len(forms) <= 4 and len({(type(form), form.tiles.device) for form, _ in tiles}) == 1:
             return tensor_cores.Group(tiles)
-        if tiles or not all(layer.bitmask.is_cpu for layer in self.layers):
+        if tiles or not all(layer.bitmask.is_cpu for layer in layers):
             return None  # of several forms; or weights that wait on disk and come one layer at a time
-        operands = [layer.operands for layer in self.layers]  # this may make indices anew
-        return cpu.Group(operands, self.layers[0].in_features, self.quantize_x)
+        operands = []
+        for layer, source in zip(layers, sources, strict=True):
+            operands.append(layer.operands_of(source.held))  # this may make indices anew
+            source.index = layer._index
+        return cpu.Group(operands, self.in_features, self.quantize_x)
+
+    def forget(self) -> None:
+        """Let go of results and of weights, one of which was replaced."""
+        self._kept = self._group = None
 
     def part(self) -> None:
         """Let every layer run alone again."""
@@ -132,28 +170,13 @@ class Siblings:
 
 def _runs_together(x: Tensor) -> bool:
     """Whether the device of ``x`` has kernels for several weights, and an input can be known again there."""
+    if x.dtype not in VALUE_DTYPES:
+        return False
     if x.is_cpu:
         return kernel_for("sparse_linear", x) is cpu.sparse_linear_raw
     if not x.is_cuda or x.is_inference() or kernel_for("tile_linear", x) is not tensor_cores.tile_linear:
         return False  # to compare bytes would be to wait for the device
     return x.shape[:-1].numel() <= max(tensor_cores.rows_of(x.get_device()))
-
-
-def _are_current(indices: _Indices, places: _Places) -> bool:
-    """Whether layers have the indices and the parameters, at the places in memory, that they had."""
-    for layer, index in indices:
-        if layer._index is not index:
-            return False
-    for held, name, parameter, place in places:
-        if held.get(name) is not parameter or parameter.data_ptr() != place:
-            return False
-    return True
-
-
-def _is_valid(found: _Result, layer: MosaicLinear) -> bool:
-    """Whether the values of a layer are what they were, and were not written to."""
-    _, weight, version = found
-    return layer._parameters["weight"] is weight and weight._version == version
 
 
 def join(layers: Iterable[nn.Module]) -> None:
