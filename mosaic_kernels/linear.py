@@ -219,7 +219,7 @@ class MosaicLinear(nn.Linear):
         held = self._parameters
         bitmask = held["bitmask"]
         assert bitmask is not None  # for the type checker
-        if bitmask.is_meta or self._form(held) is not None:
+        if bitmask.is_meta or _weight(held).dtype not in HELD_DTYPES or self._form(held) is not None:
             return
         packed = self._packed(held)
         found = arrange(packed)
@@ -358,7 +358,7 @@ class MosaicLinear(nn.Linear):
 
         What is derived from the parameters comes first, and counts only together with the parameters it was made of.
         """
-        if self._dense is not None and not other.bitmask.is_meta:
+        if self._dense is not None and not other.bitmask.is_meta and other.weight.dtype in HELD_DTYPES:
             other.keep_dense_for_prefill()
         other.arrange()
         for name in ("_arranged", "_index", "_dense"):
