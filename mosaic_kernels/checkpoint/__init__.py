@@ -22,7 +22,9 @@ def register_with_transformers() -> None:
     takes 1.9 s of 3.5 s (2-core x86-64, November 2026), which users of the layers alone need not pay.
     """
     _when_imported(compat.QUANTIZERS, _register_quantizer)
-    _when_imported(compat.LORA_LAYERS, _guard_lora_merge)
+    _when_imported(compat.MODELS, _complete_models)
+    _when_imported(compat.TUNERS, _guard_adapters)
+    _when_imported(compat.ADAPTED_MODELS, _count_adapted_models)
 
 
 def _register_quantizer() -> None:
@@ -31,10 +33,25 @@ def _register_quantizer() -> None:
     importlib.import_module("mosaic_kernels.checkpoint.quantizer")
 
 
-def _guard_lora_merge() -> None:
-    from mosaic_kernels.checkpoint.lora import guard_merge
+def _complete_models() -> None:
+    """A prepared model that comes from another process asks for our attention without having been prepared here."""
+    from mosaic_kernels.attention import register_with_transformers as register_attention
+    from mosaic_kernels.checkpoint.counts import count_weights_of_models
 
-    guard_merge()
+    register_attention()
+    count_weights_of_models()
+
+
+def _guard_adapters() -> None:
+    from mosaic_kernels.checkpoint.adapters import guard_adapters
+
+    guard_adapters()
+
+
+def _count_adapted_models() -> None:
+    from mosaic_kernels.checkpoint.counts import count_weights_of_adapted_models
+
+    count_weights_of_adapted_models()
 
 
 def _when_imported(module: str, call: Callable[[], None]) -> None:
