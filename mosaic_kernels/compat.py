@@ -250,3 +250,10 @@ def adapted_modules(tuner: Any, model: nn.Module, adapter_name: str) -> set[str]
     settings = tuner.get_model_config(model) if hasattr(tuner, "get_model_config") else {}
     config = complete(tuner._prepare_adapter_config(config, settings), model)
     return {name for name, _ in model.named_modules() if name and is_target(config, name)}
+
+
+def lora_linear() -> Any:
+    """PEFT's class of a linear layer with a LoRA adapter."""
+    from peft.tuners.lora import layer  # works even while PEFT is being imported
+
+    return layer.Linear

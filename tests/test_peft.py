@@ -182,7 +182,7 @@ def test_every_documented_kind_is_one() -> None:
 
 def test_a_mixture_of_loras(tmp_path: Path) -> None:
     for number in "01":
-        peft.get_peft_model(made(True), lora_of("gaussian")()).save_pretrained(tmp_path / number)
+        adapted(True, lora_of("gaussian")).save_pretrained(tmp_path / number)
     adapters = {number: str(tmp_path / number) for number in "01"}
     losses = []
     for packed in (False, True):

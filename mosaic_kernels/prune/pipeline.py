@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mosaic_kernels.checkpoint.attached import settle_format
 from mosaic_kernels.checkpoint.directory import write_errors
 from mosaic_kernels.checkpoint.reader import check_finite, load_model
 from mosaic_kernels.checkpoint.writer import OutputDirectory, pack_model, write_checkpoint
@@ -44,6 +45,7 @@ from mosaic_kernels.prune.recover import HELD_OUT, dense_teacher, recover_lora
 from mosaic_kernels.prune.report import make_report
 from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.prune.timing import Clock, Split, measuring
+from mosaic_kernels.prune.torch_state import as_by_default, leave_inference_mode
 from mosaic_kernels.text import load_tokens
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ _RESULT_OPTIONS = (
 )  # fmt: skip
 
 
+@as_by_default()
 def prune(
     model: Any,
     *,
@@ -103,6 +106,7 @@ def prune(
             )
         if not isinstance(model, (str, Path)):  # pruned where it is
             device = next(model.parameters()).device
+            leave_inference_mode(model)
         try:
             with current_device(device), measuring() as split, station(f"prune {_name(model)}"):
                 return _run(model, tokenizer, config, output, list(command), split, device, team)
@@ -187,6 +191,7 @@ def _run(
             clock.stop()
         else:
             _write(adapter, tokenizer, plan, ranks, config, output, report, clock)
+        settle_format(source, config.format)
         return report
 
     return team.from_first(finish)
