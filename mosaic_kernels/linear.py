@@ -19,7 +19,7 @@ from mosaic_kernels.errors import FormatError, UsageError
 from mosaic_kernels.format import HELD_DTYPES, PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops.cpu import Operands
-from mosaic_kernels.ops.prepared import PreparedCall, prepare
+from mosaic_kernels.ops.prepared import PreparedCall, is_trained, prepare
 from mosaic_kernels.ops.select import fast_sparse_linear, fast_sparse_linear_int8, fast_tile_linear
 
 if TYPE_CHECKING:
@@ -263,25 +263,22 @@ class MosaicLinear(nn.Linear):
         return weight, held.get("scales"), found[1].words, found[1].offsets, held.get("bias")  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
-        held = self._parameters  # attribute access to a parameter costs as much as the rest of a call
-        bias = held.get("bias")
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-            out = self._multiply(input, {**held, "bias": None})
-            return out + bias.to(out.dtype)
+        compiling = is_dynamo_compiling()  # it takes operators, and must not trace what looks at addresses
         siblings = self.siblings
-        if siblings is not None:
+        if siblings is not None and not compiling:
             found = siblings.forward(self, input)
             if found is not None:
                 return found
+        held = self._parameters  # attribute access to a parameter costs as much as the rest of a call
         dense = self._dense
         if dense is not None and input.shape[:-1].numel() > self.DECODE_ROWS and not _is_slow(input):
-            if is_dynamo_compiling() or _is_of(dense, held):
-                return F.linear(input, dense[0], bias)
+            if compiling or _is_of(dense, held):
+                return F.linear(input, dense[0], held.get("bias"))
             self.keep_dense_for_prefill()  # of another weight
         arranged = self._arranged
-        if arranged is not None and arranged[0] is held["weight"]:
-            return fast_tile_linear(input, arranged[1], bias)
-        if is_dynamo_compiling():  # it takes operators, and must not trace what looks at addresses
+        if arranged is not None and arranged[0] is held["weight"] and not is_trained(held):
+            return fast_tile_linear(input, arranged[1], held.get("bias"))
+        if compiling:
             return self._multiply(input, held)
         prepared, rounded = self._prepared, self.quantize_activations
         if prepared is not None:
@@ -297,13 +294,17 @@ class MosaicLinear(nn.Linear):
         return result
 
     def _multiply(self, x: Tensor, held: _Held) -> Tensor:
+        bias = held.get("bias")
+        if bias is not None and is_trained(held):
+            out = self._multiply(x, {**held, "bias": None})
+            return out + bias.to(out.dtype)
         if not is_dynamo_compiling():
             found = self._form(held)
             if found is not None:
-                return fast_tile_linear(x, found[0], held.get("bias"))
+                return fast_tile_linear(x, found[0], bias)
             if torch.onnx.is_in_onnx_export():
                 raise UsageError("ONNX has no packed weights: call model.dequantize() or layer.to_dense() first")
-        values, scales, words, offsets, bias = self.operands_of(held)
+        values, scales, words, offsets, _ = self.operands_of(held)
         if scales is None:
             return fast_sparse_linear(x, values, words, offsets, bias, self.in_features)
         return fast_sparse_linear_int8(

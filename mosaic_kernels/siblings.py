@@ -16,10 +16,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mosaic_kernels.format import VALUE_DTYPES
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.ops import cpu, tensor_cores
-from mosaic_kernels.ops.select import is_recorded, kernel_for
+from mosaic_kernels.ops.select import is_seen, kernel_for
 
 _Held = dict[str, nn.Parameter | None]
 
@@ -50,30 +49,43 @@ class _Input:
         return x.is_inference() and (x.shape, x.dtype) == self.kind and cpu.holds(x, self.bytes)
 
 
-class _Source:
-    """What a layer's results come from: its parameters, where they are in memory, and its index."""
+class _Sources:
+    """The layers of a dispatch, their parameters, where these are in memory, and their indices. It keeps no layer."""
 
-    __slots__ = ("held", "index", "known")
+    __slots__ = ("biases", "known", "of")
 
-    def __init__(self, layer: MosaicLinear) -> None:
-        self.held: _Held = layer._parameters
-        found = {name: each for name, each in self.held.items() if each is not None}
-        addresses = struct.pack(f"{len(found)}Q", *(each.data_ptr() for each in found.values()))
-        self.known = tuple(found), tuple(found.values()), addresses
-        self.index: object = None  # of the canonical form alone
+    def __init__(self, layers: Sequence[MosaicLinear], states: Sequence[_Held]) -> None:
+        self.of = [
+            (weakref.ref(layer), held, layer._index) for layer, held in zip(layers, states, strict=True)
+        ]
+        places = [(held, name, each) for held in states for name, each in held.items() if each is not None]
+        holders, names, tensors = zip(*places, strict=True)
+        addresses = struct.pack(f"{len(places)}Q", *(each.data_ptr() for each in tensors))
+        self.known = holders, names, tensors, addresses
+        self.biases = [bias for held in states if (bias := held.get("bias")) is not None]
 
-    def is_of(self, layer: MosaicLinear) -> bool:
-        """Whether ``layer`` still has these parameters at the same places, and this index."""
-        held = layer._parameters
-        return held is self.held and layer._index is self.index and cpu.unchanged(held, *self.known)
-
-    def versions(self) -> list[int]:
-        """How often torch saw each parameter written to."""
-        return [each._version for each in self.known[1]]
+    def are_current(self) -> bool:
+        """Whether the layers have the indices and the parameters, at the places in memory, that they had."""
+        for which, held, index in self.of:
+            layer = which()
+            if layer is None or layer._parameters is not held or layer._index is not index:
+                return False
+        return cpu.unchanged(*self.known)
 
 
 _Kernels = cpu.Group | tensor_cores.Group
-_Result = tuple[Tensor, _Source, list[int]]  # with what made it, and the versions of that
+# Of one layer: the result, the parameters that it is of, those parameters, and their versions.
+_Result = tuple[Tensor, _Held, nn.Parameter | None, int, nn.Parameter | None, int]
+
+
+def _is_valid(found: _Result, held: _Held) -> bool:
+    """Whether the parameters of a layer are what they were, and were not written to."""
+    _, before, weight, version, bias, bias_version = found
+    if held is not before or held["weight"] is not weight or held.get("bias") is not bias:
+        return False
+    if bias is not None and (bias._version != bias_version or (bias.requires_grad and torch.is_grad_enabled())):
+        return False
+    return weight is not None and weight._version == version
 
 
 class Siblings:
@@ -91,8 +103,8 @@ class Siblings:
         self._layers = tuple(weakref.ref(layer) for layer in layers)
         self.in_features, self.quantize_x = layers[0].in_features, layers[0].quantize_activations
         # all replaced as a whole, so that threads that share a model never mix their results
-        self._kept: tuple[_Input, dict[int, _Result]] | None = None
-        self._group: tuple[_Kernels, list[_Source]] | None = None
+        self._kept: tuple[_Input, dict[int, _Result]] | None = None  # by the layer's id()
+        self._group: tuple[_Kernels, _Sources] | None = None
         self._unclaimed = 0
 
     @property
@@ -101,61 +113,61 @@ class Siblings:
         return [layer for each in self._layers if (layer := each()) is not None]
 
     def forward(self, layer: MosaicLinear, x: Tensor) -> Tensor | None:
-        """The result of ``layer``, or ``None`` where it has to run alone."""
-        if is_recorded(x) or layer.quantize_activations is not self.quantize_x:
+        """The result of ``layer``, or ``None`` where it has to run alone; not to be traced by dynamo."""
+        if is_seen(x) or layer.quantize_activations is not self.quantize_x or not _runs_together(x):
             return None
-        if not _runs_together(x):
-            return None
-        layers = self.layers
-        if len(layers) < len(self._layers):
-            return None
-        place = next(i for i, each in enumerate(layers) if each is layer)
         kept = self._kept
         if kept is not None and kept[0].is_again(x):
-            found = kept[1].pop(place, None)
+            found = kept[1].pop(id(layer), None)
             if not kept[1]:
                 self._kept = None
-            if found is not None and found[1].is_of(layer) and found[1].versions() == found[2]:
+            if found is not None and _is_valid(found, layer._parameters):
                 return found[0]
         self._unclaimed = self._unclaimed + 1 if kept is not None and kept[1] else 0
         if self._unclaimed == self.PATIENCE:
             self.part()
             return None
-        group = self._current_group(layers)
+        group = None if x.dtype is torch.float64 else self._current_group()
         if group is None:
             return None
         run, sources = group
-        versions = [source.versions() for source in sources]
-        results = dict(enumerate(zip(run(x), sources, versions, strict=True)))
-        own = results.pop(place)[0]
-        self._kept = _Input(x), results
+        if sources.biases and torch.is_grad_enabled() and any(bias.requires_grad for bias in sources.biases):
+            return None
+        own, others = None, {}
+        for result, (which, held, _) in zip(run(x), sources.of, strict=True):
+            each = which()
+            if each is layer:
+                own = result
+            else:
+                weight, bias = held["weight"], held.get("bias")
+                version = weight._version  # type: ignore[union-attr]
+                others[id(each)] = result, held, weight, version, bias, 0 if bias is None else bias._version
+        self._kept = _Input(x), others
         return own
 
-    def _current_group(self, layers: list[MosaicLinear]) -> tuple[_Kernels, list[_Source]] | None:
+    def _current_group(self) -> tuple[_Kernels, _Sources] | None:
         """The dispatch of the layers as they are; anew where a parameter or an index was replaced."""
         found = self._group
-        if found is not None and all(map(_Source.is_of, found[1], layers)):
+        if found is not None and found[1].are_current():
             return found
-        if any(layer.weight.is_inference() for layer in layers):
+        layers = self.layers
+        states = [layer._parameters for layer in layers]
+        if len(layers) < len(self._layers) or any(layer.weight.is_inference() for layer in layers):
             return None  # whether these change between the calls, nobody knows
-        sources = [_Source(layer) for layer in layers]
-        group = self._made_group(layers, sources)
+        group = self._made_group(layers, states)
         if group is None:
             return None
-        self._group = group, sources
-        return group, sources
+        self._group = made = group, _Sources(layers, states)
+        return made
 
-    def _made_group(self, layers: list[MosaicLinear], sources: list[_Source]) -> _Kernels | None:
-        forms = [(layer._form(source.held), source) for layer, source in zip(layers, sources, strict=True)]
-        tiles = [(form[0], source.held.get("bias")) for form, source in forms if form is not None]
+    def _made_group(self, layers: list[MosaicLinear], states: list[_Held]) -> _Kernels | None:
+        forms = [(layer._form(held), held.get("bias")) for layer, held in zip(layers, states, strict=True)]
+        tiles = [(form[0], bias) for form, bias in forms if form is not None]
         if len(tiles) == len(forms) <= 4 and len({(type(form), form.tiles.device) for form, _ in tiles}) == 1:
             return tensor_cores.Group(tiles)
         if tiles or not all(layer.bitmask.is_cpu for layer in layers):
             return None  # of several forms; or weights that wait on disk and come one layer at a time
-        operands = []
-        for layer, source in zip(layers, sources, strict=True):
-            operands.append(layer.operands_of(source.held))  # this may make indices anew
-            source.index = layer._index
+        operands = [layer.operands_of(held) for layer, held in zip(layers, states, strict=True)]  # may make indices
         return cpu.Group(operands, self.in_features, self.quantize_x)
 
     def forget(self) -> None:
@@ -170,8 +182,6 @@ class Siblings:
 
 def _runs_together(x: Tensor) -> bool:
     """Whether the device of ``x`` has kernels for several weights, and an input can be known again there."""
-    if x.dtype not in VALUE_DTYPES:
-        return False
     if x.is_cpu:
         return kernel_for("sparse_linear", x) is cpu.sparse_linear_raw
     if not x.is_cuda or x.is_inference() or kernel_for("tile_linear", x) is not tensor_cores.tile_linear:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from mosaic_kernels.format import VALUE_DTYPES
 from mosaic_kernels.ops import cpu
-from mosaic_kernels.ops.select import is_recorded, kernel_for, resolved
+from mosaic_kernels.ops.select import is_recorded, is_seen, kernel_for, resolved
+
+
+def is_trained(held: dict[str, Any]) -> bool:
+    """Whether the bias is to get a gradient: then it is added by torch, as no kernel computes that."""
+    bias = held.get("bias")
+    return bias is not None and bias.requires_grad and torch.is_grad_enabled()
+
 
 # The result, or None where the ordinary way has to be taken; of x, the layer's parameters by name and quantize_x.
 PreparedCall = Callable[[Tensor, dict[str, Any], bool], Tensor | None]
@@ -55,7 +62,7 @@ def prepare(
     dtype, out_features, on_cpu = x.dtype, words.shape[0], (op, "cpu")
     # Nothing here keeps a parameter in memory that its layer let go: every call asks whether it is still there.
     parameters = {"weight": values, "scales": scales, "bias": bias}
-    names = ("bitmask", *parameters)
+    names, has_bias = ("bitmask", *parameters), bias is not None
     objects = (bitmask, *(None if t is None else ref(t) for t in parameters.values()))
     addresses = struct.pack("4Q", 0, *map(cpu.address, parameters.values()))
 
@@ -65,9 +72,9 @@ def prepare(
     seen = result_of(x.shape)
 
     def call(x: Tensor, held: dict[str, Any], rounded: bool) -> Tensor | None:
-        if is_recorded(x) or x.dtype is not dtype or not x.is_cpu or resolved.get(on_cpu) is not kernel:
+        if is_seen(x) or x.dtype is not dtype or not x.is_cpu or resolved.get(on_cpu) is not kernel:
             return None
-        if rounded is not quantize_x:
+        if rounded is not quantize_x or (has_bias and is_trained(held)):
             return None
         nonlocal seen  # shapes repeat, and to take one apart costs half as much as to allocate the result
         shape, sizes, rows = seen

@@ -264,11 +264,15 @@ def _parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def is_recorded(x: torch.Tensor) -> bool:
     """Whether autograd, autocast, a compiler, a tracer, a function transform or a tensor subclass must see the call."""
+    return _is_compiling() or is_seen(x)
+
+
+def is_seen(x: torch.Tensor) -> bool:
+    """:func:`is_recorded`, asked where dynamo compiles nothing: other compilers pass tensors of a class of theirs."""
     return (
         type(x) is not torch.Tensor
         or (x.requires_grad and torch.is_grad_enabled())
         or _is_autocast()
-        or _is_compiling()
         or forward_ad._current_level >= 0
         or _tracing_state() is not None
         or _is_wrapped(x)
