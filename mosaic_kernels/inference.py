@@ -10,6 +10,7 @@ from torch import nn
 from mosaic_kernels import attention as grouped_attention
 from mosaic_kernels import compat, decode
 from mosaic_kernels.dense import DenseLinear
+from mosaic_kernels.errors import UsageError
 from mosaic_kernels.explain import warn_if_slow
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
@@ -46,15 +47,20 @@ def prepare_inference(
 
     Raises:
         UnsupportedModelError: its architecture is not known.
+        UsageError: activations are to be rounded, and no layer has int8 values.
     """
-    for module in model.modules():
-        if not isinstance(module, MosaicLinear):
-            continue
+    layers = [module for module in model.modules() if isinstance(module, MosaicLinear)]
+    if quantize_activations and all(layer.scales is None for layer in layers):
+        raise UsageError(
+            "quantize_activations=True rounds the inputs of int8 layers, and this model has none: leave it out, or "
+            "prune with weights='int8'"
+        )
+    for layer in layers:
         if quantize_activations is not None:
-            module.quantize_activations = quantize_activations and module.scales is not None
+            layer.quantize_activations = quantize_activations and layer.scales is not None
         if keep_dense_for_prefill is not None:
-            module.keep_dense_for_prefill(keep_dense_for_prefill)
-        module.arrange()
+            layer.keep_dense_for_prefill(keep_dense_for_prefill)
+        layer.arrange()
     for block in ModelAdapter.of(model).blocks:
         decode.join_siblings(block.module)
         decode.take_tokens_natively(block.module)

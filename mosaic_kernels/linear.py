@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self, get_args
-from weakref import ref
+from typing import Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +14,18 @@ from mosaic_kernels import ops
 from mosaic_kernels.arrangement import Arrangement, arrange, tensors_of
 from mosaic_kernels.config import Weights
 from mosaic_kernels.device import is_slow
-from mosaic_kernels.errors import FormatError, UsageError
+from mosaic_kernels.errors import UsageError
 from mosaic_kernels.format import HELD_DTYPES, PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
+from mosaic_kernels.held import Held, HoldsParameters, frozen, is_of, source_of, weight_of
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops.cpu import Operands
-from mosaic_kernels.ops.prepared import PreparedCall, is_trained, prepare
+from mosaic_kernels.ops.prepared import is_trained, prepare
 from mosaic_kernels.ops.select import fast_sparse_linear, fast_sparse_linear_int8, fast_tile_linear
-
-if TYPE_CHECKING:
-    from mosaic_kernels.siblings import Siblings
 
 _is_exporting = torch.compiler.is_exporting
 
 
-class MosaicLinear(nn.Linear):
+class MosaicLinear(HoldsParameters):
     """Drop-in replacement of ``nn.Linear`` for a weight with zeros.
 
     Equivalent to ``F.linear(x, unpack(packed), bias)``. The weight is frozen: gradients reach the
@@ -67,9 +64,6 @@ class MosaicLinear(nn.Linear):
 
     DECODE_ROWS = 64  # an input of more rows takes the dense weight, where that is kept
 
-    bitmask: nn.Parameter
-    scales: nn.Parameter | None
-
     def __init__(
         self,
         in_features: int,
@@ -84,20 +78,14 @@ class MosaicLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.quantize_activations = False
-        # with the bitmask it was built from, in a tuple: a bare Parameter would register as a second one
-        self._index: tuple[nn.Parameter, RowIndex] | None = None
-        # as _index, with the parameter `weight`; and the nnz
-        self._arranged: tuple[nn.Parameter, Arrangement, int] | None = None
-        self._prepared: PreparedCall | None = None  # of the parameters and a dtype of the input
-        self._dense: _Dense | None = None  # beside the packed weight, see keep_dense_for_prefill
-        self.siblings: Siblings | None = None
-        self.weight = _frozen(torch.zeros(nnz, device=device, dtype=dtype if weights == "float" else torch.int8))
+        self._index = self._arranged = self._prepared = self._dense = self.siblings = None
+        self.weight = frozen(torch.zeros(nnz, device=device, dtype=dtype if weights == "float" else torch.int8))
         self.scales = None  # an ordinary attribute while it is None: a parameter takes 10 times as long to look up
         if weights != "float":
             groups = scale_groups(in_features, weights_group(weights))
-            self.scales = _frozen(torch.zeros(out_features, groups, device=device, dtype=torch.float32))
-        self.bitmask = _frozen(torch.zeros(out_features, bitmask_bytes(in_features), device=device, dtype=torch.uint8))
-        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
+            self.scales = frozen(torch.zeros(out_features, groups, device=device, dtype=torch.float32))
+        self.bitmask = frozen(torch.zeros(out_features, bitmask_bytes(in_features), device=device, dtype=torch.uint8))
+        self.bias = frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weights: Weights = "float") -> Self:
@@ -135,7 +123,7 @@ class MosaicLinear(nn.Linear):
         rows, columns = packed.shape
         layer = cls(columns, rows, bias=False, device="meta", weights=packed.weights)
         held = {"weight": packed.values, "scales": packed.scales, "bitmask": packed.bitmask, "bias": bias}
-        layer._parameters = {name: _frozen(tensor) for name, tensor in held.items() if tensor is not None}
+        layer._parameters = {name: frozen(tensor) for name, tensor in held.items() if tensor is not None}
         if bias is not None:
             del layer.__dict__["bias"]
         layer._index = (layer.bitmask, packed.index())
@@ -146,7 +134,7 @@ class MosaicLinear(nn.Linear):
         """Number of kept weights."""
         held = self._parameters
         found = self._form(held)
-        return _weight(held).numel() if found is None else found[1]
+        return weight_of(held).numel() if found is None else found[1]
 
     @property
     def density(self) -> float:
@@ -159,27 +147,10 @@ class MosaicLinear(nn.Linear):
         found = self._form(self._parameters)
         return None if found is None else found[0]
 
-    def _form(self, held: _Held) -> tuple[Arrangement, int] | None:
-        """The form other than the canonical one in which ``held`` has the weight, and its nnz."""
-        weight, found = held["weight"], self._arranged
-        if found is not None and found[0] is weight:
-            return found[1:]
-        # a thread may have replaced both since `held` was read: the parameter knows its form, too
-        return getattr(weight, "arrangement", None)
-
     @property
     def packed(self) -> PackedWeight:
         """The weight in canonical form, sharing this layer's memory where it holds that form."""
         return self._packed(self._parameters)
-
-    def _packed(self, held: _Held) -> PackedWeight:
-        found = self._form(held)
-        if found is not None:
-            return found[0].to_packed()
-        scales, bitmask = held.get("scales"), held["bitmask"]
-        assert bitmask is not None  # for the type checker
-        shape = self.out_features, self.in_features
-        return PackedWeight(_weight(held).detach(), bitmask.detach(), shape, None if scales is None else scales.detach())
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary ``nn.Linear`` with the same function.
@@ -189,12 +160,12 @@ class MosaicLinear(nn.Linear):
                 bias, and without one fp32. Float values keep theirs.
         """
         held = self._parameters
-        weight, bias = self._dense_weight(held), held.get("bias")
+        bias, weight = held.get("bias"), self._dense_weight(held)
         if held.get("scales") is not None:
-            weight = weight.to(dtype or (weight if bias is None else bias).dtype)
+            weight = weight.to(dtype or (weight.dtype if bias is None else bias.dtype))
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        dense.weight = _frozen(weight)
-        dense.bias = None if bias is None else _frozen(bias.detach().to(weight.dtype, copy=True))
+        dense.weight = frozen(weight)
+        dense.bias = None if bias is None else frozen(bias.detach().to(weight.dtype, copy=True))  # type: ignore[assignment]
         return dense.train(self.training)
 
     def build_index(self, name: str = "MosaicLinear") -> None:
@@ -206,7 +177,7 @@ class MosaicLinear(nn.Linear):
         self._validate(name)
         self.arrange()
 
-    def _validate(self, name: str = "MosaicLinear", held: _Held | None = None) -> tuple[nn.Parameter, RowIndex]:
+    def _validate(self, name: str = "MosaicLinear", held: Held | None = None) -> tuple[nn.Parameter, RowIndex]:
         held = self._parameters if held is None else held
         packed = self._packed(held)
         packed.validate(name)
@@ -219,12 +190,12 @@ class MosaicLinear(nn.Linear):
         held = self._parameters
         bitmask = held["bitmask"]
         assert bitmask is not None  # for the type checker
-        if bitmask.is_meta or _weight(held).dtype not in HELD_DTYPES or self._form(held) is not None:
+        if bitmask.is_meta or weight_of(held).dtype not in HELD_DTYPES or self._form(held) is not None:
             return
         packed = self._packed(held)
         found = arrange(packed)
         if found is not None:
-            weight, tiles = map(_frozen, tensors_of(found))
+            weight, tiles = map(frozen, tensors_of(found))
             weight.arrangement = found, packed.nnz  # type: ignore[attr-defined]
             self._arranged = weight, found, packed.nnz
             self._take({**held, "weight": weight, "bitmask": tiles})
@@ -239,9 +210,9 @@ class MosaicLinear(nn.Linear):
         """
         held = self._parameters
         made = keep and held.get("scales") is None
-        self._dense = (self._dense_weight(held), *_source(held)) if made else None
+        self._dense = (self._dense_weight(held), *source_of(held)) if made else None
 
-    def _dense_weight(self, held: _Held) -> Tensor:
+    def _dense_weight(self, held: Held) -> Tensor:
         found = self._form(held)
         return ops.unpack(self._packed(held)) if found is None else found[0].to_dense()
 
@@ -250,7 +221,7 @@ class MosaicLinear(nn.Linear):
         """What a kernel reads: values, scales, words, offsets and bias."""
         return self.operands_of(self._parameters)
 
-    def operands_of(self, held: _Held) -> Operands:
+    def operands_of(self, held: Held) -> Operands:
         """The :attr:`operands` of one state of the layer's parameters.
 
         Raises:
@@ -272,7 +243,7 @@ class MosaicLinear(nn.Linear):
         held = self._parameters  # attribute access to a parameter costs as much as the rest of a call
         dense = self._dense
         if dense is not None and input.shape[:-1].numel() > self.DECODE_ROWS and not _is_slow(input):
-            if compiling or _is_of(dense, held):
+            if compiling or is_of(dense, held):
                 return F.linear(input, dense[0], held.get("bias"))
             self.keep_dense_for_prefill()  # of another weight
         arranged = self._arranged
@@ -293,7 +264,7 @@ class MosaicLinear(nn.Linear):
             self._prepared = again or prepared  # which a call that has to be recorded leaves as it is
         return result
 
-    def _multiply(self, x: Tensor, held: _Held) -> Tensor:
+    def _multiply(self, x: Tensor, held: Held) -> Tensor:
         bias = held.get("bias")
         if bias is not None and is_trained(held):
             out = self._multiply(x, {**held, "bias": None})
@@ -320,170 +291,9 @@ class MosaicLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing to initialise: the values come from a checkpoint or a dense layer."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        held = self.__dict__.get("_parameters")
-        if held is None or name not in _PARAMETERS or "bitmask" not in held or (value is None and name not in held):
-            super().__setattr__(name, value)
-            return
-        if isinstance(value, Tensor):
-            self._require_fit(name, value)
-        elif value is None and name != "bias":
-            raise UsageError(f"a packed layer needs its {name}: to replace the weight, load a state_dict")
-        other = self._other(self._canonical_parameters())
-        nn.Module.__setattr__(other, name, value)  # which refuses what is no parameter
-        self._take(other._parameters)  # moved in for one pass, perhaps: not worth another form
-
-    def _require_fit(self, name: str, value: Tensor) -> None:
-        """Refuse a parameter of another shape: the layer could neither run nor be saved with it."""
-        if name == "weight":
-            wanted = [self.nnz]
-        elif name == "bitmask":
-            wanted = [self.out_features, bitmask_bytes(self.in_features)]
-        else:
-            wanted = [self.out_features] if name == "bias" else list(getattr(self.scales, "shape", [0]))
-        if list(value.shape) != wanted:
-            raise UsageError(
-                f"the {name} of this packed {self.out_features}x{self.in_features} layer has shape {wanted}, and "
-                f"{list(value.shape)} was assigned: load a state_dict, or make a new layer with MosaicLinear.from_linear"
-            )
-
-    def _other(self, held: _Held) -> Self:
-        """This layer with other parameters, to be made ready before this one takes them over."""
-        other = object.__new__(type(self))
-        forgotten = {"_index": None, "_arranged": None, "_prepared": None, "_dense": None, "siblings": None}
-        other.__dict__.update({**self.__dict__, **forgotten, "_parameters": dict(held)})
-        return other
-
-    def _adopt(self, other: Self) -> None:
-        """Take over the state of ``other`` in one step: running calls keep the old one, later calls find the new one.
-
-        What is derived from the parameters comes first, and counts only together with the parameters it was made of.
-        """
-        if self._dense is not None and not other.bitmask.is_meta and other.weight.dtype in HELD_DTYPES:
-            other.keep_dense_for_prefill()
-        other.arrange()
-        for name in ("_arranged", "_index", "_dense"):
-            self.__dict__[name] = other.__dict__[name]
-        self._take(other._parameters)
-
-    def _take(self, held: _Held) -> None:
-        for name in held:  # where there was none, None was an ordinary attribute
-            self.__dict__.pop(name, None)
-        self.__dict__["_parameters"] = held
-        self.__dict__["_prepared"] = None
-        if self.siblings is not None:
-            self.siblings.forget()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        had_index = self._index is not None or self.arranged is not None
-        other = self._other({})
-        for name, parameter in self._canonical_parameters().items():
-            other._parameters[name] = None if parameter is None else _applied(fn, name, parameter)
-        for name, buffer in self._buffers.items():
-            self._buffers[name] = None if buffer is None else fn(buffer)
-        readable = other.weight.dtype in HELD_DTYPES and not other.bitmask.is_meta
-        if had_index and readable:  # not after to_empty(), whose bits are garbage
-            other._validate()
-        self._adopt(other)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        canonical = self._canonical_parameters()
-        other = self if canonical is self._parameters else self._other(canonical)
-        nn.Module._save_to_state_dict(other, destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-
-    def _canonical_parameters(self) -> _Held:
-        held = self._parameters
-        if self._form(held) is None:
-            return held
-        packed = self._packed(held)
-        return {**held, "weight": _frozen(packed.values), "bitmask": _frozen(packed.bitmask)}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        errors, held = rest[-1], self._canonical_parameters()
-        old, weight = _weight(held), state_dict.get(prefix + "weight")
-        if weight is not None and (weight.dtype == torch.int8) is not (old.dtype == torch.int8):
-            errors.append(f"{prefix}weight: values are {weight.dtype}, and those of this layer {old.dtype}")
-            return  # an ordinary copy would cast them
-        other, before = self._other(held), len(errors)
-        for name, parameter in held.items():  # calls may be reading the old tensors
-            if parameter is not None and not parameter.requires_grad and prefix + name in state_dict:
-                # another pattern has another nnz: take its size, so that the ordinary copy fits
-                shape = weight.shape if name == "weight" and weight is not None and weight.dim() == 1 else None
-                other._parameters[name] = _frozen(torch.empty_like(parameter) if shape is None else old.new_empty(shape))
-        nn.Module._load_from_state_dict(other, state_dict, prefix, *rest)
-        if len(errors) > before:
-            return
-        if not other.bitmask.is_meta:  # now rather than in forward(), which may run inside a compiled graph
-            try:
-                other._validate(prefix.removesuffix(".") or "MosaicLinear")
-            except FormatError as error:
-                errors.append(str(error))
-                return
-        self._adopt(other)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # what holds addresses, and siblings: a copy has others
-        own = {"_parameters": self._canonical_parameters(), "_index": None, "_arranged": None, "_prepared": None}
-        return {**self.__dict__, **own, "_dense": self._dense is not None, "siblings": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        keeps_dense = state["_dense"] is not False
-        super().__setstate__({**state, "_dense": None})  # type: ignore[no-untyped-call]
-        self.arrange()
-        if keeps_dense:
-            self.keep_dense_for_prefill()
-
-
-_Held = dict[str, nn.Parameter | None]  # a layer's parameters, by name; never written to, but replaced as a whole
-# A dense weight, and what it was made of: the values, the bits, and how often torch saw the values written to.
-_Dense = tuple[Tensor, ref[Tensor], ref[Tensor], int | None]
-_PARAMETERS = ("weight", "bitmask", "scales", "bias")
-
-
-def _weight(held: _Held) -> nn.Parameter:
-    found = held["weight"]
-    assert found is not None  # for the type checker
-    return found
-
-
-def _source(held: _Held) -> tuple[ref[Tensor], ref[Tensor], int | None]:
-    weight, bitmask = held["weight"], held["bitmask"]
-    assert weight is not None and bitmask is not None  # for the type checker
-    return ref(weight), ref(bitmask), None if weight.is_inference() else weight._version
-
-
-def _is_of(dense: _Dense, held: _Held) -> bool:
-    """Whether a dense weight is the one that a layer's parameters say."""
-    _, weight, bitmask, version = dense
-    values = _weight(held)
-    return weight() is values and bitmask() is held["bitmask"] and version in (None, values._version)
-
 
 def _is_slow(x: Tensor) -> bool:
     """Whether torch multiplies ``x`` slowly, in the dtype to which autocast casts it."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return is_slow(x)
-
-
-def _applied(fn: Any, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """What ``.to()`` and its like make of a parameter. One that trains stays the object that its optimizer knows."""
-    with torch.no_grad():
-        # scales move between devices, but casts of float tensors pass by integers
-        found = fn(parameter.view(torch.int32)).view(torch.float32) if name == "scales" else fn(parameter)
-        if found is parameter:
-            return parameter
-        if parameter.requires_grad and torch._has_compatible_shallow_copy_type(parameter, found):
-            parameter.data = found
-            if parameter.grad is not None:
-                parameter.grad.data = fn(parameter.grad)
-            return parameter
-    return nn.Parameter(found.detach(), parameter.requires_grad)
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)

@@ -55,9 +55,7 @@ class _Sources:
     __slots__ = ("biases", "known", "of")
 
     def __init__(self, layers: Sequence[MosaicLinear], states: Sequence[_Held]) -> None:
-        self.of = [
-            (weakref.ref(layer), held, layer._index) for layer, held in zip(layers, states, strict=True)
-        ]
+        self.of = [(weakref.ref(layer), held, layer._index) for layer, held in zip(layers, states, strict=True)]
         places = [(held, name, each) for held in states for name, each in held.items() if each is not None]
         holders, names, tensors = zip(*places, strict=True)
         addresses = struct.pack(f"{len(places)}Q", *(each.data_ptr() for each in tensors))

@@ -143,7 +143,9 @@ def test_casting_and_dense_weights() -> None:
     assert race(lambda: layer(x), one_of(layer(x)), change, SECONDS) > 0
     layer, x = made(0, 0.5), torch.randn(100, COLUMNS)
     wanted = layer(x), layer.to_dense()(x)
-    assert race(lambda: layer(x), one_of(*wanted), lambda step: layer.keep_dense_for_prefill(step % 2 == 0), SECONDS) > 0
+    assert (
+        race(lambda: layer(x), one_of(*wanted), lambda step: layer.keep_dense_for_prefill(step % 2 == 0), SECONDS) > 0
+    )
 
 
 def test_siblings() -> None:

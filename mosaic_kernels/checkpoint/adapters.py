@@ -103,12 +103,13 @@ def _guard(base: type, checks: dict[str, Callable[..., None]]) -> None:
 
     def guard(kind: type) -> None:
         for name, check in checks.items():
-            method = kind.__dict__.get(name)
+            method: Any = kind.__dict__.get(name)
             if callable(method) and not hasattr(method, "checked_by"):
                 setattr(kind, name, _checked(method, check))
 
     def guard_all(kind: type) -> None:
         guard(kind)
+        each: type
         for each in kind.__subclasses__():
             guard_all(each)
 
@@ -116,7 +117,7 @@ def _guard(base: type, checks: dict[str, Callable[..., None]]) -> None:
     if "__init_subclass__" not in base.__dict__:
 
         def init_subclass(cls: type, **options: Any) -> None:
-            super(base, cls).__init_subclass__(**options)
+            super(base, cls).__init_subclass__(**options)  # type: ignore[arg-type]
             guard(cls)
 
         base.__init_subclass__ = classmethod(init_subclass)  # type: ignore[assignment, arg-type]

@@ -117,7 +117,10 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
     )
     autocast = torch.is_autocast_enabled(x.device.type)
     if packed.scales is None:
-        _require(autocast or x.dtype == packed.values.dtype, f"x is {x.dtype} but the packed values are {packed.values.dtype}")
+        _require(
+            autocast or x.dtype == packed.values.dtype,
+            f"x is {x.dtype} but the packed values are {packed.values.dtype}",
+        )
         _require(not quantize_x, f"quantize_x is for int8 values, and these are {packed.values.dtype}")
     else:
         _require(x.dtype in VALUE_DTYPES, f"x must be fp32, bf16 or fp16, got {x.dtype}")

@@ -126,9 +126,7 @@ def sparse_linear_int8_raw(
     return out
 
 
-def linear_at(
-    operands: Operands, in_features: int, dtype: torch.dtype, quantize_x: bool = False
-) -> Callable[..., bool]:
+def linear_at(operands: Operands, in_features: int, dtype: torch.dtype, quantize_x: bool = False) -> Any:
     """Prepare the kernel of one weight.
 
     The weight is checked, and the addresses of its tensors are read, only here. The tensors must stay where they are.
