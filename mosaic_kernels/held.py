@@ -213,15 +213,13 @@ def _applied(fn: Any, name: str, parameter: nn.Parameter) -> nn.Parameter:
         # scales move between devices, but casts of float tensors pass by integers
         found = fn(parameter.view(torch.int32)).view(torch.float32) if name == "scales" else fn(parameter)
         if found is parameter:
-            return parameter
-        assert isinstance(found, Tensor)  # for the type checker
+            return parameter  # type: ignore[no-any-return]
         if parameter.requires_grad and torch._has_compatible_shallow_copy_type(parameter, found):
             parameter.data = found
             if parameter.grad is not None:
                 parameter.grad.data = fn(parameter.grad)
             return parameter
-    kept: Tensor = found.detach()
-    return nn.Parameter(kept, parameter.requires_grad)
+    return nn.Parameter(found.detach(), parameter.requires_grad)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

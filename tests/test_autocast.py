@@ -158,3 +158,21 @@ def test_rounding_activations_where_nothing_is_int8_is_refused() -> None:
     with pytest.raises(UsageError, match="has none"):
         mk.prepare_inference(model, quantize_activations=True)
     mk.prepare_inference(composite(weights="int8").model, quantize_activations=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
+def test_a_trainer_in_bf16_with_an_adapter(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import Trainer, TrainingArguments
+
+    base = load(save(composite(), tmp_path / "packed"))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    data = [{"input_ids": prompt()[0], "labels": prompt()[0]}] * 8
+    options = TrainingArguments(
+        str(tmp_path / "out"), bf16=True, use_cpu=True, max_steps=3, learning_rate=0.05, report_to=[],
+        save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, options, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graphs of packed layers and models that leave Python: ``torch.export``, traces, and ONNX, which has no packed weights."""
+"""Graphs of packed layers and models: ``torch.export``, traces, and ONNX, which knows no packed weights."""
 
 from __future__ import annotations
 
