@@ -159,7 +159,7 @@ class _Idle:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("Prepared"):
-            return lambda *_: SimpleNamespace(**dict.fromkeys(("run", "input", "output"), lambda *_: None))
+            return lambda *_: SimpleNamespace(**dict.fromkeys(("run", "run_if", "input", "output"), lambda *_: True))
         return (lambda *_: None) if name.startswith("sparse_linear") else getattr(self._module, name)
 
 

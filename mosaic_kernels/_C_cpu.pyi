@@ -49,6 +49,17 @@ class PreparedLinear:
         quantize_x: bool,
     ) -> None: ...
     def run(self, x: int, out: int, rows: int, threads: int) -> None: ...
+    def run_if(
+        self,
+        holder: dict[str, object],
+        names: tuple[str, ...],
+        objects: tuple[object, ...],
+        addresses: bytes,
+        x: int,
+        out: int,
+        rows: int,
+        threads: int,
+    ) -> bool: ...
 
 class PreparedGroup:
     def __init__(self, parts: list[tuple[int, ...]], in_features: int, quantize_x: bool) -> None: ...

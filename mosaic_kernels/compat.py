@@ -11,6 +11,7 @@ If a release lacks something that native decoder blocks need, blocks stay as tra
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -29,7 +30,11 @@ CACHE_NAMES = ("cache", "past_key_values")
 # checkpoint/__init__.py extends these modules after somebody has imported them.
 QUANTIZERS = "transformers.quantizers.auto"
 MODELS = "transformers.modeling_utils"
-LORA_LAYERS = "peft.tuners.lora.layer"
+TUNERS = "peft.tuners.tuners_utils"
+ADAPTED_MODELS = "peft.peft_model"
+
+# Methods of PEFT's tuners that begin to change a model; of the first argument, the model, and the last, a name.
+INJECTIONS = ("_pre_injection_hook", "inject_adapter")
 
 # The attribute of an RMSNorm that holds its epsilon.
 NORM_EPSILON = "variance_epsilon"
@@ -290,6 +295,69 @@ def tied_weights(model: Any) -> Mapping[str, str]:
 def has_adapter(model: Any) -> bool:
     """True if transformers' own integration of PEFT has put an adapter on ``model``."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def counting_class() -> type:
+    """transformers' class whose method ``num_parameters`` every model has."""
+    from transformers import modeling_utils  # works even while transformers is being imported
+
+    kind: type = modeling_utils.ModuleUtilsMixin
+    return kind
+
+
+def adapted_model_class() -> type:
+    """PEFT's class of models with adapters."""
+    from peft import peft_model
+
+    kind: type = peft_model.PeftModel
+    return kind
+
+
+@functools.cache
+def tuner_classes() -> tuple[type, type]:
+    """PEFT's base class of what puts adapters on a model, and of layers with an adapter."""
+    from peft.tuners import tuners_utils
+
+    return tuners_utils.BaseTuner, tuners_utils.BaseTunerLayer
+
+
+def adapter_kind(config: Any) -> str:
+    """The kind of an adapter, such as ``LORA``."""
+    kind = config.peft_type
+    return str(getattr(kind, "value", kind)).upper()
+
+
+def injected_adapter(tuner: Any, *args: Any, **options: Any) -> tuple[Any, str, Any]:
+    """The model, the adapter's name and its config, of the arguments of one of :data:`INJECTIONS`."""
+    model = args[0] if args else options["model"]
+    given = [each for each in (*args[1:], options.get("adapter_name")) if isinstance(each, str)]
+    return model, given[0], tuner.peft_config[given[0]]
+
+
+def trained_copies(config: Any) -> tuple[str, ...]:
+    """Names of modules that PEFT would copy and train beside the adapter."""
+    found = getattr(config, "modules_to_save", None) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def target_parameters(config: Any) -> tuple[str, ...]:
+    """Names of parameters that PEFT would put an adapter on."""
+    found = getattr(config, "target_parameters", None) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def adapted_modules(tuner: Any, model: nn.Module, adapter_name: str) -> set[str] | None:
+    """Names of the modules on which PEFT will put an adapter; ``None`` if this release cannot be asked."""
+    from peft.tuners import tuners_utils
+
+    complete = getattr(tuners_utils, "_maybe_include_all_linear_layers", None)
+    is_target = getattr(tuner, "_check_target_module_exists", None)
+    if complete is None or is_target is None or not hasattr(tuner, "_prepare_adapter_config"):
+        return None
+    config = copy.deepcopy(tuner.peft_config[adapter_name])
+    settings = tuner.get_model_config(model) if hasattr(tuner, "get_model_config") else {}
+    config = complete(tuner._prepare_adapter_config(config, settings), model)
+    return {name for name, _ in model.named_modules() if name and is_target(config, name)}
 
 
 def lora_linear() -> Any:

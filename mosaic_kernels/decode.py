@@ -19,21 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from mosaic_kernels import attention, compat
+from mosaic_kernels import attention, compat, siblings
 from mosaic_kernels.format import VALUE_DTYPES
-from mosaic_kernels.models import SUPPORTED_MODEL_TYPES, ModelAdapter
+from mosaic_kernels.models import STAGES, SUPPORTED_MODEL_TYPES, ModelAdapter
 from mosaic_kernels.native_block import Token as _Token
 from mosaic_kernels.native_block import contents, made_for, watchers, why_none
 from mosaic_kernels.ops import cpu
 from mosaic_kernels.ops.select import is_recorded, kernel_for, why_not_ours
 
 _ATTENTIONS = ("sdpa", attention.NAME)
+# Projections of a block that read the same input.
+SAME_INPUT = tuple(stage for stage in STAGES if len(stage) > 1)
 
 # Reasons why a call takes transformers' modules that depend on the call and not on the block.
 SEVERAL_ROWS = "more than one token or sequence"
 GRADIENTS = "gradients are enabled"
 TRAINING = "the model is in training mode: call model.eval()"
 NOT_PREPARED = "not prepared: call mk.prepare_inference(model)"
+REPLACED = "another thread replaces weights of the block"
 NO_DTYPE = "activations are neither fp32 nor bf16 nor fp16"
 # For these three, _in_words() makes a longer text.
 WATCHED = "hooks"
@@ -77,6 +80,8 @@ def _token_of(block: Any, x: Tensor, rotation: tuple[Tensor, Tensor], options: d
     if dtype is not x.dtype or not made_of.are_there():
         block.__dict__.pop("_token", None)  # and with it what the block itself let go
         token = _why_none(block, x) or made_for(block, x)
+        if type(token) is _Token and not token.made_of.are_there():
+            return REPLACED
         if token is not ATTENTION:
             block.__dict__["_token"] = x.dtype, token, token.made_of if type(token) is _Token else contents(block)
     if type(token) is not _Token:
@@ -164,13 +169,36 @@ def _one_token_class(base: type[nn.Module]) -> type[nn.Module]:
             self.__dict__.pop("_token", None)
             return super()._apply(*args, **kwargs)
 
+        def _load_from_state_dict(self, *args: Any) -> None:
+            self.__dict__.pop("_token", None)  # it holds the old weights
+            super()._load_from_state_dict(*args)
+
         def __getstate__(self) -> dict[str, Any]:
             # native calls hold addresses of this block's tensors, and a copy starts its count at 0
-            return {name: value for name, value in self.__dict__.items() if name not in ("_token", "native_tokens")}
+            own = {name: value for name, value in self.__dict__.items() if name not in ("_token", "native_tokens")}
+            return {**own, "_together": [names for names in SAME_INPUT if _siblings_of(self, names)]}
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            together = state.pop("_together", ())
+            super().__setstate__(state)
+            for names in together:
+                siblings.join(self.get_submodule(name) for name in names)
 
     # by its old name, which transformers and accelerate look for, and where pickle finds it
     Block.__name__ = Block.__qualname__ = base.__name__
     return Block
+
+
+def _siblings_of(block: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether these projections of a block run in one dispatch."""
+    found = {id(each) for name in names if (each := getattr(block.get_submodule(name), "siblings", None)) is not None}
+    return len(found) == 1
+
+
+def join_siblings(block: nn.Module) -> None:
+    """Let the projections of a block that read the same input run together, where they are packed alike."""
+    for names in SAME_INPUT:
+        siblings.join(block.get_submodule(name) for name in names)
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -29,6 +29,8 @@ from mosaic_kernels.errors import FormatError
 
 FORMAT_VERSION = 1
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What a layer may hold. float64 is where ``model.double()`` leads: plain torch multiplies it, and no kernel.
+HELD_DTYPES = (*VALUE_DTYPES, torch.float64, torch.int8)
 GROUP_COLUMNS = 64  # columns that share a scale where a row has several
 
 _BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -185,7 +187,7 @@ class PackedWeight:
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
-        if self.values.dim() != 1 or self.values.dtype not in (*VALUE_DTYPES, torch.int8):
+        if self.values.dim() != 1 or self.values.dtype not in HELD_DTYPES:
             raise FormatError(
                 f"packed values must be 1-D fp32, bf16 or fp16, or int8, "
                 f"got {self.values.dtype} of shape {list(self.values.shape)}"

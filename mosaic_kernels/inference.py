@@ -8,13 +8,12 @@ from typing import Any
 from torch import nn
 
 from mosaic_kernels import attention as grouped_attention
-from mosaic_kernels import compat, decode, siblings
+from mosaic_kernels import compat, decode
 from mosaic_kernels.dense import DenseLinear
+from mosaic_kernels.errors import UsageError
 from mosaic_kernels.explain import warn_if_slow
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
-
-_SAME_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
 def prepare_inference(
@@ -49,18 +48,22 @@ def prepare_inference(
 
     Raises:
         UnsupportedModelError: its architecture is not known.
+        UsageError: activations are to be rounded, and no layer has int8 values.
     """
-    for module in model.modules():
-        if not isinstance(module, MosaicLinear):
-            continue
+    layers = [module for module in model.modules() if isinstance(module, MosaicLinear)]
+    if quantize_activations and all(layer.scales is None for layer in layers):
+        raise UsageError(
+            "quantize_activations=True rounds the inputs of int8 layers, and this model has none: leave it out, or "
+            "prune with weights='int8'"
+        )
+    for layer in layers:
         if quantize_activations is not None:
-            module.quantize_activations = quantize_activations and module.scales is not None
+            layer.quantize_activations = quantize_activations and layer.scales is not None
         if keep_dense_for_prefill is not None:
-            module.keep_dense_for_prefill(keep_dense_for_prefill)
-        module.arrange()
+            layer.keep_dense_for_prefill(keep_dense_for_prefill)
+        layer.arrange()
     for block in ModelAdapter.of(model, any_head=True).blocks:
-        for names in _SAME_INPUT:
-            siblings.join(block.projection(name) for name in names)
+        decode.join_siblings(block.module)
         decode.take_tokens_natively(block.module)
     if attention and compat.attention_of(model.config) == "sdpa":
         grouped_attention.register_with_transformers()

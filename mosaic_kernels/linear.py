@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +14,31 @@ from mosaic_kernels import ops
 from mosaic_kernels.arrangement import Arrangement, arrange, tensors_of
 from mosaic_kernels.config import Weights
 from mosaic_kernels.device import is_slow
-from mosaic_kernels.errors import FormatError, UsageError
-from mosaic_kernels.format import PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
+from mosaic_kernels.errors import UsageError
+from mosaic_kernels.format import HELD_DTYPES, PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
+from mosaic_kernels.held import Held, HoldsParameters, frozen, is_of, source_of, weight_of
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops.cpu import Operands
-from mosaic_kernels.ops.prepared import PreparedCall, prepare
+from mosaic_kernels.ops.prepared import is_trained, prepare
 from mosaic_kernels.ops.select import fast_sparse_linear, fast_sparse_linear_int8, fast_tile_linear
 
-if TYPE_CHECKING:
-    from mosaic_kernels.siblings import Siblings
+_is_exporting = torch.compiler.is_exporting
 
 
-class MosaicLinear(nn.Linear):
+class MosaicLinear(HoldsParameters):
     """Drop-in replacement of ``nn.Linear`` for a weight with zeros.
 
     Equivalent to ``F.linear(x, unpack(packed), bias)``. The weight is frozen: gradients reach the
-    input, never the packed values. A cast (``.to(dtype)``) changes float values and the bias; int8 values
-    and their scales stay as they are, and the output has the input's dtype.
+    input and the bias, never the packed values. A cast (``.to(dtype)``) changes float values and the bias; int8 values
+    and their scales stay as they are, and the output has the input's dtype. Under ``torch.autocast`` the layer casts
+    as ``nn.Linear`` does.
 
     Where its device reads another form faster (bf16 and fp16 on a GPU: :mod:`mosaic_kernels.tiles`), the layer
     holds that one instead of the canonical one, in the same two parameters; ``state_dict``, ``packed``, copies
     and pickles are always canonical.
+
+    Threads may call the layer while another one loads, casts or replaces its weight: a call uses all of the old
+    tensors or all of the new ones. To load makes new tensors, so a CUDA graph has to be captured again afterwards.
 
     Attributes:
         weight: kept values in row-major order, ``[nnz]``, fp32, bf16, fp16 or int8.
@@ -60,9 +64,6 @@ class MosaicLinear(nn.Linear):
 
     DECODE_ROWS = 64  # an input of more rows takes the dense weight, where that is kept
 
-    bitmask: nn.Parameter
-    scales: nn.Parameter | None
-
     def __init__(
         self,
         in_features: int,
@@ -77,20 +78,14 @@ class MosaicLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.quantize_activations = False
-        self.weight = _frozen(torch.zeros(nnz, device=device, dtype=dtype if weights == "float" else torch.int8))
+        self._index = self._arranged = self._prepared = self._dense = self.siblings = None
+        self.weight = frozen(torch.zeros(nnz, device=device, dtype=dtype if weights == "float" else torch.int8))
         self.scales = None  # an ordinary attribute while it is None: a parameter takes 10 times as long to look up
         if weights != "float":
             groups = scale_groups(in_features, weights_group(weights))
-            self.scales = _frozen(torch.zeros(out_features, groups, device=device, dtype=torch.float32))
-        self.bitmask = _frozen(torch.zeros(out_features, bitmask_bytes(in_features), device=device, dtype=torch.uint8))
-        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
-        # with the bitmask it was built from, in a tuple: a bare Parameter would register as a second one
-        self._index: tuple[nn.Parameter, RowIndex] | None = None
-        # as _index, with the parameter `weight`; and the nnz
-        self._arranged: tuple[nn.Parameter, Arrangement, int] | None = None
-        self._prepared: PreparedCall | None = None  # of the parameters and a dtype of the input
-        self._dense: Tensor | None = None  # beside the packed weight, see keep_dense_for_prefill
-        self.siblings: Siblings | None = None
+            self.scales = frozen(torch.zeros(out_features, groups, device=device, dtype=torch.float32))
+        self.bitmask = frozen(torch.zeros(out_features, bitmask_bytes(in_features), device=device, dtype=torch.uint8))
+        self.bias = frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weights: Weights = "float") -> Self:
@@ -127,16 +122,19 @@ class MosaicLinear(nn.Linear):
         packed.validate()
         rows, columns = packed.shape
         layer = cls(columns, rows, bias=False, device="meta", weights=packed.weights)
-        layer.weight, layer.bitmask = _frozen(packed.values), _frozen(packed.bitmask)
-        layer.scales = None if packed.scales is None else _frozen(packed.scales)
-        layer.bias = None if bias is None else _frozen(bias.detach())  # type: ignore[assignment]
+        held = {"weight": packed.values, "scales": packed.scales, "bitmask": packed.bitmask, "bias": bias}
+        layer._parameters = {name: frozen(tensor) for name, tensor in held.items() if tensor is not None}
+        if bias is not None:
+            del layer.__dict__["bias"]
         layer._index = (layer.bitmask, packed.index())
         return layer
 
     @property
     def nnz(self) -> int:
         """Number of kept weights."""
-        return self.weight.numel() if self.arranged is None or self._arranged is None else self._arranged[2]
+        held = self._parameters
+        found = self._form(held)
+        return weight_of(held).numel() if found is None else found[1]
 
     @property
     def density(self) -> float:
@@ -146,16 +144,13 @@ class MosaicLinear(nn.Linear):
     @property
     def arranged(self) -> Arrangement | None:
         """The form that is held instead of the canonical one, if any."""
-        found = self._arranged
-        return found[1] if found is not None and found[0] is self._parameters["weight"] else None
+        found = self._form(self._parameters)
+        return None if found is None else found[0]
 
     @property
     def packed(self) -> PackedWeight:
         """The weight in canonical form, sharing this layer's memory where it holds that form."""
-        if self.arranged is not None:
-            return self.arranged.to_packed()
-        scales = None if self.scales is None else self.scales.detach()
-        return PackedWeight(self.weight.detach(), self.bitmask.detach(), (self.out_features, self.in_features), scales)
+        return self._packed(self._parameters)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary ``nn.Linear`` with the same function.
@@ -164,12 +159,13 @@ class MosaicLinear(nn.Linear):
             dtype: of its weight and bias where the values are int8, which do not say; left out, that of the
                 bias, and without one fp32. Float values keep theirs.
         """
-        weight = self._dense_weight()
-        if self.scales is not None:
-            weight = weight.to(dtype or (weight if self.bias is None else self.bias).dtype)
+        held = self._parameters
+        bias, weight = held.get("bias"), self._dense_weight(held)
+        if held.get("scales") is not None:
+            weight = weight.to(dtype or (weight.dtype if bias is None else bias.dtype))
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        dense.weight = _frozen(weight)
-        dense.bias = None if self.bias is None else _frozen(self.bias.detach().to(weight.dtype, copy=True))
+        dense.weight = frozen(weight)
+        dense.bias = None if bias is None else frozen(bias.detach().to(weight.dtype, copy=True))  # type: ignore[assignment]
         return dense.train(self.training)
 
     def build_index(self, name: str = "MosaicLinear") -> None:
@@ -181,26 +177,29 @@ class MosaicLinear(nn.Linear):
         self._validate(name)
         self.arrange()
 
-    def _validate(self, name: str = "MosaicLinear") -> tuple[nn.Parameter, RowIndex]:
-        packed = self.packed
+    def _validate(self, name: str = "MosaicLinear", held: Held | None = None) -> tuple[nn.Parameter, RowIndex]:
+        held = self._parameters if held is None else held
+        packed = self._packed(held)
         packed.validate(name)
-        self._index, self._prepared = (self.bitmask, packed.index()), None
-        return self._index
+        found = held["bitmask"], packed.index()
+        self._index, self._prepared = found, None  # type: ignore[assignment]
+        return found  # type: ignore[return-value]
 
     def arrange(self) -> None:
         """Hold the weight as the kernels of its device read it fastest."""
-        found = None if self.arranged is not None or self.bitmask.is_meta else arrange(self.packed)
+        held = self._parameters
+        bitmask = held["bitmask"]
+        assert bitmask is not None  # for the type checker
+        if bitmask.is_meta or weight_of(held).dtype not in HELD_DTYPES or self._form(held) is not None:
+            return
+        packed = self._packed(held)
+        found = arrange(packed)
         if found is not None:
-            nnz = self.nnz
-            self.weight, self.bitmask = map(_frozen, tensors_of(found))
-            self._index, self._arranged = None, (self.weight, found, nnz)
-
-    def _hold_canonical(self) -> None:
-        """Undo :meth:`arrange`."""
-        if self.arranged is not None:
-            packed = self.packed
-            self._arranged = None
-            self.weight, self.bitmask = _frozen(packed.values), _frozen(packed.bitmask)
+            weight, tiles = map(frozen, tensors_of(found))
+            weight.arrangement = found, packed.nnz  # type: ignore[attr-defined]
+            self._arranged = weight, found, packed.nnz
+            self._take({**held, "weight": weight, "bitmask": tiles})
+            self._index = None
 
     def keep_dense_for_prefill(self, keep: bool = True) -> None:
         """Hold the dense weight too, for inputs of many rows: the speed of a dense layer there, and its memory.
@@ -209,44 +208,74 @@ class MosaicLinear(nn.Linear):
         weight's dtype are slow (:func:`~mosaic_kernels.device.has_fast_products`) the packed kernels are faster and
         run all the same.
         """
-        self._dense = self._dense_weight() if keep and self.scales is None else None
+        held = self._parameters
+        made = keep and held.get("scales") is None
+        self._dense = (self._dense_weight(held), *source_of(held)) if made else None
 
-    def _dense_weight(self) -> Tensor:
-        return ops.unpack(self.packed) if self.arranged is None else self.arranged.to_dense()
+    def _dense_weight(self, held: Held) -> Tensor:
+        found = self._form(held)
+        return ops.unpack(self._packed(held)) if found is None else found[0].to_dense()
 
     @property
     def operands(self) -> Operands:
         """What a kernel reads: values, scales, words, offsets and bias."""
-        held = self._parameters  # attribute access to a parameter costs as much as the rest of a call
-        found = self._index
-        if found is None or found[0] is not held["bitmask"]:
-            found = self._validate()  # moved in for one pass, perhaps: not worth another form
-        return held["weight"], held.get("scales"), found[1].words, found[1].offsets, held.get("bias")  # type: ignore[return-value]
+        return self.operands_of(self._parameters)
+
+    def operands_of(self, held: Held) -> Operands:
+        """The :attr:`operands` of one state of the layer's parameters.
+
+        Raises:
+            FormatError: they contradict each other.
+        """
+        weight, bitmask, found = held["weight"], held["bitmask"], self._index
+        # while a graph is exported, the parameters are stand-ins, and what the index was made of tells nothing
+        if found is None or (found[0] is not bitmask and not (_is_exporting() and type(bitmask) is not nn.Parameter)):
+            found = self._validate(held=held)  # moved in for one pass, perhaps: not worth another form
+        return weight, held.get("scales"), found[1].words, found[1].offsets, held.get("bias")  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.siblings is not None:
-            found = self.siblings.forward(self, input)
+        compiling = is_dynamo_compiling()  # it takes operators, and must not trace what looks at addresses
+        siblings = self.siblings
+        if siblings is not None and not compiling:
+            found = siblings.forward(self, input)
             if found is not None:
                 return found
-        dense, arranged = self._dense, self._arranged
-        if dense is not None and input.shape[:-1].numel() > self.DECODE_ROWS and not is_slow(input):
-            return F.linear(input, dense, self._parameters.get("bias"))
-        if arranged is not None and arranged[0] is self._parameters["weight"]:
-            return fast_tile_linear(input, arranged[1], self._parameters.get("bias"))
-        if is_dynamo_compiling():  # it takes operators, and must not trace what looks at addresses
-            return self._multiply(input)
-        prepared = self._prepared
+        held = self._parameters  # attribute access to a parameter costs as much as the rest of a call
+        dense = self._dense
+        if dense is not None and input.shape[:-1].numel() > self.DECODE_ROWS and not _is_slow(input):
+            if compiling or is_of(dense, held):
+                return F.linear(input, dense[0], held.get("bias"))
+            self.keep_dense_for_prefill()  # of another weight
+        arranged = self._arranged
+        if arranged is not None and arranged[0] is held["weight"] and not is_trained(held):
+            return fast_tile_linear(input, arranged[1], held.get("bias"))
+        if compiling:
+            return self._multiply(input, held)
+        prepared, rounded = self._prepared, self.quantize_activations
         if prepared is not None:
-            found = prepared(input, self._parameters, self.quantize_activations)
+            found = prepared(input, held, rounded)
             if found is not None:
                 return found
-        result = self._multiply(input)
-        again = prepare(input, self.operands, self.bitmask, self.in_features, self.quantize_activations)
-        self._prepared = again or prepared  # which a call that has to be recorded leaves as it is
+        result = self._multiply(input, held)
+        if self._form(held) is None:
+            bitmask = held["bitmask"]
+            assert bitmask is not None  # for the type checker
+            again = prepare(input, self.operands_of(held), bitmask, self.in_features, rounded)
+            self._prepared = again or prepared  # which a call that has to be recorded leaves as it is
         return result
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        values, scales, words, offsets, bias = self.operands
+    def _multiply(self, x: Tensor, held: Held) -> Tensor:
+        bias = held.get("bias")
+        if bias is not None and is_trained(held):
+            out = self._multiply(x, {**held, "bias": None})
+            return out + bias.to(out.dtype)
+        if not is_dynamo_compiling():
+            found = self._form(held)
+            if found is not None:
+                return fast_tile_linear(x, found[0], bias)
+            if torch.onnx.is_in_onnx_export():
+                raise UsageError("ONNX has no packed weights: call model.dequantize() or layer.to_dense() first")
+        values, scales, words, offsets, _ = self.operands_of(held)
         if scales is None:
             return fast_sparse_linear(x, values, words, offsets, bias, self.in_features)
         return fast_sparse_linear_int8(
@@ -257,69 +286,14 @@ class MosaicLinear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, density={self.density:.3f}"
-        ) + ("" if self.scales is None else f", weights={self.packed.weights}")
+        ) + ("" if self.scales is None else f", weights={'int8' if self.scales.shape[1] == 1 else 'int8-group'}")
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: the values come from a checkpoint or a dense layer."""
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        had_index, keeps_dense = self._index is not None or self.arranged is not None, self._dense is not None
-        self._hold_canonical()
-        self._index = self._prepared = self._dense = None
-        if self.scales is None:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        else:  # moves between devices, but casts of float tensors pass by integers
-            self.scales = _frozen(self.scales.view(torch.int32))
-            try:
-                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            finally:
-                self.scales = _frozen(self.scales.view(torch.float32))
-        if had_index and not self.bitmask.is_meta:  # not after to_empty(), whose bits are garbage
-            self.build_index()
-            self.keep_dense_for_prefill(keeps_dense)
-        return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        held = self._parameters
-        self._parameters = self._canonical_parameters()
-        try:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-        finally:
-            self._parameters = held
-
-    def _canonical_parameters(self) -> dict[str, nn.Parameter | None]:
-        if self.arranged is None:
-            return self._parameters
-        packed = self.packed
-        return {**self._parameters, "weight": _frozen(packed.values), "bitmask": _frozen(packed.bitmask)}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        self._hold_canonical()
-        weight = state_dict.get(prefix + "weight")
-        if weight is not None and (weight.dtype == torch.int8) is not (self.weight.dtype == torch.int8):
-            rest[-1].append(f"{prefix}weight: values are {weight.dtype}, and those of this layer {self.weight.dtype}")
-            return  # an ordinary copy would cast them
-        if weight is not None and weight.dim() == 1 and weight.shape != self.weight.shape:
-            # another pattern has another nnz: take its size, so that the ordinary copy fits
-            self.weight = _frozen(self.weight.new_empty(weight.shape))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._index = self._prepared = None
-        if not self.bitmask.is_meta:  # now rather than in forward(), which may run inside a compiled graph
-            try:
-                self.build_index(prefix.removesuffix("."))
-                self.keep_dense_for_prefill(self._dense is not None)
-            except FormatError as error:
-                rest[-1].append(str(error))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # what holds addresses, and siblings: a copy has others
-        own = {"_parameters": self._canonical_parameters(), "_index": None, "_arranged": None, "_prepared": None}
-        return {**self.__dict__, **own, "siblings": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.arrange()
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)
+def _is_slow(x: Tensor) -> bool:
+    """Whether torch multiplies ``x`` slowly, in the dtype to which autocast casts it."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return is_slow(x)

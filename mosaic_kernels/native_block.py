@@ -51,6 +51,8 @@ class Token:
         made_of: the modules, parameters, numbers and attention implementation that the calls were made for.
         methods: the check that no module has a ``forward`` of its own beside its class's.
         hooks: the modules' hooks that run before ``forward``, and those that run after it.
+        kept: the tensors that the calls read, without their parameters: while a call runs, another thread may give a
+            parameter other memory.
     """
 
     native: Any
@@ -62,6 +64,7 @@ class Token:
     made_of: Contents
     methods: Contents
     hooks: tuple[Sequence[Mapping[int, Any]], Sequence[Mapping[int, Any]]]
+    kept: list[Tensor]
 
     def is_watched(self) -> bool:
         """True if a hook or a replaced ``forward`` has to be called for a module of the block."""
@@ -139,7 +142,7 @@ def _held(block: Any) -> list[tuple[dict[str, Any], str]]:
     held: list[tuple[dict[str, Any], str]] = [(parent._modules, name) for parent in parents for name in parent._modules]
     held += [(part._parameters, name) for part in parts for name in part._parameters]
     packed = [part.__dict__ for part in parts if isinstance(part, MosaicLinear)]
-    return held + [(state, name) for state in packed for name in ("_index", "quantize_activations")]
+    return held + [(state, name) for state in packed for name in ("_parameters", "_index", "quantize_activations")]
 
 
 def contents(block: Any) -> Contents:
@@ -190,30 +193,44 @@ def why_none(block: Any, x: Tensor) -> str | None:
 
 
 def made_for(block: Any, x: Tensor) -> Token:
-    """Make the native calls of a block for which :func:`why_none` returned ``None``."""
+    """Make the native calls of a block for which :func:`why_none` returned ``None``.
+
+    If another thread replaces weights meanwhile, ``made_of.are_there()`` of the result is false.
+    """
     attn, layers, norms = block.self_attn, list(_layers(block).values()), list(_norms(block).values())
     setting = compat.attention_setting(attn.config)
     assert setting is not None  # for the type checker
-    tensors = [layer.operands if isinstance(layer, MosaicLinear) else None for layer in layers]
+    for layer in layers:
+        if isinstance(layer, MosaicLinear):
+            layer.operands_of(layer._parameters)  # which may make an index
+    parts = list(_parts(block).values())
+    held = _held(block)
+    held += [(part.__dict__, name) for part in parts for name in ("_forward_pre_hooks", "_forward_hooks")]
+    held += [(norm.__dict__, compat.NORM_EPSILON) for norm in norms]
+    held += [(attn.__dict__, "scaling"), (attn.__dict__, "config"), setting]
+    made_of = Contents(held)  # before anything is read: what another thread replaces from now on is noticed
+    tensors = [[None if each is None else each.detach() for each in _operands(layer)] for layer in layers]
+    weights = [norm.weight.detach() for norm in norms]
     unused = 4 - len(norms)
     native = cpu.prepared_block(
         x.dtype,
-        [_addresses(layer, found) for layer, found in zip(layers, tensors, strict=True)],
-        [cpu.address(norm.weight) for norm in norms] + [0] * unused,
+        [_addresses(layer, *found) for layer, found in zip(layers, tensors, strict=True)],
+        [weight.data_ptr() for weight in weights] + [0] * unused,
         [getattr(norm, compat.NORM_EPSILON) for norm in norms] + [0.0] * unused,
         attn.head_dim, attn.scaling,
     )  # fmt: skip
-    parts = list(_parts(block).values())
-    made_of = _held(block)
-    made_of += [(part.__dict__, name) for part in parts for name in ("_forward_pre_hooks", "_forward_hooks")]
-    made_of += [(norm.__dict__, compat.NORM_EPSILON) for norm in norms]
-    made_of += [(attn.__dict__, "scaling"), (attn.__dict__, "config"), setting]
     hooks = [part._forward_pre_hooks for part in parts], [part._forward_hooks for part in parts]
     query_heads, key_heads = (layer.out_features // attn.head_dim for layer in layers[:2])
     return Token(
         native, x.dtype, x.shape[-1], query_heads, key_heads, attn.head_dim,
-        Contents(made_of), Contents([(part.__dict__, "forward") for part in parts], nothing=True), hooks,
+        made_of, Contents([(part.__dict__, "forward") for part in parts], nothing=True), hooks,
+        weights + [each for found in tensors for each in found if each is not None],
     )  # fmt: skip
+
+
+def _operands(layer: Any) -> cpu.Operands | tuple[Tensor, None, None, None, Tensor | None]:
+    """Values, scales, words, offsets and bias of a layer; the weight and the bias of a dense one."""
+    return layer.operands if isinstance(layer, MosaicLinear) else (layer.weight, None, None, None, layer.bias)
 
 
 def _misfit(layers: dict[str, Any], norms: dict[str, Any], head_dim: int, x: Tensor) -> str | None:
@@ -276,9 +293,10 @@ def _elsewhere(tensor: Tensor) -> str:
     return "not contiguous in memory" if tensor.is_cpu else f"on {tensor.device}"
 
 
-def _addresses(layer: Any, operands: cpu.Operands | None) -> tuple[int, ...]:
+def _addresses(
+    layer: Any, values: Any, scales: Tensor | None, words: Tensor | None, offsets: Tensor | None, bias: Tensor | None
+) -> tuple[int, ...]:
     """Addresses and sizes of a layer, as :func:`~mosaic_kernels.ops.cpu.prepared_block` takes them."""
-    values, scales, words, offsets, bias = operands or (layer.weight, None, None, None, layer.bias)
     return (
         cpu.address(values), cpu.address(words), cpu.address(offsets), cpu.address(bias), layer.in_features,
         layer.out_features, 0 if words is None else values.numel(), cpu.address(scales),

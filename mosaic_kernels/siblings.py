@@ -9,6 +9,7 @@ the others do, holds every layer alone.
 
 from __future__ import annotations
 
+import struct
 import weakref
 from collections.abc import Iterable, Sequence
 
@@ -17,12 +18,9 @@ from torch import Tensor, nn
 
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.ops import cpu, tensor_cores
-from mosaic_kernels.ops.select import is_recorded, kernel_for
+from mosaic_kernels.ops.select import is_seen, kernel_for
 
-_Result = tuple[Tensor, nn.Parameter, int]  # with the values that made it, and their version
-# What a group was made of: layers with their indices, and parameters in their layers, with their addresses.
-_Indices = list[tuple[MosaicLinear, object]]
-_Places = list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int]]
+_Held = dict[str, nn.Parameter | None]
 
 
 class _Input:
@@ -51,78 +49,128 @@ class _Input:
         return x.is_inference() and (x.shape, x.dtype) == self.kind and cpu.holds(x, self.bytes)
 
 
+class _Sources:
+    """The layers of a dispatch, their parameters, where these are in memory, and their indices. It keeps no layer."""
+
+    __slots__ = ("biases", "known", "of")
+
+    def __init__(self, layers: Sequence[MosaicLinear], states: Sequence[_Held]) -> None:
+        self.of = [(weakref.ref(layer), held, layer._index) for layer, held in zip(layers, states, strict=True)]
+        places = [(held, name, each) for held in states for name, each in held.items() if each is not None]
+        holders, names, tensors = zip(*places, strict=True)
+        addresses = struct.pack(f"{len(places)}Q", *(each.data_ptr() for each in tensors))
+        self.known = holders, names, tensors, addresses
+        self.biases = [bias for held in states if (bias := held.get("bias")) is not None]
+
+    def are_current(self) -> bool:
+        """Whether the layers have the indices and the parameters, at the places in memory, that they had."""
+        for which, held, index in self.of:
+            layer = which()
+            if layer is None or layer._parameters is not held or layer._index is not index:
+                return False
+        return cpu.unchanged(*self.known)
+
+
+_Kernels = cpu.Group | tensor_cores.Group
+# Of one layer: the result, the parameters that it is of, those parameters, and their versions.
+_Result = tuple[Tensor, _Held, nn.Parameter | None, int, nn.Parameter | None, int]
+
+
+def _is_valid(found: _Result, held: _Held) -> bool:
+    """Whether the parameters of a layer are what they were, and were not written to."""
+    _, before, weight, version, bias, bias_version = found
+    if held is not before or held["weight"] is not weight or held.get("bias") is not bias:
+        return False
+    if bias is not None and (bias._version != bias_version or (bias.requires_grad and torch.is_grad_enabled())):
+        return False
+    return weight is not None and weight._version == version
+
+
 class Siblings:
     """The layers that share an input.
 
     The first one to be called computes all and keeps the others' results until they ask with the same input
     (see :class:`_Input`). Without gradients, outside ``torch.compile``, on a GPU outside inference mode and for
     weights in tiles; elsewhere every layer runs alone. Where results are not asked for three times in a row, the
-    layers part.
+    layers part. It holds no layer: a model that is deleted is freed at once.
     """
 
     PATIENCE = 3
 
     def __init__(self, layers: Sequence[MosaicLinear]) -> None:
-        self.layers = tuple(layers)
-        self.quantize_x = layers[0].quantize_activations
+        self._layers = tuple(weakref.ref(layer) for layer in layers)
+        self.in_features, self.quantize_x = layers[0].in_features, layers[0].quantize_activations
         # all replaced as a whole, so that threads that share a model never mix their results
-        self._kept: tuple[_Input, dict[MosaicLinear, _Result]] | None = None
-        self._group: tuple[cpu.Group | tensor_cores.Group, _Indices, _Places] | None = None
+        self._kept: tuple[_Input, dict[int, _Result]] | None = None  # by the layer's id()
+        self._group: tuple[_Kernels, _Sources] | None = None
         self._unclaimed = 0
 
+    @property
+    def layers(self) -> list[MosaicLinear]:
+        """The layers that still exist."""
+        return [layer for each in self._layers if (layer := each()) is not None]
+
     def forward(self, layer: MosaicLinear, x: Tensor) -> Tensor | None:
-        """The result of ``layer``, or ``None`` where it has to run alone."""
-        if is_recorded(x) or layer.quantize_activations is not self.quantize_x:
-            return None
-        if not _runs_together(x):
+        """The result of ``layer``, or ``None`` where it has to run alone; not to be traced by dynamo."""
+        if is_seen(x) or layer.quantize_activations is not self.quantize_x or not _runs_together(x):
             return None
         kept = self._kept
         if kept is not None and kept[0].is_again(x):
-            found = kept[1].pop(layer, None)
+            found = kept[1].pop(id(layer), None)
             if not kept[1]:
                 self._kept = None
-            if found is not None and _is_valid(found, layer):
+            if found is not None and _is_valid(found, layer._parameters):
                 return found[0]
         self._unclaimed = self._unclaimed + 1 if kept is not None and kept[1] else 0
         if self._unclaimed == self.PATIENCE:
             self.part()
             return None
-        group = self._current_group()
+        group = None if x.dtype is torch.float64 else self._current_group()
         if group is None:
             return None
-        others = {}
-        for each, result in zip(self.layers, group(x), strict=True):
-            weight = each._parameters["weight"]
-            assert weight is not None  # for the type checker
-            others[each] = result, weight, weight._version
-        own = others.pop(layer)[0]
+        run, sources = group
+        if sources.biases and torch.is_grad_enabled() and any(bias.requires_grad for bias in sources.biases):
+            return None
+        own, others = None, {}
+        for result, (which, held, _) in zip(run(x), sources.of, strict=True):
+            each = which()
+            if each is layer:
+                own = result
+            else:
+                weight, bias = held["weight"], held.get("bias")
+                version = weight._version  # type: ignore[union-attr]
+                others[id(each)] = result, held, weight, version, bias, 0 if bias is None else bias._version
         self._kept = _Input(x), others
         return own
 
-    def _current_group(self) -> cpu.Group | tensor_cores.Group | None:
+    def _current_group(self) -> tuple[_Kernels, _Sources] | None:
         """The dispatch of the layers as they are; anew where a parameter or an index was replaced."""
-        if self._group is None or not _are_current(*self._group[1:]):
-            if any(layer.weight.is_inference() for layer in self.layers):
-                return None  # whether these change between the calls, nobody knows
-            group = self._made_group()
-            if group is None:
-                return None
-            places: _Places = []
-            for layer in self.layers:
-                held = layer._parameters
-                places += [(held, name, found, found.data_ptr()) for name, found in held.items() if found is not None]
-            self._group = group, [(layer, layer._index) for layer in self.layers], places
-        return self._group[0]
+        found = self._group
+        if found is not None and found[1].are_current():
+            return found
+        layers = self.layers
+        states = [layer._parameters for layer in layers]
+        if len(layers) < len(self._layers) or any(layer.weight.is_inference() for layer in layers):
+            return None  # whether these change between the calls, nobody knows
+        group = self._made_group(layers, states)
+        if group is None:
+            return None
+        self._group = made = group, _Sources(layers, states)
+        return made
 
-    def _made_group(self) -> cpu.Group | tensor_cores.Group | None:
-        forms = [(layer.arranged, layer.bias) for layer in self.layers]
-        tiles = [(form, bias) for form, bias in forms if form is not None]
+    def _made_group(self, layers: list[MosaicLinear], states: list[_Held]) -> _Kernels | None:
+        forms = [(layer._form(held), held.get("bias")) for layer, held in zip(layers, states, strict=True)]
+        tiles = [(form[0], bias) for form, bias in forms if form is not None]
         if len(tiles) == len(forms) <= 4 and len({(type(form), form.tiles.device) for form, _ in tiles}) == 1:
             return tensor_cores.Group(tiles)
-        if tiles or not all(layer.bitmask.is_cpu for layer in self.layers):
+        if tiles or not all(layer.bitmask.is_cpu for layer in layers):
             return None  # of several forms; or weights that wait on disk and come one layer at a time
-        operands = [layer.operands for layer in self.layers]  # this may make indices anew
-        return cpu.Group(operands, self.layers[0].in_features, self.quantize_x)
+        operands = [layer.operands_of(held) for layer, held in zip(layers, states, strict=True)]  # may make indices
+        return cpu.Group(operands, self.in_features, self.quantize_x)
+
+    def forget(self) -> None:
+        """Let go of results and of weights, one of which was replaced."""
+        self._kept = self._group = None
 
     def part(self) -> None:
         """Let every layer run alone again."""
@@ -137,23 +185,6 @@ def _runs_together(x: Tensor) -> bool:
     if not x.is_cuda or x.is_inference() or kernel_for("tile_linear", x) is not tensor_cores.tile_linear:
         return False  # to compare bytes would be to wait for the device
     return x.shape[:-1].numel() <= max(tensor_cores.rows_of(x.get_device()))
-
-
-def _are_current(indices: _Indices, places: _Places) -> bool:
-    """Whether layers have the indices and the parameters, at the places in memory, that they had."""
-    for layer, index in indices:
-        if layer._index is not index:
-            return False
-    for held, name, parameter, place in places:
-        if held.get(name) is not parameter or parameter.data_ptr() != place:
-            return False
-    return True
-
-
-def _is_valid(found: _Result, layer: MosaicLinear) -> bool:
-    """Whether the values of a layer are what they were, and were not written to."""
-    _, weight, version = found
-    return layer._parameters["weight"] is weight and weight._version == version
 
 
 def join(layers: Iterable[nn.Module]) -> None:

@@ -63,6 +63,17 @@ struct PreparedLinear {
     now.threads = threads;
     call("sparse_linear", cpu::sparse_linear, now);
   }
+
+  // Runs only if `holder` still holds the weight, see unchanged(); the weight then lives until the end of the
+  // call.
+  bool run_if(const py::dict& holder, const py::tuple& names, const py::tuple& objects,
+              const py::bytes& addresses, uintptr_t x, uintptr_t out, int64_t rows, int threads) const {
+    std::vector<py::object> kept;
+    kept.reserve(4);
+    if (!unchanged(holder, names, objects, addresses, &kept)) return false;
+    run(x, out, rows, threads);
+    return true;
+  }
 };
 
 PreparedLinear prepare_linear(uintptr_t values, uintptr_t words, uintptr_t offsets, uintptr_t bias,
@@ -269,7 +280,8 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("sparse_linear_int8", python::sparse_linear_int8);
   py::class_<PreparedLinear>(m, "PreparedLinear")
       .def(py::init(&prepare_linear))
-      .def("run", &PreparedLinear::run);
+      .def("run", &PreparedLinear::run)
+      .def("run_if", &PreparedLinear::run_if);
   py::class_<PreparedGroup>(m, "PreparedGroup").def(py::init(&prepare_group)).def("run", &PreparedGroup::run);
   py::class_<PreparedBlock>(m, "PreparedBlock")
       .def(py::init(&prepare_block))
@@ -289,7 +301,9 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("cg_step", python::cg_step);
   m.def("bytes_at", python::bytes_at);
   m.def("holds", python::holds);
-  m.def("unchanged", python::unchanged);
+  m.def("unchanged",
+        [](const py::object& holders, const py::tuple& names, const py::tuple& objects,
+           const py::bytes& addresses) { return unchanged(holders, names, objects, addresses); });
   m.def("isa", cpu::isa);
   m.def("features", cpu::features);
   m.def("set_isa", [](const char* level) { raise_unless_ok(cpu::set_isa(level), "set_isa"); });

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "status.h"
 
@@ -35,7 +36,7 @@ bool is_at(PyObject* tensor, uint64_t address) {
 }  // namespace
 
 bool unchanged(const py::object& holders, const py::tuple& names, const py::tuple& objects,
-               const py::bytes& addresses) {
+               const py::bytes& addresses, std::vector<py::object>* kept) {
   const bool one = PyDict_Check(holders.ptr());
   const auto count = static_cast<size_t>(PyTuple_GET_SIZE(names.ptr()));
   if (objects.size() != count || static_cast<size_t>(PyBytes_GET_SIZE(addresses.ptr())) != 8 * count ||
@@ -52,6 +53,7 @@ bool unchanged(const py::object& holders, const py::tuple& names, const py::tupl
     uint64_t place;
     std::memcpy(&place, places + 8 * i, sizeof place);
     if (place != 0 && (!found || found == Py_None || !is_at(found, place))) return false;
+    if (kept && found) kept->push_back(py::reinterpret_borrow<py::object>(found));
   }
   return true;
 }

@@ -301,11 +301,11 @@ def test_numbers_and_methods_that_change_are_obeyed(
 
 def test_autocast_and_other_dtypes_take_the_modules(natively: list[int]) -> None:
     model = made()
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(KernelError, match="the packed values are"):
-        next_token(model)  # rounds what packed layers do not
+    with torch.autocast("cpu", torch.bfloat16):
+        next_token(model)
     assert not natively
-    with pytest.raises(KernelError, match=r"torch\.float64"):
-        step_logits(made(weights="int8").double(), prompt())
+    step_logits(made(weights="int8").double(), prompt())
+    assert not natively
 
 
 def test_a_flag_that_changes_is_obeyed(natively: list[int], modules: Any) -> None:

@@ -18,7 +18,7 @@ LEVELS = {
     "format": 1, "tiles": 1, "semistructured": 1, "text": 1, "text_files": 1, "documents": 1, "tables": 1,
     "cli": 1, "progress": 1, "cuda_toolkit": 1,
     "ops": 2, "device": 2, "_C_cpu": 2, "_C_cuda": 2,
-    "arrangement": 3, "linear": 3, "int8": 3, "siblings": 3, "dense": 3,
+    "arrangement": 3, "held": 3, "linear": 3, "int8": 3, "siblings": 3, "dense": 3,
     "models": 4, "wrappers": 4, "native_block": 4, "decode": 4,
     "attention": 4, "explanation": 5, "explain": 5,
     "compute": 5, "inference": 5, "checkpoint": 5, "evaluate": 5, "export": 5,

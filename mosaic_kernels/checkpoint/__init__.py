@@ -23,7 +23,8 @@ def register_with_transformers() -> None:
     """
     _when_imported(compat.QUANTIZERS, _register_quantizer)
     _when_imported(compat.MODELS, _complete_models)
-    _when_imported(compat.LORA_LAYERS, _guard_lora_merge)
+    _when_imported(compat.TUNERS, _guard_adapters)
+    _when_imported(compat.ADAPTED_MODELS, _count_adapted_models)
 
 
 def _register_quantizer() -> None:
@@ -33,15 +34,28 @@ def _register_quantizer() -> None:
 
 
 def _complete_models() -> None:
+    """Models save complete configurations, are laid out empty, run with our attention, and count their weights."""
+    # A prepared model that comes from another process asks for our attention without having been prepared here.
+    from mosaic_kernels.attention import register_with_transformers as register_attention
+    from mosaic_kernels.checkpoint.counts import count_weights_of_models
     from mosaic_kernels.checkpoint.quantizer import complete_models
 
     complete_models()
 
+    register_attention()
+    count_weights_of_models()
 
-def _guard_lora_merge() -> None:
-    from mosaic_kernels.checkpoint.lora import guard_merge
 
-    guard_merge()
+def _guard_adapters() -> None:
+    from mosaic_kernels.checkpoint.adapters import guard_adapters
+
+    guard_adapters()
+
+
+def _count_adapted_models() -> None:
+    from mosaic_kernels.checkpoint.counts import count_weights_of_adapted_models
+
+    count_weights_of_adapted_models()
 
 
 def _when_imported(module: str, call: Callable[[], None]) -> None:

@@ -147,6 +147,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         model: Any = adapter.model
         model.config.quantization_config = MosaicConfig.of(adapter)
         model.hf_quantizer = cls(model.config.quantization_config, pre_quantized=True)
+        model.is_quantized, model.quantization_method = True, MosaicConfig.METHOD
         _name_shapes(adapter)
 
     @property

@@ -92,7 +92,7 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
 
     Args:
         x: activations ``[..., in_features]`` on the device of the packed values and in their dtype;
-            fp32, bf16 or fp16 where they are int8.
+            fp32, bf16 or fp16 where they are int8. Under ``torch.autocast`` all are cast, as by ``F.linear``.
         packed: the weight, ``[out_features, in_features]``.
         bias: ``[out_features]`` or ``None``, dtype of ``x``.
         quantize_x: of int8 values: round each row of ``x`` to int8 too, in steps of absmax / 127, so that
@@ -115,8 +115,12 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
         x.dim() >= 1 and x.shape[-1] == columns,
         f"x has {x.shape[-1] if x.dim() else 0} features but this projection takes {columns}",
     )
+    autocast = torch.is_autocast_enabled(x.device.type)
     if packed.scales is None:
-        _require(x.dtype == packed.values.dtype, f"x is {x.dtype} but the packed values are {packed.values.dtype}")
+        _require(
+            autocast or x.dtype == packed.values.dtype,
+            f"x is {x.dtype} but the packed values are {packed.values.dtype}",
+        )
         _require(not quantize_x, f"quantize_x is for int8 values, and these are {packed.values.dtype}")
     else:
         _require(x.dtype in VALUE_DTYPES, f"x must be fp32, bf16 or fp16, got {x.dtype}")
@@ -125,7 +129,7 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *
     )
     if bias is not None:
         _require(list(bias.shape) == [rows], f"bias must be [{rows}], got {list(bias.shape)}")
-        _require(bias.dtype == x.dtype, f"bias is {bias.dtype} but x is {x.dtype}")
+        _require(autocast or bias.dtype == x.dtype, f"bias is {bias.dtype} but x is {x.dtype}")
     packed.validate()
     index = packed.index()
     where = (index.words, index.offsets, bias, columns)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mosaic_kernels.errors import KernelError
-from mosaic_kernels.format import bitmask_bytes
-from mosaic_kernels.ops import isa
+from mosaic_kernels.format import HELD_DTYPES, bitmask_bytes
+from mosaic_kernels.ops import isa, reference
 from mosaic_kernels.ops.missing import why_missing
 from mosaic_kernels.ops.threads import threads
 
@@ -77,7 +77,7 @@ def _fitting(
     dtype = x.dtype
     if x.shape[-1] != in_features:
         raise KernelError(f"x has {x.shape[-1]} features but this projection takes {in_features}")
-    if dtype is not values.dtype and (values.dtype is not torch.int8 or dtype not in _DTYPES):
+    if dtype is not values.dtype and (values.dtype is not torch.int8 or dtype not in HELD_DTYPES):
         raise KernelError(f"x is {dtype} but the packed values are {values.dtype}")
     if not (x.is_cpu and values.is_cpu and (words is None or words.is_cpu)):
         raise KernelError(
@@ -96,6 +96,8 @@ def sparse_linear_raw(
     """``sparse_linear`` without dispatcher and autograd; x's shape and dtype are checked."""
     out_features = words.shape[0]
     x, values, bias = _fitting(x, values, words, bias, in_features, out_features)
+    if x.dtype is torch.float64:
+        return reference.sparse_linear(x, values, words, offsets, bias, in_features)
     shape = x.shape[:-1]
     out = x.new_empty((*shape, out_features))
     _C_cpu.sparse_linear(
@@ -112,6 +114,8 @@ def sparse_linear_int8_raw(
     """``sparse_linear_int8`` without dispatcher and autograd; x's shape and dtype are checked."""
     out_features = words.shape[0]
     x, values, bias = _fitting(x, values, words, bias, in_features, out_features)
+    if x.dtype is torch.float64:
+        return reference.sparse_linear_int8(x, values, scales, words, offsets, bias, in_features, quantize_x)
     scales, shape = scales.contiguous(), x.shape[:-1]
     out = x.new_empty((*shape, out_features))
     _C_cpu.sparse_linear_int8(
@@ -122,9 +126,7 @@ def sparse_linear_int8_raw(
     return out
 
 
-def linear_at(
-    operands: Operands, in_features: int, dtype: torch.dtype, quantize_x: bool = False
-) -> Callable[[int, int, int, int], None]:
+def linear_at(operands: Operands, in_features: int, dtype: torch.dtype, quantize_x: bool = False) -> Any:
     """Prepare the kernel of one weight.
 
     The weight is checked, and the addresses of its tensors are read, only here. The tensors must stay where they are.
@@ -136,8 +138,9 @@ def linear_at(
         quantize_x: see ``sparse_linear_int8``.
 
     Returns:
-        A function of the address of ``x``, the address of the result, the number of rows of ``x`` and the number of
-        threads.
+        A function that asks whether the weight is where it was, and runs the kernel only then. It takes the
+        arguments of ``unchanged``, the address of ``x``, the address of the result, the number of rows of ``x`` and
+        the number of threads, and returns whether the kernel ran.
 
     Raises:
         KernelError: activations of that dtype do not fit the weight.
@@ -148,7 +151,7 @@ def linear_at(
     return _C_cpu.PreparedLinear(
         values.data_ptr(), words.data_ptr(), offsets.data_ptr(), address(bias), in_features, out_features,
         values.numel(), _DTYPES[dtype], address(scales), 0 if scales is None else scales.shape[1], quantize_x,
-    ).run  # fmt: skip
+    ).run_if  # fmt: skip
 
 
 def bytes_of(x: Tensor) -> bytes:
@@ -277,6 +280,8 @@ def _values_of(weight: Tensor, bitmask: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _unpack(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
+    if values.dtype is torch.float64:
+        return reference.unpack(values, bitmask, in_features)
     values, bitmask = values.contiguous(), bitmask.contiguous()
     rows, row_bytes = bitmask.shape
     weight = values.new_empty(rows, in_features)

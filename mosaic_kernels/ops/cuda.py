@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import bitmask_bytes, bitmask_words, row_offsets, words_from_bits
+from mosaic_kernels.ops import reference
 
 try:
     import mosaic_kernels._C_cuda as _C_cuda
@@ -57,6 +58,8 @@ def _sparse_linear(
         raise KernelError(f"x is {x.dtype} but the packed values are {values.dtype}")
     if not x.device == values.device == words.device == offsets.device:
         raise KernelError(f"x is on {x.device} but the packed values are on {values.device}")
+    if x.dtype is torch.float64:
+        return reference.sparse_linear(x, values, words, offsets, bias, in_features)
     values = values.contiguous()
     rows = shape[:-1].numel()
     if rows > _MAX_DECODE_ROWS:
@@ -99,6 +102,8 @@ def _unpack_words(values: Tensor, words: Tensor, offsets: Tensor, in_features: i
 
 
 def _unpack(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
+    if values.dtype is torch.float64:
+        return reference.unpack(values, bitmask, in_features)
     bitmask = bitmask.contiguous()
     words, offsets = words_from_bits(bitmask), row_offsets(bitmask)
     return _unpack_words(values.contiguous(), words, offsets, in_features)

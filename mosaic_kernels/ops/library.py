@@ -63,6 +63,40 @@ for _op, _schema in _SCHEMAS.items():
     _library.impl(_op, _run(_op), "CompositeExplicitAutograd")
 
 
+# Arguments of linear operators that autocast casts, as it does those of F.linear. int8 values and their scales say
+# nothing of the dtype in which they are multiplied. The values of 2:4 tiles cannot be cast, see fast_tile_linear().
+_CAST = {
+    "sparse_linear": ("x", "values", "bias"),
+    "sparse_linear_int8": ("x", "bias"),
+    "dense_linear": ("x", "weight", "bias"),
+    "tile_linear": ("x", "values", "bias"),
+    "two_of_four_linear": ("x", "bias"),
+}
+
+
+def _run_in_autocast(op: str, device: str) -> Callable[..., Tensor]:
+    names = [part.split()[1] for part in _SCHEMAS[op].partition(")")[0].strip("(").split(", ")]
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+    target = getattr(torch.ops.mosaic, op)
+
+    def run(*arguments: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+        cast = [
+            each.to(dtype) if name in _CAST[op] and each is not None and each.dtype is not torch.float64 else each
+            for name, each in zip(names, arguments, strict=True)
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            found: Tensor = target(*cast)
+            return found
+
+    return run
+
+
+for _op in _CAST:
+    _library.impl(_op, _run_in_autocast(_op, "cpu"), "AutocastCPU")
+    _library.impl(_op, _run_in_autocast(_op, "cuda"), "AutocastCUDA")
+
+
 @torch.library.register_fake("mosaic::sparse_linear")
 def _(x: Tensor, values: Tensor, words: Tensor, offsets: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], words.shape[0]))

@@ -46,8 +46,9 @@ def sparse_linear_int8(
         sums = (F.linear(*group).float() * scale for group, scale in zip(groups, scales.unbind(1), strict=True))
         out = steps * sum(sums, start=torch.zeros_like(steps))
     else:
-        out = F.linear(x.float(), unpack(dequantize(values, scales, bits), bits, in_features))
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out = F.linear(x.to(wide), unpack(dequantize(values, scales, bits), bits, in_features).to(wide))
+    return (out if bias is None else out + bias.to(out.dtype)).to(x.dtype)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
@@ -20,6 +21,7 @@ from mosaic_kernels.tiles import TileBitmap
 
 # found once: a look-up from module to module costs as much as the question
 _is_compiling = torch.compiler.is_compiling
+_is_autocast = torch._C._is_any_autocast_enabled
 _tracing_state = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -211,9 +213,17 @@ def fast_tile_linear(x: torch.Tensor, weight: TileBitmap | TwoOfFour, bias: torc
         arguments = (x, weight.tiles, weight.offsets, weight.values, bias, *weight.shape, weight.largest_tile)
     name = "tile_linear" if isinstance(weight, TileBitmap) else "two_of_four_linear"
     if is_recorded(x):
+        if isinstance(weight, TwoOfFour) and _is_cast(weight):
+            return F.linear(x, weight.to_dense(), bias)  # its values are inside of integers, which nothing casts
         return recorded(getattr(torch.ops.mosaic, name), *arguments)
     out: torch.Tensor = kernel_for(name, x)(*arguments)
     return out
+
+
+def _is_cast(weight: TwoOfFour) -> bool:
+    """Whether autocast multiplies in another dtype than that of ``weight``."""
+    device = weight.tiles.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not weight.dtype
 
 
 def recorded(op: Callable[..., Any], x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -253,11 +263,16 @@ def _parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def is_recorded(x: torch.Tensor) -> bool:
-    """Whether autograd, a compiler, a tracer, a function transform or a tensor subclass must see the call."""
+    """Whether autograd, autocast, a compiler, a tracer, a function transform or a tensor subclass must see the call."""
+    return _is_compiling() or is_seen(x)
+
+
+def is_seen(x: torch.Tensor) -> bool:
+    """:func:`is_recorded`, asked where dynamo compiles nothing: other compilers pass tensors of a class of theirs."""
     return (
         type(x) is not torch.Tensor
         or (x.requires_grad and torch.is_grad_enabled())
-        or _is_compiling()
+        or _is_autocast()
         or forward_ad._current_level >= 0
         or _tracing_state() is not None
         or _is_wrapped(x)

@@ -48,12 +48,14 @@ from mosaic_kernels.prune.recover import HELD_OUT, dense_teacher, recover_lora
 from mosaic_kernels.prune.report import log_removed, make_report
 from mosaic_kernels.prune.solvers import choose_solver
 from mosaic_kernels.prune.timing import Clock, Split, measuring
+from mosaic_kernels.prune.torch_state import as_by_default, leave_inference_mode
 from mosaic_kernels.text import load_tokens, windows
 from mosaic_kernels.wrappers import require_prunable
 
 logger = logging.getLogger(__name__)
 
 
+@as_by_default()
 def prune(
     model: Any,
     *,
@@ -108,6 +110,7 @@ def prune(
                 logger.info("nothing to resume in %s: the run starts afresh", output.path)
         if not isinstance(model, (str, Path)):  # pruned where it is
             device = next(model.parameters()).device
+            leave_inference_mode(model)
         with (
             resumable(output, command, team), current_device(device), measuring() as split,
             station(f"prune {_name(model)}"),
@@ -178,6 +181,8 @@ def _run(
             clock.stop()
         else:
             _write(adapter, tokenizer, plan, ranks, config, output, report, clock, name)
+        if config.format == "dense" and not isinstance(source, (str, Path)):
+            model.dequantize()
         return report
 
     return team.from_first(finish)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts of parameters: what transformers and PEFT count of a packed model is its kept weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from mosaic_kernels import compat
+from mosaic_kernels.linear import MosaicLinear
+
+
+def spare_elements(model: nn.Module) -> int:
+    """Elements of a model's parameters that are no weights: bits, scales, and what fills up the tiles of a GPU."""
+    spare = 0
+    for layer in model.modules():
+        if isinstance(layer, MosaicLinear):
+            held = layer._parameters
+            weights = {name: each.numel() for name, each in held.items() if each is not None and name != "bias"}
+            spare += sum(weights.values()) - layer.nnz
+    return spare
+
+
+def count_weights_of_models() -> None:
+    """Let transformers' ``num_parameters`` count kept weights; repeating it does nothing."""
+    kind: Any = compat.counting_class()
+    method = kind.num_parameters
+    if hasattr(method, "counts_weights"):
+        return
+
+    @functools.wraps(method)
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        found: int = method(self, only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
+        return found if only_trainable else found - spare_elements(self)
+
+    num_parameters.counts_weights = True  # type: ignore[attr-defined]
+    kind.num_parameters = num_parameters
+
+
+def count_weights_of_adapted_models() -> None:
+    """Let PEFT's ``get_nb_trainable_parameters`` count kept weights; repeating it does nothing."""
+    kind: Any = compat.adapted_model_class()
+    method = kind.get_nb_trainable_parameters
+    if hasattr(method, "counts_weights"):
+        return
+
+    @functools.wraps(method)
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        trained, found = method(self)
+        return trained, found - spare_elements(self)
+
+    get_nb_trainable_parameters.counts_weights = True  # type: ignore[attr-defined]
+    kind.get_nb_trainable_parameters = get_nb_trainable_parameters
