@@ -189,7 +189,7 @@ class PackedWeight:
         rows, columns = self.shape
         if self.values.dim() != 1 or self.values.dtype not in HELD_DTYPES:
             raise FormatError(
-                f"packed values must be 1-D fp32, bf16 or fp16, or int8, "
+                f"packed values must be 1-D fp32, bf16, fp16 or fp64, or int8, "
                 f"got {self.values.dtype} of shape {list(self.values.shape)}"
             )
         expected = [rows, bitmask_bytes(columns)]

@@ -100,8 +100,8 @@ def test_the_index_is_built_once() -> None:
 @pytest.mark.parametrize(
     ("values", "bitmask", "message"),
     [
-        (torch.ones(2, 2), torch.zeros(2, 1, dtype=torch.uint8), "1-D fp32, bf16 or fp16"),
-        (torch.ones(2, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.uint8), "torch.float64"),
+        (torch.ones(2, 2), torch.zeros(2, 1, dtype=torch.uint8), "1-D fp32, bf16, fp16 or fp64"),
+        (torch.ones(2, dtype=torch.int16), torch.zeros(2, 1, dtype=torch.uint8), "torch.int16"),
         (torch.ones(2), torch.zeros(2, 1, dtype=torch.int32), r"uint8 \[2, 1\], got torch.int32"),
         (torch.ones(2), torch.zeros(2, 2, dtype=torch.uint8), r"a 2x8 weight is uint8 \[2, 1\], got .* \[2, 2\]"),
     ],

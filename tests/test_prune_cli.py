@@ -100,7 +100,9 @@ def test_activations_that_overflow(run: Run, model: Path, solver: str) -> None:
     tensors = {name: tensor.half() for name, tensor in load_file(model / "model.safetensors").items()}
     tensors["model.layers.1.mlp.up_proj.weight"].fill_(6e4)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    result = run(model, "--output-dir", "out", "--dtype", "float16", "--solver", solver, *QUICK)
+    result = run(
+        model, "--output-dir", "out", "--dtype", "float16", "--compute-dtype", "float16", "--solver", solver, *QUICK
+    )
     require_failure(result, 1, "model.layers.1.mlp.down_proj", "NaN or infinite", "--dtype float32")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mosaic_kernels.checkpoint import autoload
 from mosaic_kernels.checkpoint.generation import plain_config, valid_generation
 from mosaic_kernels.checkpoint.public import without_paths
 from mosaic_kernels.cli import DISK_FULL
@@ -247,6 +248,8 @@ def _cleaned(content: dict[str, Any]) -> dict[str, Any]:
 def remove_code(directory: Path) -> None:
     """Remove what transformers copies beside a model of the user's own code: the result needs none of it."""
     for path in directory.glob("*"):
+        if path.name == autoload.FILE_NAME:
+            continue
         if path.suffix in _CODE or path.name == "custom_generate":
             logger.warning("%s is not part of the result: it is code of the model's source", path.name)
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -16,6 +16,7 @@ from mosaic_kernels import compat, ops
 from mosaic_kernels.checkpoint import autoload
 from mosaic_kernels.checkpoint.beside import clean_json, copy_licences, remove_code, save_tokenizer
 from mosaic_kernels.checkpoint.card import model_card
+from mosaic_kernels.checkpoint.checksums import seal_config
 from mosaic_kernels.checkpoint.directory import OutputDirectory, require_space, write_errors
 from mosaic_kernels.checkpoint.generation import plain_config, valid_generation
 from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
@@ -118,11 +119,10 @@ def write_checkpoint(
         _tell_growth(directory, local_path(source))
         remove_code(directory)
         clean_json(directory / "config.json", {} if plain else {"auto_map": dict(autoload.AUTO_MAP)})
+        seal_config(directory / "config.json")
         clean_json(directory / "generation_config.json")
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory, local_path(source))
-        if not plain:
-            (directory / autoload.FILE_NAME).write_text(autoload.SOURCE, encoding="utf-8")
         copy_licences(local_path(source), directory)
         card = model_card(report, original_shapes, source, plain=plain)
         (directory / "README.md").write_text(card, encoding="utf-8")
