@@ -55,8 +55,8 @@ def unpack(
 ) -> None: ...
 def why_not(device: int) -> str | None: ...
 
-# tiles, offsets, values, bias, out: addresses; out_features; units of the largest tile
-_Part = tuple[int, int, int, int, int, int, int]
+# tiles, offsets, bias, out: addresses; out_features; units of the largest step
+_Part = tuple[int, int, int, int, int, int]
 
 def linear_decode(
     parts: list[_Part],
@@ -95,7 +95,6 @@ def linear_2to4(
 def expand_tiles(
     tiles: int,
     offsets: int,
-    values: int,
     weight: int,
     rows: int,
     columns: int,
@@ -109,9 +108,9 @@ def linear_workspace_bytes(device: int) -> int: ...
 def pack_tile_bits(
     weight: int,
     keep: int,
-    tiles: int,
+    bits: int,
     offsets: int,
-    values: int,
+    tiles: int,
     rows: int,
     columns: int,
     dtype: int,
@@ -121,9 +120,9 @@ def pack_tile_bits(
 def pack_tile_values(
     weight: int,
     keep: int,
-    tiles: int,
+    bits: int,
     offsets: int,
-    values: int,
+    tiles: int,
     rows: int,
     columns: int,
     dtype: int,

@@ -61,24 +61,30 @@ def assert_close(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) 
     assert torch.allclose(found.double(), exact, rtol=2 * torch.finfo(x.dtype).eps, atol=2e-3)
 
 
+def assert_same_bits(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    """Some of the bits among the tiles' floats are NaN."""
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours.cpu().view(torch.int16), theirs.cpu().view(torch.int16))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 8), (70, 72), (130, 20), (33, 129)], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 64, 65])
 def test_tile_linear(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
     weight, bias = sparse(*shape, dtype), torch.randn(shape[0]).to(dtype)
-    tiles, offsets, values = call("pack_tiles", weight)
-    wanted = reference.pack_tiles(weight)
-    assert all(map(torch.equal, (tiles, offsets, values), wanted))
+    tiles, offsets = call("pack_tiles", weight)
+    assert_same_bits((tiles, offsets), reference.pack_tiles(weight))
     x = torch.randn(rows, shape[1]).to(dtype)
     for given in (bias, None):
-        found = call("tile_linear", x, tiles, offsets, values, given, *shape, int(tiles[:, :, 2].max()))
+        found = call("tile_linear", x, tiles, offsets, given, *shape, int(offsets.diff().max()))
         assert_close(found, x, weight, given)
-    assert torch.equal(call("expand_tiles", tiles, offsets, values, *shape), weight)
+    assert torch.equal(call("expand_tiles", tiles, offsets, *shape), weight)
 
 
 def test_what_is_kept_is_stored() -> None:
     weight, keep = sparse(70, 72), torch.rand(70, 72) < 0.4
-    assert all(map(torch.equal, call("pack_tiles", weight, keep), reference.pack_tiles(weight, keep)))
+    assert_same_bits(call("pack_tiles", weight, keep), reference.pack_tiles(weight, keep))
 
 
 @pytest.mark.parametrize("rows", [1, 9, 65])

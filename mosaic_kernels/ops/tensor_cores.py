@@ -15,7 +15,7 @@ from torch import Tensor
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.ops.cuda import DTYPES, where
 from mosaic_kernels.semistructured import TwoOfFour
-from mosaic_kernels.tiles import TILE_WORDS, UNIT, TileBitmap, tile_counts
+from mosaic_kernels.tiles import GROUP, HEAD_UNITS, TILE_WORDS, UNIT, TileBitmap, offsets_of, step_counts, tile_counts
 
 with contextlib.suppress(ImportError):  # ops.cuda.why_not says so
     import mosaic_kernels._C_cuda as _C_cuda
@@ -109,18 +109,18 @@ class Group:
     def __init__(self, parts: Sequence[tuple[TileBitmap | TwoOfFour, Tensor | None]]) -> None:
         first = parts[0][0]
         self.in_features, self.device = first.shape[1], first.tiles.device
-        self.dtype = first.values.dtype if isinstance(first, TileBitmap) else first.dtype
+        self.dtype = first.tiles.dtype if isinstance(first, TileBitmap) else first.dtype
         self.is_bitmap = isinstance(first, TileBitmap)
         self._held: list[Any] = []  # what the addresses below belong to
         self._parts = []
         for part, bias in parts:
             bias = None if bias is None else bias.detach().contiguous()
             self._held.append((part, bias))
-            head = (part.tiles.data_ptr(), 0, 0)
+            head = (part.tiles.data_ptr(), 0)
             largest = 0
             if isinstance(part, TileBitmap):
-                head = (part.tiles.data_ptr(), part.offsets.data_ptr(), part.values.data_ptr())
-                largest = part.largest_tile
+                head = (part.tiles.data_ptr(), part.offsets.data_ptr())
+                largest = part.largest_step
             if bias is not None and (bias.dtype is not self.dtype or bias.device != self.device):
                 raise KernelError(f"bias is {bias.dtype} on {bias.device} but the values {self.dtype} on {self.device}")
             self._parts.append((head, 0 if bias is None else bias.data_ptr(), part.shape[0], largest))
@@ -160,16 +160,15 @@ def tile_linear(
     x: Tensor,
     tiles: Tensor,
     offsets: Tensor,
-    values: Tensor,
     bias: Tensor | None,
     out_features: int,
     in_features: int,
-    largest_tile: int,
+    largest_step: int,
 ) -> Tensor:
     """The operator of the same name; see :mod:`mosaic_kernels.ops.reference`."""
-    if x.shape[:-1].numel() > max(rows_of(values.get_device())):
-        return F.linear(x, _expand_tiles(tiles, offsets, values, out_features, in_features), bias)
-    part = TileBitmap(tiles, offsets, values, (out_features, in_features), 0, largest_tile)
+    if x.shape[:-1].numel() > max(rows_of(tiles.get_device())):
+        return F.linear(x, _expand_tiles(tiles, offsets, out_features, in_features), bias)
+    part = TileBitmap(tiles, offsets, (out_features, in_features), 0, largest_step)
     return Group([(part, bias)])(x)[0]
 
 
@@ -180,20 +179,18 @@ def two_of_four_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, out_featur
     return Group([(TwoOfFour(tiles, (out_features, in_features), x.dtype), bias)])(x)[0]
 
 
-def _pack_tiles(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _pack_tiles(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     weight, keep = weight.contiguous(), None if keep is None else keep.contiguous()
     rows, columns = weight.shape
-    down, across = tile_counts(rows, columns)
-    tiles = weight.new_empty((down, across, TILE_WORDS), dtype=torch.int32)
-    offsets = weight.new_zeros(down * across + 1, dtype=torch.int32)
-    source = weight.data_ptr(), 0 if keep is None else keep.data_ptr(), tiles.data_ptr()
+    bits = weight.new_empty((*step_counts(rows, columns), GROUP, TILE_WORDS), dtype=torch.int32)
+    source = weight.data_ptr(), 0 if keep is None else keep.data_ptr(), bits.data_ptr()
     shape_and_where = (rows, columns, DTYPES[weight.dtype], *where(weight))
     _C_cuda.pack_tile_bits(*source, 0, 0, *shape_and_where)
-    torch.cumsum(tiles[:, :, 2].reshape(-1), 0, dtype=torch.int32, out=offsets[1:])
-    values = weight.new_empty(UNIT * (int(offsets[-1]) & 0xFFFFFFFF))
-    _C_cuda.pack_tile_values(*source, offsets.data_ptr(), values.data_ptr(), *shape_and_where)
+    offsets = offsets_of(bits[..., 2].sum(-1).view(-1) + HEAD_UNITS)
+    tiles = weight.new_empty(UNIT * (int(offsets[-1]) & 0xFFFFFFFF))
+    _C_cuda.pack_tile_values(*source, offsets.data_ptr(), tiles.data_ptr(), *shape_and_where)
     _finish(weight)
-    return tiles, offsets, values
+    return tiles, offsets
 
 
 def _pack_two_of_four(weight: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -211,11 +208,11 @@ def _finish(tensor: Tensor) -> None:
     torch.cuda.current_stream(tensor.device).synchronize()
 
 
-def _expand_tiles(tiles: Tensor, offsets: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
-    weight = values.new_empty(rows, columns)
+def _expand_tiles(tiles: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:
+    weight = tiles.new_empty(rows, columns)
     _C_cuda.expand_tiles(
-        tiles.data_ptr(), offsets.data_ptr(), values.data_ptr(), weight.data_ptr(),
-        rows, columns, 0, tiles.shape[0], *where(values),
+        tiles.data_ptr(), offsets.data_ptr(), weight.data_ptr(),
+        rows, columns, 0, tile_counts(rows, columns)[0], *where(tiles),
     )  # fmt: skip
     return weight
 
