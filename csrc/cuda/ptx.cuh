@@ -239,6 +239,17 @@ __device__ __forceinline__ void sync_threads_of(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Adds one arrival at `at`, or goes back to zero from `most`; the count before. What this thread knows of is
+// there for whoever counts later, and what those before it knew of for this thread.
+__device__ __forceinline__ unsigned count_arrival(unsigned* at, unsigned most) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(at)), "r"(most)
+               : "memory");
+  return before;
+}
+
 // Lets the next kernel of the stream start (what it does before its own wait_for_previous_kernel).
 __device__ __forceinline__ void allow_next_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

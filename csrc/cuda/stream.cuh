@@ -256,15 +256,15 @@ __device__ void finish_segment(const StreamArgs& a, int group, bool whole, bool 
     const int64_t begin = static_cast<int64_t>(group) * a.list.column_steps;
     const int first_block = block_of(a.deal, begin);
     const int last_block = block_of(a.deal, begin + a.list.column_steps - 1);
-    __threadfence();
+    // The barrier orders the block's sums before one thread's arrival, which releases them to the last block;
+    // that one's arrival acquires them, and the barrier behind it orders its other threads' loads.
     sync_threads_of(1, kConsumers);
     if (threadIdx.x == 0) {
       const auto others = static_cast<unsigned>(last_block - first_block);
-      *flag = atomicInc(a.arrivals + group, others) == others;  // the last arrival sets it to zero again
+      *flag = count_arrival(a.arrivals + group, others) == others;  // the last arrival sets it to zero again
     }
     sync_threads_of(1, kConsumers);
     if (!*flag) return;
-    __threadfence();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll

@@ -166,6 +166,8 @@ void mma_sparse_16x8x32(float (&sum)[4], uint4 a, const uint32_t (&b)[4], uint32
 
 inline void sync_threads_of(int id, int threads) { simt::sync_block(id, threads); }
 
+inline unsigned count_arrival(unsigned* at, unsigned most) { return atomicInc(at, most); }
+
 inline void allow_next_kernel() {}
 inline void wait_for_previous_kernel() {}
 
