@@ -68,6 +68,7 @@ def linear_decode(
     workspace_bytes: int,
     device: int,
     stream: int,
+    counters: int = 0,
 ) -> None: ...
 def linear_prefill(
     parts: list[_Part],
@@ -79,6 +80,7 @@ def linear_prefill(
     workspace_bytes: int,
     device: int,
     stream: int,
+    counters: int = 0,
 ) -> None: ...
 def has_linear_prefill(device: int) -> bool: ...
 def linear_2to4(
@@ -91,6 +93,7 @@ def linear_2to4(
     workspace_bytes: int,
     device: int,
     stream: int,
+    counters: int = 0,
 ) -> None: ...
 def expand_tiles(
     tiles: int,

@@ -43,7 +43,8 @@ using Part = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int
 
 template <Status (*kRun)(const cuda::TileLinearArgs&, cuda::Launch)>
 void tile_linear(const std::vector<Part>& parts, uintptr_t x, int64_t rows, int64_t in_features, int dtype,
-                 uintptr_t workspace, int64_t workspace_bytes, int device, uintptr_t stream) {
+                 uintptr_t workspace, int64_t workspace_bytes, int device, uintptr_t stream,
+                 uintptr_t counters) {
   cuda::TileLinearArgs args = {};
   if (parts.size() > cuda::kMaxParts) throw py::value_error("a launch takes at most 4 weights");
   for (const auto& [tiles, offsets, bias, out, out_features, largest_step] : parts) {
@@ -57,6 +58,7 @@ void tile_linear(const std::vector<Part>& parts, uintptr_t x, int64_t rows, int6
   args.dtype = DType(dtype);
   args.workspace = address<void>(workspace);
   args.workspace_bytes = workspace_bytes;
+  args.counters = address<unsigned>(counters);
   raise_unless_ok(kRun(args, {address<void>(stream), device}), "sparse_linear");
 }
 
@@ -114,12 +116,17 @@ PYBIND11_MODULE(MOSAIC_CUDA_MODULE, m) {
   using namespace mosaic;
   using namespace mosaic::python;
   m.doc() = "CUDA kernels of mosaic_kernels; call them through mosaic_kernels.ops";
+  const auto def_tile_linear = [&](const char* name, auto* function) {
+    m.def(name, function, py::arg("parts"), py::arg("x"), py::arg("rows"), py::arg("in_features"),
+          py::arg("dtype"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"),
+          py::arg("stream"), py::arg("counters") = 0);
+  };
   m.def("linear_rows", python::linear_rows);
-  m.def("linear_decode", tile_linear<cuda::linear_decode>);
-  m.def("linear_prefill", tile_linear<cuda::linear_prefill>);
+  def_tile_linear("linear_decode", tile_linear<cuda::linear_decode>);
+  def_tile_linear("linear_prefill", tile_linear<cuda::linear_prefill>);
+  def_tile_linear("linear_2to4", tile_linear<cuda::linear_2to4>);
   m.def("has_linear_prefill", cuda::has_linear_prefill);
   m.def("expand_tiles", python::expand_tiles);
-  m.def("linear_2to4", tile_linear<cuda::linear_2to4>);
   m.def("expand_2to4", python::expand_2to4);
   m.def("linear_workspace_bytes", cuda::linear_workspace_bytes);
   m.def("pack_bits", pack<cuda::pack_bits>);

@@ -149,6 +149,46 @@ def test_padding_does_not_keep_channels_last() -> None:
     assert_close(tensor_cores.Group([(TileBitmap.from_dense(weight), None)])(x)[0], x, weight, None)
 
 
+@pytest.mark.parametrize("form", [TileBitmap, TwoOfFour])
+@pytest.mark.parametrize("spare", [64, 0], ids=["of the slab", "made in the graph"])
+def test_launches_in_graphs_share_nothing(
+    monkeypatch: pytest.MonkeyPatch, form: type[TileBitmap | TwoOfFour], spare: int
+) -> None:
+    """Two graphs whose replays interleave: one runs as a whole while the other is halfway, and the other way round."""
+    launches: list[tuple[Tensor, Tensor]] = []
+    real = tensor_cores._captured_workspace
+
+    def captured(device: int, parts: Any) -> tuple[Tensor, Tensor]:
+        launches.append(real(device, parts))
+        launches[-1][0].fill_(255)  # its memory is not zeroed
+        return launches[-1]
+
+    monkeypatch.setattr(tensor_cores, "_is_captured", lambda: True)
+    monkeypatch.setattr(tensor_cores, "_captured_workspace", captured)
+    slab = torch.zeros(spare, dtype=torch.int32)
+    monkeypatch.setattr(tensor_cores, "_counters", {simt.DEVICE: tensor_cores.Counters(slab)})
+    weights = [two_of_four(200, 640), two_of_four(72, 640)]
+    group = tensor_cores.Group([(form.from_dense(weight), None) for weight in weights])
+    x = torch.randn(3, 640).bfloat16()
+    for _ in range(2):
+        for found, weight in zip(group(x), weights, strict=True):
+            assert_close(found, x, weight, None)
+        work, counters = launches[-1]
+        assert counters.tolist() == [0, 0, 0]  # 200 features are two groups, 72 one
+        counters.fill_(1)  # as if half of its blocks had come
+        work.fill_(255)
+    first, second = launches
+    assert first[1].tolist() == second[1].tolist() == [1, 1, 1]
+    assert len({t.data_ptr() for launch in launches for t in launch}) == 4
+
+
+def test_counters_are_given_out_once() -> None:
+    counters = tensor_cores.Counters(torch.zeros(10, dtype=torch.int32))
+    taken = [counters.take(4) for _ in range(4)]
+    assert [t.data_ptr() - counters.slab.data_ptr() for t in taken[:2]] == [0, 16]
+    assert all(t.untyped_storage().data_ptr() != counters.slab.data_ptr() for t in taken[2:])
+
+
 def test_a_workspace_is_made_by_another_thread_on_the_same_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pool of graphs, which takes all memory of the thread that captures, must not take this."""
     made, real = [], torch.zeros

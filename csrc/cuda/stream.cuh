@@ -401,7 +401,7 @@ Status stream(const TileLinearArgs& given, Launch where) {
   a.deal.steps = size.groups * a.list.column_steps;
   a.weight_bytes = Format::kTileBytes == 0 ? static_cast<int>(size.largest_step) * 16 + kWalkSlack
                                            : kGroup * Format::kTileBytes;
-  a.arrivals = static_cast<unsigned*>(given.workspace);
+  a.arrivals = given.counters ? given.counters : static_cast<unsigned*>(given.workspace);
   a.partials = reinterpret_cast<float*>(static_cast<char*>(given.workspace) + kArrivalBytes);
   return with_half_type(given.dtype, [&](auto element) -> Status {
     using T = decltype(element);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ DEFAULT = Rows(decode=64, prefill=1024)
 
 _rows: dict[int, Rows] = {}
 _workspaces: dict[tuple[int, int], Tensor] = {}  # by device and stream
-SPARE = -1
+COUNTERS = 1 << 20  # of a device, for launches in graphs: about 100 graphs of a model with 7B parameters
+_counters: dict[int, Counters] = {}
 
 
 def rows_of(device: int) -> Rows:
@@ -51,22 +53,59 @@ def rows_of(device: int) -> Rows:
     return found
 
 
+class Counters:
+    """Zeros of one device, of which each launch that a graph captures has its own for as long as the process runs.
+
+    Nothing tells when a graph is gone, or which graphs run at the same time.
+    """
+
+    def __init__(self, slab: Tensor) -> None:
+        self.slab, self.taken = slab, 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> Tensor:
+        """``count`` zeros. Once all are taken, they are made in the graph, which sets them to zero in each replay."""
+        with self._lock:
+            first, self.taken = self.taken, min(self.taken + count, self.slab.numel() + 1)
+        if first + count > self.slab.numel():
+            return torch.zeros(count, dtype=torch.int32, device=self.slab.device)
+        return self.slab[first : first + count]
+
+
 def _workspace(device: int, stream: int) -> Tensor:
     """What blocks of one launch hand each other; one for each stream, as torch keeps for cuBLAS.
 
-    Made at a stream's first launch and kept: its counters are zero before and after every launch. A stream that
-    captures a graph before it ever ran takes the device's spare one: memory that is made while a graph is captured
-    would be zeroed by that graph alone. Such graphs must not be replayed at the same time.
+    Made at a stream's first launch and kept: its counters are zero before and after every launch.
     """
     found = _workspaces.get((device, stream))
     if found is None:
-        if torch.cuda.is_current_stream_capturing():
-            return _workspaces[device, SPARE]
         found = _workspaces[device, stream] = _new_workspace(device)
     return found
 
 
+def _is_captured() -> bool:
+    """Whether a graph captures what is launched now."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _captured_workspace(device: int, parts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Memory and counters of a launch that a graph captures.
+
+    Graphs may be replayed at the same time, on whatever streams. So the memory is of the graph's own pool, where
+    nothing else of that graph uses it while the launch runs; and no other launch has the counters.
+    """
+    size = _C_cuda.linear_workspace_bytes(device)
+    work = torch.empty(size, dtype=torch.uint8, device=_counters[device].slab.device)
+    groups = sum(step_counts(part[4], 0)[0] for part in parts)
+    return work, _counters[device].take(groups)
+
+
 def _new_workspace(device: int) -> Tensor:
+    """A stream's workspace: zeros."""
+    return _zeros(device, _C_cuda.linear_workspace_bytes(device), torch.uint8)
+
+
+def _zeros(device: int, size: int, dtype: torch.dtype) -> Tensor:
     """Zeros, ready on the current stream, in memory of no graph's pool.
 
     What runs before a capture (``torch.compile(mode="reduce-overhead")``) allocates from the pool of its graphs, which
@@ -76,25 +115,28 @@ def _new_workspace(device: int) -> Tensor:
 
     def make() -> Tensor:
         with torch.cuda.stream(stream):
-            size = _C_cuda.linear_workspace_bytes(device)
-            return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
+            return torch.zeros(size, dtype=dtype, device=torch.device("cuda", device))
 
     with ThreadPoolExecutor(1) as elsewhere:
         return elsewhere.submit(make).result()
 
 
-def make_spare_workspace(device: int) -> None:
-    """The workspace that graphs take whose stream has none."""
-    if (device, SPARE) not in _workspaces:
-        _workspaces[device, SPARE] = _new_workspace(device)
+def make_counters(device: int) -> None:
+    """The counters of launches in graphs, which no capture can make."""
+    if device not in _counters:
+        _counters[device] = Counters(_zeros(device, COUNTERS, torch.int32))
 
 
 def _launch(kernel: Callable[..., None], x: Tensor, parts: Sequence[tuple[int, ...]]) -> None:
     device, stream = where(x)
-    work = _workspace(device, stream)
+    if _is_captured():
+        work, counters = _captured_workspace(device, parts)
+        own = counters.data_ptr()
+    else:
+        work, own = _workspace(device, stream), 0
     kernel(
         parts, x.data_ptr(), x.shape[:-1].numel(), x.shape[-1], DTYPES[x.dtype],
-        work.data_ptr(), work.numel(), device, stream,
+        work.data_ptr(), work.numel(), device, stream, own,
     )  # fmt: skip
 
 
@@ -204,7 +246,7 @@ def _finish(tensor: Tensor) -> None:
 
     See csrc/cuda/stream.cuh; no product waits for itself. What packs runs before any graph can hold a product.
     """
-    make_spare_workspace(tensor.get_device())
+    make_counters(tensor.get_device())
     torch.cuda.current_stream(tensor.device).synchronize()
 
 

@@ -237,6 +237,9 @@ struct TileLinearArgs {
   DType dtype;
   void* workspace;  // linear_workspace_bytes(device) of the stream's own, zero at the first launch
   int64_t workspace_bytes;
+  // One for each 128 output features of each part, zero before and after; nullptr: those at the workspace's
+  // start.
+  unsigned* counters;
 };
 
 // Tile bitmap; meant for up to 64 rows, for each 64 of which the weight is read once.
