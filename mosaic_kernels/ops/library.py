@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic_kernels.device import is_slow
@@ -64,12 +65,13 @@ for _op, _schema in _SCHEMAS.items():
 
 
 # Arguments of linear operators that autocast casts, as it does those of F.linear. int8 values and their scales say
-# nothing of the dtype in which they are multiplied. The values of 2:4 tiles cannot be cast, see fast_tile_linear().
+# nothing of the dtype in which they are multiplied. Tiles have bits
+# among their values, which cannot be cast: _run_in_autocast() and fast_tile_linear() expand them.
 _CAST = {
     "sparse_linear": ("x", "values", "bias"),
     "sparse_linear_int8": ("x", "bias"),
     "dense_linear": ("x", "weight", "bias"),
-    "tile_linear": ("x", "values", "bias"),
+    "tile_linear": ("x", "bias"),
     "two_of_four_linear": ("x", "bias"),
 }
 
@@ -81,6 +83,9 @@ def _run_in_autocast(op: str, device: str) -> Callable[..., Tensor]:
 
     def run(*arguments: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
+        if op == "tile_linear" and arguments[1].dtype is not dtype:
+            x, tiles, offsets, bias, *shape, _ = arguments
+            return F.linear(x, torch.ops.mosaic.expand_tiles(tiles, offsets, *shape), bias)
         cast = [
             each.to(dtype) if name in _CAST[op] and each is not None and each.dtype is not torch.float64 else each
             for name, each in zip(names, arguments, strict=True)

@@ -85,7 +85,8 @@ def _workspace(device: int, stream: int) -> Tensor:
 
 def _is_captured() -> bool:
     """Whether a graph captures what is launched now."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def _captured_workspace(device: int, parts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
