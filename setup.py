@@ -4,12 +4,13 @@
 By default an installation builds only modules that this machine can use. One printed line says which, and why.
 
 MOSAIC_CUDA=auto           default: build _C_cuda if a GPU and nvcc are found, for the GPUs of this machine
-MOSAIC_CUDA=on             build it even without a GPU, for all architectures (80;86;89;90); fail if it cannot be built
+MOSAIC_CUDA=on             build it even without a GPU, for 80;86;89;90, and 100;120 if nvcc knows them; or fail
 MOSAIC_CUDA=off            do not build it
 MOSAIC_CUDA_ARCHS=80;90    build it for these architectures, with or without a GPU; fail if it cannot be built
 
 A GPU is found if /dev/nvidia0 or /proc/driver/nvidia/gpus has one, or nvidia-smi -L lists one; CUDA_VISIBLE_DEVICES
-has no effect. nvcc is searched in CUDACXX, CUDA_HOME, PATH and /usr/local/cuda.
+has no effect. nvcc is searched in CUDACXX, CUDA_HOME, PATH and /usr/local/cuda, and must be
+of CUDA 12.5 or later. GPUs that nvcc does not know run the PTX of the last architecture that was compiled for.
 """
 
 import os
@@ -31,7 +32,10 @@ find_nvcc = cuda_toolkit["find_nvcc"]
 
 def cuda_choice():
     """``cuda_toolkit.Choice`` for this machine and environment; "MOSAIC_CUDA" and "MOSAIC_CUDA_ARCHS" decide."""
-    return cuda_toolkit["choose"](os.environ, cuda_toolkit["find_gpu"](), find_nvcc(), cuda_toolkit["architectures"]())
+    nvcc = find_nvcc()
+    toolkit = cuda_toolkit["read_toolkit"](nvcc)
+    archs = cuda_toolkit["architectures"](archs=toolkit.archs)
+    return cuda_toolkit["choose"](os.environ, cuda_toolkit["find_gpu"](), nvcc, archs, toolkit)
 
 
 def modules() -> list[Extension]:

@@ -108,24 +108,31 @@ def compile_one(nvcc: str, source: Path, arch: str, cubin: Path) -> list[Kernel]
 
 
 @dataclass(frozen=True)
-class Strip:
-    """Instructions of a consumer warp for one strip of 16 x 64 weights.
+class Loops:
+    """Instructions that a warp issues for each turn of a few-row kernel's two loops, waits that succeed at once.
 
     Attributes:
-        step: from the wait for a stage to the arrival that gives it back.
+        step: of a consumer, for one strip of 16 x 64 weights.
         decode: of these, from the first POPC (the first HMMA where there is none) to the last HMMA.
-        popc: population counts.
+        popc, lds, prmt, lop3: of these, population counts, loads from shared memory, permutations, logic.
+        producer: of the producer, for one step of 128 x 64 weights.
     """
 
     step: int
     decode: int
     popc: int
+    lds: int
+    prmt: int
+    lop3: int
+    producer: int
 
 
-def instructions(sass: str) -> list[str]:
-    """Mnemonics in order, of ``nvdisasm``'s text for one function."""
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
-    return [name for name in found if name != "NOP"]
+@dataclass(frozen=True)
+class Code:
+    """A function's instructions, and which may follow each; a jump that only diverged warps take is left out."""
+
+    names: list[str]
+    following: list[list[int]]
 
 
 def function(sass: str, symbol: str) -> str:
@@ -136,21 +143,80 @@ def function(sass: str, symbol: str) -> str:
     raise ValueError(f"no code of {symbol}")
 
 
-def strip_of(sass: str) -> Strip:
-    """Count the only loop that multiplies: between PHASECHK (the wait) and SYNCS.ARRIVE (the arrival), sm_90."""
-    code = instructions(sass)
-    hmma = [i for i, name in enumerate(code) if name.startswith("HMMA")]
-    if not hmma:
-        raise ValueError("no HMMA: this kernel does not multiply on the tensor cores")
-    waits = [i for i, name in enumerate(code[: hmma[0]]) if "PHASECHK" in name]
-    arrivals = [i for i, name in enumerate(code) if name.startswith("SYNCS.ARRIVE") and i > hmma[-1]]
-    if not waits or not arrivals:
-        raise ValueError("no wait before the first HMMA, or no arrival after the last one")
-    step = code[waits[-1] : arrivals[0] + 1]
+def read_code(sass: str) -> Code:
+    """Of ``nvdisasm``'s text for one function."""
+    names: list[str] = []
+    jumps: list[tuple[bool, str | None]] = []  # whether the next instruction may follow, and the target
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(names)
+        found = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        if not found or found[2] == "NOP":
+            continue
+        guarded, name, rest = found[1] is not None, found[2], found[3]
+        target = re.search(r"\((\.L_\w+)\)", rest) if name.startswith("BRA") and name != "BRA.DIV" else None
+        # "BRA P1, target" jumps where P1 says so, whatever stands before it.
+        always = name == "BRA" and not guarded and re.match(r"\s+`", rest) is not None
+        names.append(name)
+        jumps.append((not (always or (name == "EXIT" and not guarded)), target[1] if target else None))
+    following = []
+    for i, (falls, target) in enumerate(jumps):
+        after = [i + 1] if falls and i + 1 < len(names) else []
+        following.append(after + ([labels[target]] if target in labels else []))
+    return Code(names, following)
+
+
+def shortest_path(code: Code, start: int, end: int) -> list[int] | None:
+    """The fewest instructions behind ``start`` up to ``end``, which is the last."""
+    before: dict[int, int] = {}
+    edge = [start]
+    while edge:
+        reached = []
+        for i in edge:
+            for j in code.following[i]:
+                if j not in before:
+                    before[j] = i
+                    reached.append(j)
+        if end in before:
+            path = [end]
+            while before[path[-1]] != start:
+                path.append(before[path[-1]])
+            return path[::-1]
+        edge = reached
+    return None
+
+
+def shortest_loop(code: Code, through: int, wait: int) -> list[int] | None:
+    """The shortest way from the wait through an instruction and back to the wait, which is its first."""
+    there, back = shortest_path(code, wait, through), shortest_path(code, through, wait)
+    return None if there is None or back is None else [wait, *there, *back[:-1]]
+
+
+def loops_of(sass: str) -> Loops:
+    """Of a few-row kernel for sm_90, which waits with PHASECHK, multiplies with HMMA and copies weights with UBLKCP."""
+    code = read_code(sass)
+    waits = [i for i, name in enumerate(code.names) if "PHASECHK" in name]
+
+    def turn(of: str, last: bool) -> list[str]:
+        places = [i for i, name in enumerate(code.names) if name.startswith(of)]
+        if not places:
+            raise ValueError(f"no {of}: this is no kernel for few rows")
+        places = places[-1:] if last else places
+        found = [loop for place in places for wait in waits if (loop := shortest_loop(code, place, wait))]
+        if not found:
+            raise ValueError(f"no loop with a wait and {of}")
+        return [code.names[i] for i in min(found, key=len)]
+
+    step, producer = turn("HMMA", True), turn("UBLKCP", False)
     popc = [i for i, name in enumerate(step) if name == "POPC"]
-    first = min([i for i, name in enumerate(step) if name.startswith("HMMA")] + popc)
-    last = max(i for i, name in enumerate(step) if name.startswith("HMMA"))
-    return Strip(len(step), last - first + 1, len(popc))
+    hmma = [i for i, name in enumerate(step) if name.startswith("HMMA")]
+
+    def count(prefix: str) -> int:
+        return sum(name.startswith(prefix) for name in step)
+
+    decode = max(hmma) - min(popc + hmma) + 1
+    return Loops(len(step), decode, len(popc), count("LDS"), count("PRMT"), count("LOP3"), len(producer))
 
 
 def over_budget(kernels: Iterable[Kernel], budget: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -236,10 +302,9 @@ def check_strips(kernels: list[Kernel], cubins: Mapping[tuple[str, str], Path], 
             if key not in texts:
                 done = subprocess.run([tool, "-c", cubins[key]], capture_output=True, text=True, check=True)
                 texts[key] = done.stdout
-            found = strip_of(function(texts[key], k.symbol))
-            print(f"{k.name}, sm_{k.arch}: {found.step} instructions a strip, {found.decode} of them decode and "
-                  f"multiply, {found.popc} POPC")  # fmt: skip
-            for what in ("step", "decode", "popc"):
+            found = loops_of(function(texts[key], k.symbol))
+            print(f"{k.name}, sm_{k.arch}: {found}")
+            for what in ("step", "decode", "popc", "producer"):
                 if what in line and getattr(found, what) > line[what]:
                     wrong.append(f"{k.name}, sm_{k.arch}: {getattr(found, what)} {what}, {line[what]} planned")
     return wrong

@@ -55,8 +55,8 @@ def unpack(
 ) -> None: ...
 def why_not(device: int) -> str | None: ...
 
-# tiles, offsets, values, bias, out: addresses; out_features; units of the largest tile
-_Part = tuple[int, int, int, int, int, int, int]
+# tiles, offsets, bias, out: addresses; out_features; units of the largest step
+_Part = tuple[int, int, int, int, int, int]
 
 def linear_decode(
     parts: list[_Part],
@@ -68,6 +68,7 @@ def linear_decode(
     workspace_bytes: int,
     device: int,
     stream: int,
+    counters: int = 0,
 ) -> None: ...
 def linear_prefill(
     parts: list[_Part],
@@ -79,6 +80,7 @@ def linear_prefill(
     workspace_bytes: int,
     device: int,
     stream: int,
+    counters: int = 0,
 ) -> None: ...
 def has_linear_prefill(device: int) -> bool: ...
 def linear_2to4(
@@ -91,11 +93,11 @@ def linear_2to4(
     workspace_bytes: int,
     device: int,
     stream: int,
+    counters: int = 0,
 ) -> None: ...
 def expand_tiles(
     tiles: int,
     offsets: int,
-    values: int,
     weight: int,
     rows: int,
     columns: int,
@@ -109,9 +111,9 @@ def linear_workspace_bytes(device: int) -> int: ...
 def pack_tile_bits(
     weight: int,
     keep: int,
-    tiles: int,
+    bits: int,
     offsets: int,
-    values: int,
+    tiles: int,
     rows: int,
     columns: int,
     dtype: int,
@@ -121,9 +123,9 @@ def pack_tile_bits(
 def pack_tile_values(
     weight: int,
     keep: int,
-    tiles: int,
+    bits: int,
     offsets: int,
-    values: int,
+    tiles: int,
     rows: int,
     columns: int,
     dtype: int,

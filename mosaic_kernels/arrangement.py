@@ -11,7 +11,7 @@ from mosaic_kernels.format import PackedWeight, bits_to_mask
 from mosaic_kernels.ops import cuda
 from mosaic_kernels.ops.select import forced
 from mosaic_kernels.semistructured import TwoOfFour, is_two_of_four
-from mosaic_kernels.tiles import TILE_DTYPES, TileBitmap
+from mosaic_kernels.tiles import TILE_DTYPES, TileBitmap, largest_of
 
 # Of the kept share from which 2:4 tiles take no more bytes than the tile bitmap's: 9/8 byte a weight, not 1/8 and 2
 # for each kept one. They need no decoding besides.
@@ -31,15 +31,14 @@ def arrange(packed: PackedWeight) -> Arrangement | None:
     keep, weight = bits_to_mask(packed.bitmask, packed.shape[1]), ops.unpack(packed)
     if packed.density >= TWO_OF_FOUR_DENSITY - _SLACK and is_two_of_four(packed.bitmask):
         return TwoOfFour(torch.ops.mosaic.pack_two_of_four(weight, keep), packed.shape, weight.dtype)
-    tiles, offsets, values = torch.ops.mosaic.pack_tiles(weight, keep)
-    return TileBitmap(tiles, offsets, values, packed.shape, packed.nnz, int(tiles[:, :, 2].max()))
+    tiles, offsets = torch.ops.mosaic.pack_tiles(weight, keep)
+    return TileBitmap(tiles, offsets, packed.shape, packed.nnz, largest_of(offsets.diff()))
 
 
 def tensors_of(arranged: Arrangement) -> tuple[Tensor, Tensor]:
     """What a layer holds as its ``weight`` (floats) and its ``bitmask``: all of the memory but a tile's offsets."""
-    if isinstance(arranged, TileBitmap):
-        return arranged.values, arranged.tiles
-    return arranged.tiles.view(arranged.dtype), arranged.tiles.new_empty(0)
+    floats = arranged.tiles if isinstance(arranged, TileBitmap) else arranged.tiles.view(arranged.dtype)
+    return floats, arranged.tiles.new_empty(0, dtype=torch.int32)
 
 
 def takes_tiles(device: torch.device) -> bool:

@@ -217,7 +217,7 @@ def _packed_kernel(layer: MosaicLinear, dtype: torch.dtype | None) -> tuple[str,
         return "none", _OFFLOADED
     op = "sparse_linear" if layer.scales is None else "sparse_linear_int8"
     if arranged is not None:
-        op = "tile_linear" if hasattr(arranged, "values") else "two_of_four_linear"
+        op = "tile_linear" if hasattr(arranged, "offsets") else "two_of_four_linear"
     try:
         backend = running(op, device)
     except MosaicError as error:

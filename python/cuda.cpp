@@ -38,18 +38,19 @@ void linear_rows(uintptr_t x, uintptr_t values, uintptr_t words, uintptr_t offse
   raise_unless_ok(cuda::linear_rows(args, {address<void>(stream), device}), "sparse_linear");
 }
 
-// (tiles, offsets, values, bias, out, out_features, largest_tile) of one weight
-using Part = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+// (tiles, offsets, bias, out, out_features, largest_step) of one weight
+using Part = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
 
 template <Status (*kRun)(const cuda::TileLinearArgs&, cuda::Launch)>
 void tile_linear(const std::vector<Part>& parts, uintptr_t x, int64_t rows, int64_t in_features, int dtype,
-                 uintptr_t workspace, int64_t workspace_bytes, int device, uintptr_t stream) {
+                 uintptr_t workspace, int64_t workspace_bytes, int device, uintptr_t stream,
+                 uintptr_t counters) {
   cuda::TileLinearArgs args = {};
   if (parts.size() > cuda::kMaxParts) throw py::value_error("a launch takes at most 4 weights");
-  for (const auto& [tiles, offsets, values, bias, out, out_features, largest_tile] : parts) {
-    args.parts[args.part_count++] = {address<void>(tiles), address<uint32_t>(offsets), address<void>(values),
-                                     address<void>(bias),  address<void>(out),         out_features,
-                                     largest_tile};
+  for (const auto& [tiles, offsets, bias, out, out_features, largest_step] : parts) {
+    args.parts[args.part_count++] = {address<void>(tiles), address<uint32_t>(offsets),
+                                     address<void>(bias),  address<void>(out),
+                                     out_features,         largest_step};
   }
   args.x = address<void>(x);
   args.rows = rows;
@@ -57,20 +58,15 @@ void tile_linear(const std::vector<Part>& parts, uintptr_t x, int64_t rows, int6
   args.dtype = DType(dtype);
   args.workspace = address<void>(workspace);
   args.workspace_bytes = workspace_bytes;
+  args.counters = address<unsigned>(counters);
   raise_unless_ok(kRun(args, {address<void>(stream), device}), "sparse_linear");
 }
 
-void expand_tiles(uintptr_t tiles, uintptr_t offsets, uintptr_t values, uintptr_t weight, int64_t rows,
-                  int64_t columns, int64_t first_row_tile, int64_t last_row_tile, int device,
-                  uintptr_t stream) {
-  const cuda::ExpandTilesArgs args{address<void>(tiles),
-                                   address<uint32_t>(offsets),
-                                   address<void>(values),
-                                   address<void>(weight),
-                                   rows,
-                                   columns,
-                                   first_row_tile,
-                                   last_row_tile};
+void expand_tiles(uintptr_t tiles, uintptr_t offsets, uintptr_t weight, int64_t rows, int64_t columns,
+                  int64_t first_row_tile, int64_t last_row_tile, int device, uintptr_t stream) {
+  const cuda::ExpandTilesArgs args{
+      address<void>(tiles), address<uint32_t>(offsets), address<void>(weight), rows, columns, first_row_tile,
+      last_row_tile};
   raise_unless_ok(cuda::expand_tiles(args, {address<void>(stream), device}), "unpack");
 }
 
@@ -96,13 +92,13 @@ void pack(uintptr_t weight, uintptr_t values, uintptr_t words, uintptr_t counts,
 }
 
 template <Status (*kRun)(const cuda::PackTilesArgs&, cuda::Launch)>
-void pack_tiles(uintptr_t weight, uintptr_t keep, uintptr_t tiles, uintptr_t offsets, uintptr_t values,
+void pack_tiles(uintptr_t weight, uintptr_t keep, uintptr_t bits, uintptr_t offsets, uintptr_t tiles,
                 int64_t rows, int64_t columns, int dtype, int device, uintptr_t stream) {
   const cuda::PackTilesArgs args{address<void>(weight),
                                  address<uint8_t>(keep),
-                                 address<uint32_t>(tiles),
+                                 address<uint32_t>(bits),
                                  address<uint32_t>(offsets),
-                                 address<void>(values),
+                                 address<void>(tiles),
                                  rows,
                                  columns,
                                  DType(dtype)};
@@ -120,12 +116,17 @@ PYBIND11_MODULE(MOSAIC_CUDA_MODULE, m) {
   using namespace mosaic;
   using namespace mosaic::python;
   m.doc() = "CUDA kernels of mosaic_kernels; call them through mosaic_kernels.ops";
+  const auto def_tile_linear = [&](const char* name, auto* function) {
+    m.def(name, function, py::arg("parts"), py::arg("x"), py::arg("rows"), py::arg("in_features"),
+          py::arg("dtype"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"),
+          py::arg("stream"), py::arg("counters") = 0);
+  };
   m.def("linear_rows", python::linear_rows);
-  m.def("linear_decode", tile_linear<cuda::linear_decode>);
-  m.def("linear_prefill", tile_linear<cuda::linear_prefill>);
+  def_tile_linear("linear_decode", tile_linear<cuda::linear_decode>);
+  def_tile_linear("linear_prefill", tile_linear<cuda::linear_prefill>);
+  def_tile_linear("linear_2to4", tile_linear<cuda::linear_2to4>);
   m.def("has_linear_prefill", cuda::has_linear_prefill);
   m.def("expand_tiles", python::expand_tiles);
-  m.def("linear_2to4", tile_linear<cuda::linear_2to4>);
   m.def("expand_2to4", python::expand_2to4);
   m.def("linear_workspace_bytes", cuda::linear_workspace_bytes);
   m.def("pack_bits", pack<cuda::pack_bits>);

@@ -164,7 +164,7 @@ def product(
     outs = [Guarded(x.new_full((len(x), weight.shape[0]), float("nan"))) for weight in weights]
     rows, work = Guarded(x), torch.zeros(gpu.module.linear_workspace_bytes(DEVICE), dtype=torch.uint8)
     parts = [
-        (t.address, 0, 0, 0 if b is None else b.address, out.address, weight.shape[0], 0)
+        (t.address, 0, 0 if b is None else b.address, out.address, weight.shape[0], 0)
         for t, b, out, weight in zip(tiles, held, outs, weights, strict=True)
     ]
     gpu.module.linear_2to4(

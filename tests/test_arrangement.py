@@ -51,7 +51,7 @@ def test_it_is_the_same_layer(shape: tuple[int, int]) -> None:
     layer = mk.MosaicLinear.from_linear(linear)
     assert layer.arranged is not None
     assert isinstance(layer.arranged, TileBitmap)
-    assert layer.weight.data_ptr() == layer.arranged.values.data_ptr()  # held once
+    assert layer.weight.data_ptr() == layer.arranged.tiles.data_ptr()  # held once
     x = torch.randn(3, 2, shape[1]).bfloat16()
     assert torch.equal(layer(x), linear(x))
     assert layer.nnz == int((linear.weight != 0).sum())

@@ -91,9 +91,7 @@ def test_tiles(columns: float) -> None:
     tiles = TileBitmap.from_dense(weight * (torch.rand(64, 128) < 0.5))
     x = torch.randn(2, 128)
     with torch.autocast("cpu", dtype=torch.float16):
-        found = torch.ops.mosaic.tile_linear(
-            x, tiles.tiles, tiles.offsets, tiles.values, None, *tiles.shape, tiles.largest_tile
-        )
+        found = torch.ops.mosaic.tile_linear(x, tiles.tiles, tiles.offsets, None, *tiles.shape, tiles.largest_step)
     assert found.dtype is torch.float16
 
 

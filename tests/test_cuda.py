@@ -99,7 +99,7 @@ def test_two_of_four_linear(rows: int, columns: int, outs: list[int], dtype: tor
     for _ in range(2):
         found = [x.new_full((rows, out), float("nan")) for out in outs]
         parts = [
-            (t.tiles.data_ptr(), 0, 0, bias.data_ptr(), result.data_ptr(), t.shape[0], 0)
+            (t.tiles.data_ptr(), 0, bias.data_ptr(), result.data_ptr(), t.shape[0], 0)
             for t, bias, result in zip(tiles, biases, found, strict=True)
         ]
         torch.cuda.synchronize()  # weights are read before the kernels ahead have ended
@@ -136,9 +136,9 @@ def launch_prefill(x: Tensor, parts: list[tuple[TileBitmap, Tensor]], found: lis
     from mosaic_kernels import _C_cuda
 
     rows = [
-        (t.tiles.data_ptr(), t.offsets.data_ptr(), t.values.data_ptr(), bias.data_ptr(), out.data_ptr(), *size)
+        (t.tiles.data_ptr(), t.offsets.data_ptr(), bias.data_ptr(), out.data_ptr(), *size)
         for (t, bias), out in zip(parts, found, strict=True)
-        for size in [(t.shape[0], t.largest_tile)]
+        for size in [(t.shape[0], t.largest_step)]
     ]
     _C_cuda.linear_prefill(
         rows, x.data_ptr(), len(x), x.shape[1], cuda.DTYPES[x.dtype], work.data_ptr(), work.numel(),
@@ -213,7 +213,7 @@ def test_tiles_expand_on_the_device(shape: tuple[int, int], dtype: torch.dtype) 
     for density in (0.0, 0.5, 1.0):
         weight = sparse(*shape, density, dtype)
         tiles, last = TileBitmap.from_dense(weight), -(-shape[0] // 64)
-        addresses = tiles.tiles.data_ptr(), tiles.offsets.data_ptr(), tiles.values.data_ptr()
+        addresses = tiles.tiles.data_ptr(), tiles.offsets.data_ptr()
         for first, end in {(0, last), (last // 2, last)}:
             out = torch.full_like(weight[64 * first :], float("nan"))
             stream = torch.cuda.current_stream(0).cuda_stream

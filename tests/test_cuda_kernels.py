@@ -15,7 +15,7 @@ import mosaic_kernels as mk
 from mosaic_kernels.errors import KernelError
 from mosaic_kernels.format import RowIndex
 from mosaic_kernels.ops import reference
-from mosaic_kernels.tiles import TileBitmap
+from mosaic_kernels.tiles import GROUP, HEAD_UNITS, TILE_WORDS, TileBitmap, offsets_of, step_counts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -62,10 +62,10 @@ def tile_linear(gpu: Gpu, name: str, x: Tensor, parts: Sequence[Part], work: Gua
     work, arguments, kept, outs = work or workspace(gpu), [], [], []
     for weight, bias in parts:
         tiles = TileBitmap.from_dense(weight)
-        memory = [Guarded(t) for t in (tiles.tiles, tiles.offsets, tiles.values, *([] if bias is None else [bias]))]
+        memory = [Guarded(t) for t in (tiles.tiles, tiles.offsets, *([] if bias is None else [bias]))]
         out = unwritten(len(x), len(weight), x.dtype)
         addresses = [t.address for t in memory] + [0] * (bias is None)
-        arguments.append((*addresses, out.address, len(weight), tiles.largest_tile))
+        arguments.append((*addresses, out.address, len(weight), tiles.largest_step))
         kept.append(memory)
         outs.append(out)
     given = Guarded(x)
@@ -174,7 +174,7 @@ def test_what_a_decode_launch_refuses(gpu: Gpu) -> None:
     with pytest.raises(KernelError, match="1 to 4 weights"):
         linear_decode(gpu, x, [])
     with pytest.raises(KernelError, match="bf16 and fp16"):
-        gpu.module.linear_decode([(0, 0, 0, 0, 0, 64, 1)], 0, 1, 64, 0, 0, 1 << 40, DEVICE, 0)
+        gpu.module.linear_decode([(0, 0, 0, 0, 64, 1)], 0, 1, 64, 0, 0, 1 << 40, DEVICE, 0)
     with pytest.raises(KernelError, match="workspace is too small"):
         linear_decode(gpu, x, [(weight, None)], Guarded(torch.zeros(16, dtype=torch.uint8)))
     gpu.limits(shared_bytes=8 * 1024)
@@ -221,14 +221,14 @@ def test_pack_tiles(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int], masked
         keep = torch.rand(shape) < 0.5 if masked else None  # zeros that are kept are stored
         expected = TileBitmap.from_dense(dense, keep)
         weight, mask = Guarded(dense), Guarded(torch.empty(0, dtype=torch.bool) if keep is None else keep)
-        tiles, offsets = Guarded(torch.full_like(expected.tiles, -1)), Guarded(expected.offsets)
-        values = Guarded(torch.full_like(expected.values, float("nan")))
-        source = (weight.address, 0 if keep is None else mask.address, tiles.address)
+        bits = Guarded(torch.full((*step_counts(*shape), GROUP, TILE_WORDS), -1, dtype=torch.int32))
+        offsets, tiles = Guarded(expected.offsets), Guarded(torch.full_like(expected.tiles, float("nan")))
+        source = (weight.address, 0 if keep is None else mask.address, bits.address)
         sizes = (rows, columns, CODES[dtype], DEVICE, 0)
         gpu.module.pack_tile_bits(*source, 0, 0, *sizes)
-        assert torch.equal(tiles.read(), expected.tiles)
-        gpu.module.pack_tile_values(*source, offsets.address, values.address, *sizes)
-        assert torch.equal(values.read(), expected.values)
+        assert torch.equal(offsets_of(bits.read()[..., 2].sum(-1).view(-1) + HEAD_UNITS), expected.offsets)
+        gpu.module.pack_tile_values(*source, offsets.address, tiles.address, *sizes)
+        assert torch.equal(tiles.read().view(torch.int16), expected.tiles.view(torch.int16))
 
 
 def test_devices_are_found(gpu: Gpu) -> None:

@@ -26,7 +26,7 @@ def _as_it_was(gpu: Gpu) -> None:
 
 def expand(gpu: Gpu, weight: Tensor, first: int, last: int) -> Tensor:
     tiles = TileBitmap.from_dense(weight)
-    memory = [Guarded(t) for t in (tiles.tiles, tiles.offsets, tiles.values)]
+    memory = [Guarded(t) for t in (tiles.tiles, tiles.offsets)]
     rows, columns = weight.shape
     out = unwritten(min(rows, last * TILE) - first * TILE, columns, weight.dtype)
     gpu.module.expand_tiles(*[t.address for t in memory], out.address, rows, columns, first, last, DEVICE, 0)
@@ -52,7 +52,7 @@ def test_expansion_of_some_row_tiles(gpu: Gpu) -> None:
 def test_expansion_names_row_tiles_that_are_not_there(gpu: Gpu) -> None:
     for first, last in [(-1, 1), (0, 2)]:
         with pytest.raises(KernelError, match="no such row tiles"):
-            gpu.module.expand_tiles(0, 0, 0, 0, 64, 64, first, last, DEVICE, 0)
+            gpu.module.expand_tiles(0, 0, 0, 64, 64, first, last, DEVICE, 0)
 
 
 def prefill(gpu: Gpu, x: Tensor, parts: Sequence[Part], work: Guarded | None = None) -> list[Tensor]:
@@ -147,7 +147,7 @@ def test_long_rows_are_sliced_where_block_tiles_are_few(
 
 def test_what_it_refuses(gpu: Gpu) -> None:
     work, x = workspace(gpu), Guarded(torch.zeros(65, 12, dtype=torch.bfloat16))
-    arguments = ([(0, 0, 0, 0, 0, 0, 0)], x.address, 65, 12, CODES[torch.bfloat16], work.address, work.like.numel())
+    arguments = ([(0, 0, 0, 0, 0, 0)], x.address, 65, 12, CODES[torch.bfloat16], work.address, work.like.numel())
     if gpu.arch == 90:
         with pytest.raises(KernelError, match="multiples of 16 bytes"):
             gpu.module.linear_prefill(*arguments, DEVICE, 0)

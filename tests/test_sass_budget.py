@@ -100,38 +100,64 @@ def test_a_line_without_a_kernel_is_noticed() -> None:
     assert budget.over_budget([], PLAN) == ["no kernel is called 'a.cu: stream<*, 8>' any more"]
 
 
+# A consumer whose work lies behind a jump, a wait that fails and a warp that diverged, which are no part of a turn,
+# a loop over lanes of one turn; and a producer whose first copies wait for nothing.
 SASS = """
 \t.section\t.text._Zother,"ax",@progbits
         /*0000*/                   HMMA.16816.F32 R0, R4, R8, R0 ;
+        /*0010*/                   UBLKCP.S.G [UR14], [UR12], UR4 ;
 \t.section\t.text._Zmine,"ax",@progbits
         /*0000*/                   POPC R1, R2 ;
+        /*0008*/              @P2 BRA `(.L_x_5) ;
 .L_x_1:
         /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R56+URZ], R17 ;
         /*0020*/              @!P0 BRA `(.L_x_9) ;
+.L_x_2:
         /*0030*/                   LDS R18, [R18+0xd80] ;
         /*0040*/                   POPC R19, R18 ;
+        /*0048*/                   BRA.DIV UR4, `(.L_x_8) ;
         /*0050*/                   NOP ;
         /*0060*/                   HMMA.16816.F32.BF16 R20, R24, R16, R20 ;
         /*0070*/               @P1 LDS.U16 R2, [R3] ;
         /*0080*/                   HMMA.16816.F32.BF16 R20, R24, R18, R20 ;
         /*0090*/             @!UP0 UIADD3 UR4, UR4, 0x1, URZ ;
         /*00a0*/              @!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R56+URZ+0x50], RZ ;
+        /*00a8*/              @P1 BRA P0, `(.L_x_3) ;
         /*00b0*/                   POPC R1, R2 ;
+        /*00b8*/                   POPC R1, R2 ;
+.L_x_3:
+        /*00c0*/              @!P0 BRA `(.L_x_1) ;
+        /*00d0*/                   EXIT ;
+.L_x_5:
+        /*00e0*/                   UBLKCP.S.G [UR14], [UR12], UR4 ;
+        /*00f0*/               @P2 BRA `(.L_x_5) ;
+.L_x_6:
+        /*0100*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R56+URZ], R17 ;
+        /*0110*/                   PRMT R24, R33, R21, R34 ;
+.L_x_7:
+        /*0120*/                   UBLKCP.S.G [UR14], [UR12], UR4 ;
+        /*0130*/               @P2 BRA.U.ANY `(.L_x_7) ;
+        /*0140*/              @!P0 BRA `(.L_x_6) ;
+        /*0150*/                   EXIT ;
+.L_x_8:
+        /*0160*/                   BRA `(.L_x_3) ;
+.L_x_9:
+        /*0170*/                   BRA `(.L_x_2) ;
 """
 
 
-def test_counts_a_strip() -> None:
-    found = budget.strip_of(budget.function(SASS, "_Zmine"))
-    assert found == budget.Strip(step=9, decode=4, popc=1)
+def test_counts_the_turns_of_both_loops() -> None:
+    found = budget.loops_of(budget.function(SASS, "_Zmine"))
+    assert found == budget.Loops(step=12, decode=5, popc=1, lds=2, prmt=0, lop3=0, producer=5)
 
 
-def test_a_strip_that_is_not_there_is_an_error() -> None:
+def test_loops_that_are_not_there_are_errors() -> None:
     with pytest.raises(ValueError, match="no code of _Zgone"):
         budget.function(SASS, "_Zgone")
-    with pytest.raises(ValueError, match="no wait before"):
-        budget.strip_of(budget.function(SASS, "_Zother"))
+    with pytest.raises(ValueError, match="no loop with a wait and HMMA"):
+        budget.loops_of(budget.function(SASS, "_Zother"))
     with pytest.raises(ValueError, match="no HMMA"):
-        budget.strip_of("        /*0000*/                   POPC R1, R2 ;")
+        budget.loops_of("        /*0000*/                   POPC R1, R2 ;")
 
 
 def test_every_line_of_the_budget_names_a_file_that_is_there() -> None:

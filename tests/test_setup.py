@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_kernels.cuda_toolkit import architectures, choose, find_gpu, find_nvcc, why_not_built
+from mosaic_kernels.cuda_toolkit import (
+    ALL_ARCHS,
+    Toolkit,
+    architectures,
+    choose,
+    find_gpu,
+    find_nvcc,
+    read_toolkit,
+    why_not_built,
+)
 
 ROOT = Path(__file__).parents[1]
 GPU, NVCC, HERE, ALL = "/dev/nvidia0", "/usr/bin/nvcc", "90", "80;86;89;90"
@@ -109,6 +118,52 @@ def test_a_gpu_is_seen_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_code_for_the_gpus_that_are_here(capabilities: str, archs: str) -> None:
     assert architectures(capabilities) == archs
+
+
+def nvcc_that_says(folder: Path, version: str, archs: str) -> str:
+    path = folder / "nvcc"
+    path.write_text(
+        f"#!/bin/sh\ncase $1 in\n--version) echo 'Cuda compilation tools, release {version}, V{version}.1';;\n"
+        f"--list-gpu-arch) echo '{archs}';;\nesac\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "version", "archs"),
+    [
+        ("compute_80\ncompute_90\ncompute_100\ncompute_120\ncompute_121", (13, 0), (*ALL_ARCHS, 100, 120)),
+        ("compute_80\ncompute_90\ncompute_100a", (12, 8), ALL_ARCHS),
+    ],
+)
+def test_a_toolkit_says_which_later_gpus_it_knows(
+    tmp_path: Path, said: str, version: tuple[int, int], archs: tuple[int, ...]
+) -> None:
+    found = read_toolkit(nvcc_that_says(tmp_path, ".".join(map(str, version)), said))
+    assert found == Toolkit(version, archs)
+    assert choose({"MOSAIC_CUDA": "on"}, None, NVCC, HERE, found).archs == ";".join(map(str, archs))
+
+
+def test_a_later_gpu_takes_code_of_its_own_or_ptx() -> None:
+    assert architectures("12.0\n9.0\n", (*ALL_ARCHS, 100, 120)) == "90;120"
+    assert architectures("12.0\n", ALL_ARCHS) == ALL
+
+
+def test_an_nvcc_that_cannot_be_asked() -> None:
+    assert read_toolkit(None) == read_toolkit("/nowhere/nvcc") == Toolkit(None, ALL_ARCHS)
+
+
+def test_a_toolkit_that_is_too_old_is_refused(tmp_path: Path) -> None:
+    nvcc = nvcc_that_says(tmp_path, "12.4", "compute_90")
+    old = read_toolkit(nvcc)
+    for environment in ({"MOSAIC_CUDA": "on"}, {"MOSAIC_CUDA_ARCHS": "90"}):
+        error = choose(environment, GPU, nvcc, HERE, old).error or ""
+        assert f"{nvcc} is of CUDA 12.4, and the kernels need 12.5 or later" in error
+    found = choose({}, GPU, nvcc, HERE, old)
+    assert not found.build
+    assert "12.5 or later" in found.why
+    assert choose({"MOSAIC_CUDA": "on"}, GPU, nvcc, HERE, Toolkit((12, 5))).build
 
 
 def test_where_nvcc_is_looked_for(tmp_path: Path) -> None:

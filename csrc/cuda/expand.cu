@@ -13,7 +13,7 @@ constexpr int kStripValues = kStripRows * kTileColumns;
 constexpr int kRowStride = kTileColumns * 2 + 16;  // bytes; 8 rows at 16 bytes of skew lie in different banks
 constexpr int kStripBytes = kStripRows * kRowStride;
 constexpr int kWarpBytes = kAreaBytes + kStripBytes;
-static_assert(kStripBytes >= kStripValues * 2, "a strip's values have room, too");
+static_assert(kStripBytes >= kStripValues * 2 + kWalkSlack, "a strip's values have room, too");
 
 __global__ void __launch_bounds__(kStrips* kWarpLanes) expand_tile(const ExpandTilesArgs a) {
   const int strip = static_cast<int>(threadIdx.x) / kWarpLanes,
@@ -22,12 +22,17 @@ __global__ void __launch_bounds__(kStrips* kWarpLanes) expand_tile(const ExpandT
   unsigned char* dense = area + kAreaBytes;
   const int64_t across = column_tiles(a.columns), tile = a.first_row_tile * across + blockIdx.x;
 
-  const uint32_t* header = static_cast<const uint32_t*>(a.tiles) + tile * kTileWords;
+  const int64_t row_tile = tile / across;
+  const int in_step = static_cast<int>(row_tile % kGroup);
+  const uint4* step =
+      static_cast<const uint4*>(a.tiles) + a.offsets[row_tile / kGroup * across + tile % across];
+  const uint32_t* header = reinterpret_cast<const uint32_t*>(step) + in_step * kTileWords;
   const uint32_t word = strip_words(header, strip)[lane];
   const int first = strip_unit(header, strip);
-  const int units =
-      (strip + 1 < kStrips ? strip_unit(header, strip + 1) : static_cast<int>(header[2])) - first;
-  const uint4* values = static_cast<const uint4*>(a.values) + a.offsets[tile] + first;
+  const int units = (strip + 1 < kStrips ? strip_unit(header, strip + 1)
+                                         : strip_unit(header, 0) + static_cast<int>(header[2])) -
+                    first;
+  const uint4* values = step + kStepHeadUnits + first;
   constexpr int kMostUnits = kStripValues / kUnitValues / kWarpLanes;  // of a lane
   uint4 unit[kMostUnits];
 #pragma unroll
@@ -43,7 +48,7 @@ __global__ void __launch_bounds__(kStrips* kWarpLanes) expand_tile(const ExpandT
   walk.begin(word, shared_address(dense));
   uint32_t weights[kSlots];
 #pragma unroll
-  for (int slot = 0; slot < kSlots; ++slot) weights[slot] = walk.slot(slot);
+  for (int slot = 0; slot < kSlots; slot += 2) walk.two_slots(slot, weights[slot], weights[slot + 1]);
   __syncwarp();
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -52,7 +57,7 @@ __global__ void __launch_bounds__(kStrips* kWarpLanes) expand_tile(const ExpandT
   }
   __syncwarp();
 
-  const int64_t row_tile = tile / across, first_column = tile % across * kTileColumns;
+  const int64_t first_column = tile % across * kTileColumns;
   const int64_t rows = a.rows - row_tile * kTileRows - strip * kStripRows, columns = a.columns - first_column;
   uint16_t* out = static_cast<uint16_t*>(a.weight) +
                   ((row_tile - a.first_row_tile) * kTileRows + strip * kStripRows) * a.columns + first_column;

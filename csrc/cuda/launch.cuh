@@ -101,6 +101,22 @@ Status launch(const Shape& shape, Launch where, const Args&... args) {
       if (kept) allowed[where.device].store(shape.shared_bytes, std::memory_order_relaxed);
     }
   }
+  if (shape.overlaps) {
+    // As much shared memory as there is, so that blocks of the next kernel find room beside these; else the
+    // driver may set the multiprocessor for one kernel's needs alone and wait until it is empty to change
+    // that.
+    static std::atomic<bool> carved[kMaxDevices];
+    const bool kept = where.device >= 0 && where.device < kMaxDevices;
+    if (!kept || !carved[where.device].load(std::memory_order_relaxed)) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+      if (error != cudaSuccess) {
+        cudaGetLastError();
+        return status_of(error);
+      }
+      if (kept) carved[where.device].store(true, std::memory_order_relaxed);
+    }
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));

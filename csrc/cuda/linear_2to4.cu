@@ -11,13 +11,12 @@ namespace {
 
 struct TwoOfFour {
   static constexpr int kTileBytes = kTwoOfFourTileBytes;
-  static constexpr bool kHasValues = false;
 
   // sums += strip . x^T
   template <typename T, int kBlocks>
-  static __device__ __forceinline__ void multiply(float (&sums)[kBlocks][4], uint32_t tile, uint32_t,
-                                                  uint32_t x, uint32_t, int strip, int lane) {
-    const uint32_t words = tile + 4 * kTwoOfFourStripWords * strip;
+  static __device__ __forceinline__ void multiply(float (&sums)[kBlocks][4], uint32_t tiles, uint32_t x,
+                                                  uint32_t, int warp, int lane) {
+    const uint32_t words = tiles + 4 * kTwoOfFourStripWords * warp;
     const uint32_t indices = load_shared_u32(words + 4 * (kTwoOfFourValueWords + lane));
     multiply_step<T, kBlocks, 0>(sums, words, x, indices, lane);
     multiply_step<T, kBlocks, 1>(sums, words, x, indices, lane);

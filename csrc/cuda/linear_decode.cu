@@ -1,24 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tile bitmap times 1 to 64 rows of x: stream.cuh's walk with weights that are decoded on their way into
-// the tensor cores.
+// the tensor cores. Instructions bound it (by accounting; not measured): a consumer's turn for one strip and
+// 8 rows of x, 1024 weights, takes (nvcc 13.0, sm_90; .ci/sass_budget.py counts them)
+//
+//                              all   LDS   LOP3   PRMT   POPC   producer, for 8192 weights
+//     predicated loads         258    52     50     16     17   105, more in loops over lanes
+//     loads and permutation    218    44     34     16     17   60
 #include "cuda/stream.cuh"
 
 namespace mosaic::cuda {
 namespace {
 
-struct Bitmap : BitmapTiles {
+struct Bitmap {
+  static constexpr int kTileBytes = 0;  // steps of many sizes, each in one piece
+
   // sums += strip . x^T; `area` is kAreaBytes of this warp's own.
   template <typename T, int kBlocks>
-  static __device__ __forceinline__ void multiply(float (&sums)[kBlocks][4], uint32_t tile, uint32_t values,
-                                                  uint32_t x, uint32_t area, int strip, int lane) {
+  static __device__ __forceinline__ void multiply(float (&sums)[kBlocks][4], uint32_t step_of_weights,
+                                                  uint32_t x, uint32_t area, int warp, int lane) {
     const StripWalk walk(area, lane);
-    walk.begin(tile, values, strip);
+    walk.begin(step_of_weights + warp / kStrips * mosaic::kTileBytes, step_of_weights + kStepHeadBytes,
+               warp % kStrips);
     uint32_t b[4];
 #pragma unroll
     for (int step = 0; step < kTileColumns / 16; ++step) {
       uint32_t weights[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) weights[r] = walk.slot(4 * step + r);
+      walk.two_slots(4 * step, weights[0], weights[1]);
+      walk.two_slots(4 * step + 2, weights[2], weights[3]);
       // One block of 8 rows: a load brings x of two steps; more: of two blocks.
       if constexpr (kBlocks == 1) {
         if (step % 2 == 0) load_matrices(b, x + (lane % 8) * kXStride + 32 * step + 16 * (lane / 8));

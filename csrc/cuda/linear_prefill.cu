@@ -87,7 +87,7 @@ Plan plan_tiles(int tile_rows, int64_t groups, int64_t rows, int64_t steps, int6
 template <typename T, int kRows>
 Status launch_prefill(PrefillArgs& a, DType dtype, const TileLinearArgs& given, Launch where) {
   const DeviceLimits limits = device_limits(where.device);
-  const int stage = Ring<kRows>::kXBytes + kWeightBytes + kGroup * a.tile_value_bytes;
+  const int stage = Ring<kRows>::kXBytes + a.weight_bytes;
   const int fixed = kStagesAt + kAlignment;
   a.stages = std::min(kMaxStages, (limits.shared_bytes - 1024 - fixed) / stage);
   if (a.stages < 2) return invalid("this device's shared memory is too small for two steps");
@@ -131,7 +131,7 @@ Status linear_prefill(const TileLinearArgs& given, Launch where) {
   a.rows = static_cast<int>(given.rows);
   a.groups = static_cast<int>(size.groups);
   a.slices = chosen.slices;
-  a.tile_value_bytes = static_cast<int>(size.largest_tile) * 16;
+  a.weight_bytes = static_cast<int>(size.largest_step) * 16 + kWalkSlack;
   if (a.slices > 1)
     a.partials = reinterpret_cast<float*>(static_cast<char*>(given.workspace) + kArrivalBytes);
   return with_half_type(given.dtype, [&](auto element) {

@@ -10,8 +10,6 @@ namespace mosaic::cuda {
 constexpr int64_t kMaxGroups = 16384;  // of 128 output features
 constexpr int64_t kArrivalBytes = kMaxGroups * 4;
 
-constexpr int kGroup = 2;  // tiles of 64 x 64, one under the other, that a block reads at once
-
 struct ListedPart {
   TilePart part;
   int first_group;
@@ -45,99 +43,99 @@ __device__ __forceinline__ StepTiles tiles_of(const PartList& list, int group, i
           row * list.column_steps + column_step};
 }
 
-// Where a step's values begin and how long they are. Producers fetch them 32 steps at a time, a step a lane,
-// and one such batch ahead: a step alone would wait for memory.
-struct ValueRanges {
-  uint32_t first[kGroup], end[kGroup];
-};
-
-__device__ __forceinline__ ValueRanges fetch_ranges(const PartList& list, int group, int column_step) {
-  ValueRanges r = {};
-  const StepTiles tiles = tiles_of(list, group, column_step);
-#pragma unroll
-  for (int t = 0; t < kGroup; ++t) {
-    if (t < tiles.count) {
-      const uint32_t* offset =
-          tiles.part->offsets + tiles.first + static_cast<int64_t>(t) * list.column_steps;
-      r.first[t] = offset[0];
-      r.end[t] = offset[1];
-    }
-  }
-  return r;
-}
-
-// What each lane of a producer warp copies of a step, whose bytes have as little time as some hundred of its
-// instructions: nothing is worked out anew that the step before had, and one instruction makes all bulk
-// copies. Lane 2 t takes tile t of the group and lane 2 t + 1 its values; each announces its own at the
-// barrier.
-template <typename Format>
-struct WeightCopies {
-  static constexpr int kLanes = 2 * kGroup;
-  static constexpr int kTiles = kGroup * Format::kTileBytes;  // of a stage; values lie behind
+// Two tiles of a fixed size at a step, which do not lie together: a copy each.
+template <int kBytes>
+struct TileCopies {
+  static constexpr bool kRunsOn = false;  // tiles of the next group lie elsewhere
 
   int lane, tiles = 0;
-  const char* own = nullptr;  // the lane's tile at the next step; or the weight's values
-  ValueRanges now = {};       // of 32 steps, a lane each
+  const char* own = nullptr;  // the first tile of the next step
+  int64_t below = 0;          // bytes from there to the tile below it
 
-  __device__ explicit WeightCopies(int lane_) : lane(lane_) {}
-  __device__ bool takes_values() const { return lane % 2 != 0; }
+  __device__ explicit TileCopies(int lane_) : lane(lane_) {}
 
-  __device__ void enter_group(const PartList& list, int group, int column_step) {
+  __device__ void enter(const PartList& list, int group, int column_step) {
     const StepTiles found = tiles_of(list, group, column_step);
     tiles = found.count;
-    own = static_cast<const char*>(takes_values() ? found.part->values : found.part->tiles);
-    if (!takes_values() && lane / 2 < tiles)
-      own += (found.first + static_cast<int64_t>(lane / 2) * list.column_steps) * Format::kTileBytes;
+    own = static_cast<const char*>(found.part->tiles) + found.first * kBytes;
+    below = static_cast<int64_t>(list.column_steps) * kBytes;
   }
 
-  __device__ void next_step() {
-    if (!takes_values()) own += Format::kTileBytes;
-  }
-
-  // Copies the step whose ranges lane `batch_lane` has.
-  __device__ void copy(uint32_t stage, int tile_value_bytes, int batch_lane, uint32_t barrier) const {
-    const int tile = lane / 2;
-    uint32_t to = stage + tile * Format::kTileBytes;
-    uint32_t bytes = takes_values() ? 0 : Format::kTileBytes;
-    const char* from = own;
-    if constexpr (Format::kHasValues) {
-#pragma unroll
-      for (int t = 0; t < kGroup; ++t) {
-        const uint32_t begin = __shfl_sync(kFullWarp, now.first[t], batch_lane);
-        const uint32_t end = __shfl_sync(kFullWarp, now.end[t], batch_lane);
-        if (lane == 2 * t + 1) {
-          to = stage + kTiles + t * tile_value_bytes;
-          from += 16 * static_cast<int64_t>(begin);
-          bytes = 16 * (end - begin);
-        }
-      }
-    }
-    if (tile >= tiles) bytes = 0;
+  // Copies the next step, which is the block's number `i`.
+  __device__ void copy(uint32_t to, uint32_t, uint32_t barrier) {
     if constexpr (kBulkCopies) {
-      if (lane < kLanes) {
-        barrier_arrive_expect(barrier, bytes);
-        if (bytes > 0) copy_bulk(to, from, bytes, barrier);
-      }
+      arrive_and_copy_elected(to, own, kBytes, barrier, tiles * kBytes);
+      if (tiles == kGroup) copy_bulk_elected(to + kBytes, own + below, kBytes, barrier);
     } else {
-      for (int piece = 0; piece < kLanes; ++piece) {
-        const uint32_t size = __shfl_sync(kFullWarp, bytes, piece), start = __shfl_sync(kFullWarp, to, piece);
-        const auto source = __shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(from), piece);
-        for (uint32_t at = 16u * lane; at < size; at += 16u * kWarpLanes)
-          copy_16(start + at, reinterpret_cast<const char*>(source) + at);
+      for (int t = 0; t < tiles; ++t) {
+        for (uint32_t at = 16u * lane; at < kBytes; at += 16u * kWarpLanes)
+          copy_16(to + t * kBytes + at, own + t * below + at);
       }
     }
+    own += kBytes;
+  }
+};
+static_assert(kGroup == 2, "TileCopies makes two copies");
+
+// Where the tile bitmap says in which unit a step begins; behind that, where it ends.
+__device__ __forceinline__ const uint32_t* offset_of(const PartList& list, int group, int column_step) {
+  const ListedPart& found = part_of(list, group);
+  return found.part.offsets + static_cast<int64_t>(group - found.first_group) * list.column_steps +
+         column_step;
+}
+
+// A step of the tile bitmap is one stretch of memory and one copy, which one lane starts. How long each is
+// has to be fetched: 32 steps at a time, a step a lane, and one such batch ahead, since one alone would wait
+// for memory. `Steps` says which steps those are: steps(i) is where the length of the block's step i lies, or
+// nullptr.
+template <typename Steps>
+struct StepCopies {
+  static constexpr bool kRunsOn = true;  // a weight's steps follow each other in memory
+
+  Steps steps;
+  int lane;
+  const char* from = nullptr;  // of the next step
+  uint32_t now = 0, ahead = 0;
+
+  __device__ StepCopies(const Steps& steps_, int lane_)
+      : steps(steps_), lane(lane_), ahead(units_at(lane_)) {}
+
+  __device__ uint32_t units_at(int64_t i) const {
+    const uint32_t* offset = steps(i);
+    return offset ? __ldg(offset + 1) - __ldg(offset) : 0;
+  }
+
+  __device__ void enter(const PartList& list, int group, int column_step) {
+    from = static_cast<const char*>(part_of(list, group).part.tiles) +
+           16 * static_cast<int64_t>(*offset_of(list, group, column_step));
+  }
+
+  __device__ void copy(uint32_t to, uint32_t i, uint32_t barrier) {
+    const uint32_t batch_lane = i % kWarpLanes;
+    if (batch_lane == 0) {
+      now = ahead;
+      ahead = units_at(static_cast<int64_t>(i) + kWarpLanes + lane);
+    }
+    const uint32_t bytes = 16 * __shfl_sync(kFullWarp, now, static_cast<int>(batch_lane));
+    if constexpr (kBulkCopies) {
+      arrive_and_copy_elected(to, from, bytes, barrier, bytes);
+    } else {
+      for (uint32_t at = 16u * lane; at < bytes; at += 16u * kWarpLanes) copy_16(to + at, from + at);
+    }
+    from += bytes;
   }
 };
 
-// The tile bitmap as a Format.
-struct BitmapTiles {
-  static constexpr int kTileBytes = mosaic::kTileBytes;
-  static constexpr bool kHasValues = true;
-};
+// The group behind the last one of `group`'s weight.
+__device__ __forceinline__ int end_of_part(const PartList& list, int group) {
+  int p = 1;
+  while (p < list.count && group >= list.parts[p].first_group) ++p;
+  return p < list.count ? list.parts[p].first_group : INT32_MAX;
+}
 
-// How many groups of rows the weights have, and the units of their largest tile.
+// How many groups of rows the weights have, and the units of their largest step.
 struct ListSize {
-  int64_t groups, largest_tile;
+  int64_t groups, largest_step;
 };
 
 // Checks what every kernel for tiles asks of its arguments.
@@ -151,8 +149,8 @@ inline Status list_parts(const TileLinearArgs& a, PartList& list, ListSize& size
   size = {0, 0};
   for (int p = 0; p < a.part_count; ++p) {
     list.parts[p] = {a.parts[p], static_cast<int>(size.groups)};
-    size.groups += (row_tiles(a.parts[p].out_features) + kGroup - 1) / kGroup;
-    size.largest_tile = std::max(size.largest_tile, a.parts[p].largest_tile);
+    size.groups += row_groups(a.parts[p].out_features);
+    size.largest_step = std::max(size.largest_step, a.parts[p].largest_step);
   }
   if (size.groups > 0 && a.in_features == 0) return invalid("a weight without columns has no steps");
   return {};

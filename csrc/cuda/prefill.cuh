@@ -58,8 +58,8 @@ struct PrefillArgs {
   int x_tiles;
   int slices;
   int stages;
-  int tile_value_bytes;  // room for one tile's values
-  int tile_rows;         // of x, of a block tile
+  int weight_bytes;  // room for a step's weights
+  int tile_rows;     // of x, of a block tile
   // [slices][groups][x_tiles][kConsumerWarps][tile_rows / 2 sums][lanes]; nullptr: one slice, which writes
   // the output
   float* partials;
@@ -108,7 +108,7 @@ struct Ring {
   static constexpr int kXBytes = kRows * kXRowBytes;
 
   __device__ Ring(const PrefillArgs& a, uint32_t memory_)
-      : memory(memory_), stages(a.stages), weight_bytes(kWeightBytes + kGroup * a.tile_value_bytes) {}
+      : memory(memory_), stages(a.stages), weight_bytes(a.weight_bytes) {}
 
   __device__ uint32_t full(int s) const { return memory + 8 * s; }
   __device__ uint32_t empty(int s) const { return memory + 8 * (kMaxStages + s); }
@@ -123,7 +123,7 @@ struct Ring {
 };
 
 // One warp copies all steps of all items: its first lanes the weights, the next one x.
-constexpr int kXLane = WeightCopies<BitmapTiles>::kLanes;
+constexpr int kXLane = 1;
 
 template <int kRows>
 __device__ void produce(const PrefillArgs& a, uint32_t memory, int lane) {
@@ -132,25 +132,19 @@ __device__ void produce(const PrefillArgs& a, uint32_t memory, int lane) {
   const auto block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   // All items of a block have as many steps: it has one alone where there are slices.
   const int item_steps = item_at<kRows>(a, block).steps;
-  const auto ranges_at = [&](int64_t step) -> ValueRanges {
-    const int64_t number = block + step / item_steps * blocks;
-    if (number >= items) return {};
+  const auto steps = [&](int64_t i) -> const uint32_t* {
+    const int64_t number = block + i / item_steps * blocks;
+    if (number >= items) return nullptr;
     const Item item = item_at<kRows>(a, static_cast<int>(number));
-    return fetch_ranges(a.list, item.group, item.first_step + static_cast<int>(step % item_steps));
+    return offset_of(a.list, item.group, item.first_step + static_cast<int>(i % item_steps));
   };
-  WeightCopies<BitmapTiles> weights(lane);
-  ValueRanges ahead = ranges_at(lane);
+  StepCopies<decltype(steps)> weights(steps, lane);
   int64_t done = 0;
   wait_for_previous_kernel();
   for (int number = block; number < items; number += blocks) {
     const Item item = item_at<kRows>(a, number);
-    weights.enter_group(a.list, item.group, item.first_step);
+    weights.enter(a.list, item.group, item.first_step);
     for (int step = item.first_step; step < item.first_step + item.steps; ++step, ++done) {
-      const int batch_lane = static_cast<int>(done % kWarpLanes);
-      if (batch_lane == 0) {
-        weights.now = ahead;
-        ahead = ranges_at(done + kWarpLanes + lane);
-      }
       const uint32_t full = ring.full(ring.stage);
       if (done >= a.stages) barrier_wait(ring.empty(ring.stage), ring.parity ^ 1);
       if (lane == kXLane) {
@@ -158,8 +152,7 @@ __device__ void produce(const PrefillArgs& a, uint32_t memory, int lane) {
         copy_box(ring.x(), a.x, item.x_row, step * kTileColumns, full);
       }
       __syncwarp();
-      weights.copy(ring.weights(), a.tile_value_bytes, batch_lane, full);
-      weights.next_step();
+      weights.copy(ring.weights(), static_cast<uint32_t>(done), full);
       ring.advance();
     }
   }
@@ -168,7 +161,7 @@ __device__ void produce(const PrefillArgs& a, uint32_t memory, int lane) {
 // Half a tile's weights of this warp's strip, as two operands A.
 __device__ __forceinline__ void decode_half(uint32_t (&a)[kHalfSlots], const StripWalk& walk, int half) {
 #pragma unroll
-  for (int i = 0; i < kHalfSlots; ++i) a[i] = walk.slot(kHalfSlots * half + i);
+  for (int i = 0; i < kHalfSlots; i += 2) walk.two_slots(kHalfSlots * half + i, a[i], a[i + 1]);
 }
 
 // Starts sums += A . x^T for half a tile, as a group of its own.
@@ -271,7 +264,7 @@ __device__ void consume(const PrefillArgs& a, unsigned char* shared, int warp, i
   const auto begin_tile = [&] {
     barrier_wait(ring.full(ring.stage), ring.parity);
     const uint32_t weights = ring.weights();
-    walk.begin(weights + tile * kTileBytes, weights + kWeightBytes + tile * a.tile_value_bytes, strip);
+    walk.begin(weights + tile * kTileBytes, weights + kStepHeadBytes, strip);
   };
   const auto release = [&](int stage) {
     if (lane == 0) barrier_arrive(ring.empty(stage));

@@ -39,9 +39,10 @@ __device__ __forceinline__ uint32_t load_shared_u32(uint32_t address) {
   return v;
 }
 
-__device__ __forceinline__ uint2 load_shared_u64(uint32_t address) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+// 16 bits, with zeros above them; into 32, because a 16-bit register would cost a conversion.
+__device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
 }
 
@@ -61,20 +62,12 @@ __device__ __forceinline__ void store_shared_zero_16(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
 
-// Two neighbouring 16-bit values of which only those whose bit of `flags` is set are stored, from `address`
-// on; zero for the others. In one block, because a 16-bit register would cost a conversion for each load.
-__device__ __forceinline__ uint32_t load_shared_kept_pair(uint32_t address, uint32_t flags,
-                                                          uint32_t first_bit, uint32_t second_bit) {
+// Four bytes of the eight of high:low, each chosen by 4 bits of the lower half of `selector`, whose third is
+// zero.
+// __byte_perm would clear those bits first.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t v;
-  asm volatile(
-      "{\n .reg .pred p, q;\n .reg .b32 low, high, at, bits;\n"
-      " and.b32 bits, %2, %3;\n setp.ne.u32 p, bits, 0;\n"
-      " and.b32 bits, %2, %4;\n setp.ne.u32 q, bits, 0;\n"
-      " mov.b32 low, 0;\n mov.b32 high, 0;\n mov.b32 at, %1;\n"
-      " @p ld.shared.u16 low, [at];\n @p add.u32 at, at, 2;\n @q ld.shared.u16 high, [at];\n"
-      " prmt.b32 %0, low, high, 0x5410;\n}"
-      : "=r"(v)
-      : "r"(address), "r"(flags), "r"(first_bit), "r"(second_bit));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(selector));
   return v;
 }
 
@@ -140,6 +133,34 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
+// The same by one lane of a whole warp. In one block with the election, so that the assembler knows that one
+// lane alone is there and makes no loop over lanes.
+__device__ __forceinline__ void copy_bulk_elected(uint32_t to, const void* from, uint32_t bytes,
+                                                  uint32_t barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n .reg .pred elected;\n elect.sync _|elected, 0xffffffff;\n"
+      " @elected cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];\n}" ::"r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
+// The same after an arrival that announces `announced` bytes, of this copy and later ones.
+__device__ __forceinline__ void arrive_and_copy_elected(uint32_t to, const void* from, uint32_t bytes,
+                                                        uint32_t barrier, uint32_t announced) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n .reg .pred elected;\n .reg .b64 state;\n elect.sync _|elected, 0xffffffff;\n"
+      " @elected mbarrier.arrive.expect_tx.shared.b64 state, [%3], %4;\n"
+      " @elected cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];\n}" ::"r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier), "r"(announced)
       : "memory");
 #endif
 }
@@ -216,6 +237,17 @@ __device__ __forceinline__ void mma_sparse_16x8x32(float (&sum)[4], uint4 a, con
 // Waits for the `threads` threads of the block that use barrier `id` (1 to 15).
 __device__ __forceinline__ void sync_threads_of(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Adds one arrival at `at`, or goes back to zero from `most`; the count before. What this thread knows of is
+// there for whoever counts later, and what those before it knew of for this thread.
+__device__ __forceinline__ unsigned count_arrival(unsigned* at, unsigned most) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(at)), "r"(most)
+               : "memory");
+  return before;
 }
 
 // Lets the next kernel of the stream start (what it does before its own wait_for_previous_kernel).

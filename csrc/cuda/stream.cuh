@@ -17,7 +17,9 @@ namespace mosaic::cuda {
 
 constexpr int kBlockRows = 8;  // rows of x that one mma takes
 constexpr int kMaxBlocks = 8;  // of which a launch takes at most so many: 64 rows
-constexpr int kMaxStages = 10;
+// 62 KB of a block with 8 rows of x and half of the weights kept, 125 KB of a multiprocessor: the rest of its
+// shared memory is left to blocks of the next kernel, which start their copies before this one has ended.
+constexpr int kMaxStages = 6;
 constexpr int kConsumerWarps = kGroup * kStrips;
 constexpr int kConsumers = kConsumerWarps * kWarpLanes;
 constexpr int kStreamThreads = kConsumers + kWarpLanes;
@@ -43,37 +45,63 @@ struct StreamArgs {
   int in_features;
   Deal deal;
   int stages;
-  int tile_value_bytes;  // room for one tile's values
-  unsigned* arrivals;    // [groups], zero before and after
-  float* partials;       // [2 blocks][kConsumerWarps][4 sums of each 8 rows][lanes]
+  int weight_bytes;    // room for a step's weights
+  unsigned* arrivals;  // [groups], zero before and after
+  float* partials;     // [2 blocks][kConsumerWarps][4 sums of each 8 rows][lanes]
 };
 
 template <typename Format, int kBlocks>
 struct StageShape {
   static constexpr int kX = kBlocks * kBlockRows * kXStride;
-  static constexpr int kTiles = kGroup * Format::kTileBytes;
-  MOSAIC_HD int bytes(int tile_value_bytes) { return kX + kTiles + kGroup * tile_value_bytes; }
+  MOSAIC_HD int bytes(int weight_bytes) { return kX + weight_bytes; }
 };
 
-// The ranges of step `step` of the list, if that is before `last`.
-__device__ __forceinline__ ValueRanges ranges_of_step(const StreamArgs& a, int64_t step, int64_t last) {
-  if (step >= last) return {};
-  return fetch_ranges(a.list, static_cast<int>(step / a.list.column_steps),
-                      static_cast<int>(step % a.list.column_steps));
+// Where the lengths of a block's steps lie.
+struct StepsOfRun {
+  const StreamArgs& a;
+  int64_t first, last;
+
+  __device__ const uint32_t* operator()(int64_t i) const {
+    const int64_t step = first + i;
+    if (step >= last) return nullptr;
+    return offset_of(a.list, static_cast<int>(step / a.list.column_steps),
+                     static_cast<int>(step % a.list.column_steps));
+  }
+};
+
+template <typename Format>
+__device__ __forceinline__ auto weight_copies(const StepsOfRun& steps, int lane) {
+  if constexpr (Format::kTileBytes == 0) {
+    return StepCopies<StepsOfRun>(steps, lane);
+  } else {
+    return TileCopies<Format::kTileBytes>(lane);
+  }
 }
+
+template <typename Format>
+using WeightCopies = decltype(weight_copies<Format>(std::declval<StepsOfRun>(), 0));
 
 // One warp copies all steps of a block. The memory needs 700 to 1100 cycles of a multiprocessor of an H200
 // for the bytes of a block's step (by accounting; not measured), and an instruction of a lone warp takes five
-// or more of them. So rows of x, 128 bytes at a time, are no bulk copies, which a warp starts one by one.
+// or more of them. So a step's weights are one bulk copy, and rows of x, 128 bytes at a time, are none, which
+// a warp starts one by one. A step of the tile bitmap with 8 rows of x takes the warp 60 instructions
+// (nvcc 13.0, sm_90); 105 and three more rounds of a loop over lanes when bits and values of each tile were
+// copies of their own.
 template <typename Format, int kBlocks>
 struct Producer {
   const StreamArgs& a;
   uint32_t barriers, stages;
   int64_t first, last;
   int lane;
-  int group, column_step, stage = 0;  // of the next step
+  int group, column_step;            // of the next step
+  int enter_at;                      // the group where weights begin that do not follow those before
+  uint32_t full, memory;             // of the stage: its barrier, and that for `empty` kMaxStages behind it
+  uint32_t behind_full, ring_bytes;  // the last stage's barrier, and its memory from the first's on
+  uint32_t parity = 0;
+  const char* x;        // this lane's piece of the next step's first rows
+  uint32_t x_at;        // where that goes in a stage
+  int x_rows, x_steps;  // of x that this lane copies; of a row that have the lane's columns
   WeightCopies<Format> weights;
-  ValueRanges ahead = {};  // of the next 32 steps
 
   __device__ Producer(const StreamArgs& args, uint32_t barriers_, uint32_t stages_, int64_t first_,
                       int64_t last_, int lane_)
@@ -83,78 +111,107 @@ struct Producer {
         first(first_),
         last(last_),
         lane(lane_),
-        weights(lane_) {
+        full(barriers_),
+        memory(stages_),
+        weights(weight_copies<Format>({args, first_, last_}, lane_)) {
     group = static_cast<int>(first / a.list.column_steps);
     column_step = static_cast<int>(first % a.list.column_steps);
-    weights.enter_group(a.list, group, column_step);
-    if constexpr (Format::kHasValues) ahead = ranges_of_step(a, first + lane, last);
+    enter();
+    // Shuffled, so that the compiler keeps them and does not work them out anew in every step.
+    behind_full = __shfl_sync(kFullWarp, barriers + 8 * a.stages, 0);
+    ring_bytes = __shfl_sync(kFullWarp, a.stages * StageShape<Format, kBlocks>::bytes(a.weight_bytes), 0);
+    x = x_of(column_step);
+    const int row = lane / kRowLanes, column = lane % kRowLanes * kUnitValues;
+    x_at = row * kXStride + 2 * column;
+    x_rows = (a.rows - row + kRowsAtOnce - 1) / kRowsAtOnce;
+    x_steps = (a.in_features - column + kTileColumns - 1) / kTileColumns;
   }
 
-  __device__ uint32_t memory(int s) const {
-    return stages + static_cast<uint32_t>(s * StageShape<Format, kBlocks>::bytes(a.tile_value_bytes));
+  __device__ void enter() {
+    weights.enter(a.list, group, column_step);
+    enter_at = group + 1;
+    if constexpr (WeightCopies<Format>::kRunsOn) enter_at = end_of_part(a.list, group);
   }
-  __device__ uint32_t full(int s) const { return barriers + 8 * static_cast<uint32_t>(s); }
-  __device__ uint32_t empty(int s) const { return full(kMaxStages + s); }
 
-  __device__ void advance() {
-    weights.next_step();
-    if (++stage == a.stages) stage = 0;
-    if (++column_step == a.list.column_steps) {
-      column_step = 0;
-      ++group;
+  __device__ void first_stage() {
+    full = barriers;
+    memory = stages;
+    parity = 0;
+  }
+
+  __device__ void next_stage() {
+    memory += StageShape<Format, kBlocks>::bytes(a.weight_bytes);
+    full += 8;
+    if (full == behind_full) {
+      full = barriers;
+      memory -= ring_bytes;
+      parity ^= 1;
     }
   }
 
-  __device__ void copy_weights(int64_t i) {
-    if (column_step == 0) weights.enter_group(a.list, group, 0);
-    const int batch_lane = static_cast<int>(i % kWarpLanes);
-    if constexpr (Format::kHasValues) {
-      if (batch_lane == 0) {
-        weights.now = ahead;
-        ahead = ranges_of_step(a, first + i + kWarpLanes + lane, last);
-      }
-    }
-    weights.copy(memory(stage) + StageShape<Format, kBlocks>::kX, a.tile_value_bytes, batch_lane,
-                 full(stage));
+  __device__ void copy_weights(int i) {
+    weights.copy(memory + StageShape<Format, kBlocks>::kX, static_cast<uint32_t>(i), full);
   }
 
-  // The 128 bytes of a row are 8 pieces, a lane each.
-  __device__ void copy_x(int s, int step) {
-    constexpr int kLanes = kTileColumns / kUnitValues, kRows = kWarpLanes / kLanes;
-    const int row = lane / kLanes, column = step * kTileColumns + lane % kLanes * kUnitValues;
-    if (column < a.in_features) {
-      const char* from =
-          static_cast<const char*>(a.x) + 2 * (static_cast<int64_t>(row) * a.in_features + column);
-      uint32_t to = memory(s) + row * kXStride + lane % kLanes * 16;
-      for (int n = row; n < a.rows; n += kRows) {
-        copy_16(to, from);
-        to += kRows * kXStride;
-        from += 2 * kRows * static_cast<int64_t>(a.in_features);
-      }
+  // To the first step of the next group, and to its weights where they lie elsewhere.
+  __device__ void next_group() {
+    column_step = 0;
+    if (++group == enter_at) enter();
+  }
+
+  static constexpr int kRowLanes =
+      kTileColumns / kUnitValues;  // the 128 bytes of a row: 8 pieces, a lane each
+  static constexpr int kRowsAtOnce = kWarpLanes / kRowLanes;
+
+  __device__ const char* x_of(int step) const {
+    const int row = lane / kRowLanes, column = step * kTileColumns + lane % kRowLanes * kUnitValues;
+    return static_cast<const char*>(a.x) + 2 * (static_cast<int64_t>(row) * a.in_features + column);
+  }
+
+  // `count` of the lane's pieces.
+  __device__ void copy_x(int count) {
+    const int64_t rows_further = 2 * kRowsAtOnce * static_cast<int64_t>(a.in_features);
+#pragma unroll
+    for (int n = 0; n < kBlocks * kBlockRows / kRowsAtOnce; ++n) {
+      if (n < count) copy_16(memory + x_at + n * kRowsAtOnce * kXStride, x + n * rows_further);
     }
-    barrier_arrive_after_copies(full(s));
+    // Of lane 0, so that the compiler knows that all lanes have the same and makes no loop over them.
+    barrier_arrive_after_copies(__shfl_sync(kFullWarp, full, 0));
+    x += 2 * kTileColumns;
   }
 
   __device__ void run() {
-    const int64_t count = last - first;
-    const int filled = static_cast<int>(min(static_cast<int64_t>(a.stages), count));
+    const int count = static_cast<int>(last - first), filled = min(a.stages, count);
     int x_step = column_step;
     for (int i = 0; i < filled; ++i) {
+      if (column_step == a.list.column_steps) next_group();
       copy_weights(i);
-      advance();
+      next_stage();
+      ++column_step;
     }
     wait_for_previous_kernel();
+    first_stage();
     for (int i = 0; i < filled; ++i) {
-      copy_x(i, x_step);
-      if (++x_step == a.list.column_steps) x_step = 0;
+      if (x_step == a.list.column_steps) x = x_of(x_step = 0);
+      copy_x(x_step++ < x_steps ? x_rows : 0);
+      next_stage();
     }
-    uint32_t parity = 0;
-    for (int64_t i = filled; i < count; ++i) {
-      barrier_wait(empty(stage), parity);
-      copy_weights(i);
-      copy_x(stage, column_step);
-      advance();
-      if (stage == 0) parity ^= 1;
+    first_stage();
+    for (int i = filled; i < count;) {
+      if (column_step == a.list.column_steps) {
+        next_group();
+        x = x_of(0);
+      }
+      const int end = i + min(a.list.column_steps - column_step, count - i);
+      const int x_end = i + x_steps - column_step;
+      column_step += end - i;
+#pragma unroll 1
+      for (; i < end; ++i) {
+        barrier_wait(full + 8 * kMaxStages, parity);
+        copy_weights(i);
+        copy_x(i < x_end ? x_rows : 0);
+        next_stage();
+      }
     }
     wait_for_copies();
   }
@@ -199,15 +256,15 @@ __device__ void finish_segment(const StreamArgs& a, int group, bool whole, bool 
     const int64_t begin = static_cast<int64_t>(group) * a.list.column_steps;
     const int first_block = block_of(a.deal, begin);
     const int last_block = block_of(a.deal, begin + a.list.column_steps - 1);
-    __threadfence();
+    // The barrier orders the block's sums before one thread's arrival, which releases them to the last block;
+    // that one's arrival acquires them, and the barrier behind it orders its other threads' loads.
     sync_threads_of(1, kConsumers);
     if (threadIdx.x == 0) {
       const auto others = static_cast<unsigned>(last_block - first_block);
-      *flag = atomicInc(a.arrivals + group, others) == others;  // the last arrival sets it to zero again
+      *flag = count_arrival(a.arrivals + group, others) == others;  // the last arrival sets it to zero again
     }
     sync_threads_of(1, kConsumers);
     if (!*flag) return;
-    __threadfence();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -233,17 +290,15 @@ __device__ void consume(const StreamArgs& a, uint32_t* flag, uint32_t barriers, 
   auto column_step = static_cast<int>(first % a.list.column_steps);
   int segment_start = column_step, stage = 0;
   uint32_t parity = 0;
-  int tiles = tiles_of(a.list, group, column_step).count;
+  // Tiles of the group: the tile bitmap fills up the last one with a tile of zeros.
+  int tiles = Format::kTileBytes == 0 ? kGroup : tiles_of(a.list, group, column_step).count;
   const int tile = warp / kStrips;
-  const uint32_t stage_bytes = StageShape<Format, kBlocks>::bytes(a.tile_value_bytes);
+  const uint32_t stage_bytes = StageShape<Format, kBlocks>::bytes(a.weight_bytes);
   for (int64_t step = first; step < last; ++step) {
     barrier_wait(barriers + 8 * stage, parity);
-    if (tile < tiles) {
+    if (Format::kTileBytes == 0 || tile < tiles) {
       const uint32_t x = stages + stage * stage_bytes;
-      const uint32_t own = x + StageShape<Format, kBlocks>::kX + tile * Format::kTileBytes;
-      const uint32_t values = x + StageShape<Format, kBlocks>::kX + StageShape<Format, kBlocks>::kTiles +
-                              tile * a.tile_value_bytes;
-      Format::template multiply<T, kBlocks>(sums, own, values, x, area, warp % kStrips, lane);
+      Format::template multiply<T, kBlocks>(sums, x + StageShape<Format, kBlocks>::kX, x, area, warp, lane);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(barriers + 8 * (kMaxStages + stage));
@@ -262,7 +317,9 @@ __device__ void consume(const StreamArgs& a, uint32_t* flag, uint32_t barriers, 
       }
       segment_start = column_step = 0;
       ++group;
-      if (step + 1 < last) tiles = tiles_of(a.list, group, 0).count;
+      if constexpr (Format::kTileBytes != 0) {
+        if (step + 1 < last) tiles = tiles_of(a.list, group, 0).count;
+      }
     }
   }
 }
@@ -279,14 +336,14 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_linear(const __grid_
             lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {
-      barrier_init(barriers + 8 * i, kWarpLanes + (kBulkCopies ? WeightCopies<Format>::kLanes : 0));
+      barrier_init(barriers + 8 * i, kWarpLanes + (kBulkCopies ? 1 : 0));
       barrier_init(barriers + 8 * (kMaxStages + i), kConsumerWarps);
     }
     barrier_init_fence();
   }
   if (a.in_features % kTileColumns != 0) {
     // The last copy of x does not reach the end of its row: a NaN left there would spoil its zero weights.
-    const int bytes = StageShape<Format, kBlocks>::bytes(a.tile_value_bytes);
+    const int bytes = StageShape<Format, kBlocks>::bytes(a.weight_bytes);
     for (int i = static_cast<int>(threadIdx.x); i < a.stages * (StageShape<Format, kBlocks>::kX / 16);
          i += kStreamThreads) {
       const int stage = i / (StageShape<Format, kBlocks>::kX / 16),
@@ -308,7 +365,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_linear(const __grid_
 template <typename Format, typename T, int kBlocks>
 Status launch_stream(StreamArgs& a, Launch where) {
   const DeviceLimits limits = device_limits(where.device);
-  const int stage = StageShape<Format, kBlocks>::bytes(a.tile_value_bytes);
+  const int stage = StageShape<Format, kBlocks>::bytes(a.weight_bytes);
   // Two blocks for each multiprocessor where three stages each fit, else one.
   const int half = (limits.shared_bytes / 2 - 1024 - kFixedShared) / stage;
   const int per_multiprocessor = half >= 3 ? 2 : 1;
@@ -342,8 +399,9 @@ Status stream(const TileLinearArgs& given, Launch where) {
   if (size.groups > kMaxGroups) return invalid("too many output features for one launch");
   if (size.groups == 0) return {};
   a.deal.steps = size.groups * a.list.column_steps;
-  a.tile_value_bytes = Format::kHasValues ? static_cast<int>(size.largest_tile) * 16 : 0;
-  a.arrivals = static_cast<unsigned*>(given.workspace);
+  a.weight_bytes = Format::kTileBytes == 0 ? static_cast<int>(size.largest_step) * 16 + kWalkSlack
+                                           : kGroup * Format::kTileBytes;
+  a.arrivals = given.counters ? given.counters : static_cast<unsigned*>(given.workspace);
   a.partials = reinterpret_cast<float*>(static_cast<char*>(given.workspace) + kArrivalBytes);
   return with_half_type(given.dtype, [&](auto element) -> Status {
     using T = decltype(element);

@@ -14,10 +14,7 @@ inline unsigned char* dynamic_shared() { return simt::shared_start(); }
 
 inline uint32_t load_shared_u32(uint32_t address) { return simt::load_shared<uint32_t>(address); }
 
-inline uint2 load_shared_u64(uint32_t address) {
-  const auto v = simt::load_shared<uint64_t>(address);
-  return {static_cast<unsigned>(v), static_cast<unsigned>(v >> 32)};
-}
+inline uint32_t load_shared_u16(uint32_t address) { return simt::load_shared<uint16_t>(address); }
 
 inline uint4 load_shared_u128(uint32_t address) { return simt::load_shared<uint4>(address); }
 
@@ -28,15 +25,8 @@ inline void store_shared_zero_16(uint32_t address) {
   simt::store_shared(address, &zero, 16);
 }
 
-inline uint32_t load_shared_kept_pair(uint32_t address, uint32_t flags, uint32_t first_bit,
-                                      uint32_t second_bit) {
-  uint32_t low = 0, high = 0;
-  if (flags & first_bit) {
-    low = simt::load_shared<uint16_t>(address);
-    address += 2;
-  }
-  if (flags & second_bit) high = simt::load_shared<uint16_t>(address);
-  return low | high << 16;
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
 }
 
 inline int plus_lane_below(int v, int distance) {
@@ -57,6 +47,25 @@ inline void barrier_arrive_after_copies(uint32_t barrier) { simt::barrier_arrive
 
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   if (kBulkCopies) simt::copy_later(to, from, bytes, barrier);
+}
+
+// Whether this lane, of a whole warp that has come, is the elected one.
+inline bool elected() {
+  struct Lane {
+  } lane;
+  simt::meet_warp("elect", ~0u, lane, [](Lane* const*) {});
+  return simt::thread_number() % simt::kLanes == 0;
+}
+
+inline void copy_bulk_elected(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  if (elected()) copy_bulk(to, from, bytes, barrier);
+}
+
+inline void arrive_and_copy_elected(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
+                                    uint32_t announced) {
+  if (!elected()) return;
+  barrier_arrive_expect(barrier, announced);
+  copy_bulk(to, from, bytes, barrier);
 }
 
 inline void copy_16(uint32_t to, const void* from) { simt::copy_later(to, from, 16, 0); }
@@ -156,6 +165,8 @@ void mma_sparse_16x8x32(float (&sum)[4], uint4 a, const uint32_t (&b)[4], uint32
 }
 
 inline void sync_threads_of(int id, int threads) { simt::sync_block(id, threads); }
+
+inline unsigned count_arrival(unsigned* at, unsigned most) { return atomicInc(at, most); }
 
 inline void allow_next_kernel() {}
 inline void wait_for_previous_kernel() {}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic_kernels.device import is_slow
@@ -15,17 +16,17 @@ from mosaic_kernels.format import dequantize
 from mosaic_kernels.ops import cpu, cuda, reference, tensor_cores, triton
 from mosaic_kernels.ops import select as _select
 from mosaic_kernels.semistructured import TWO_OF_FOUR_WORDS
-from mosaic_kernels.tiles import TILE_WORDS, tile_counts
+from mosaic_kernels.tiles import step_counts, tile_counts
 
 _SCHEMAS = {
     "sparse_linear": "(Tensor x, Tensor values, Tensor words, Tensor offsets, Tensor? bias, int in_features) -> Tensor",
     "sparse_linear_int8": "(Tensor x, Tensor values, Tensor scales, Tensor words, Tensor offsets, Tensor? bias, "
     "int in_features, bool quantize_x) -> Tensor",
     "dense_linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    "tile_linear": "(Tensor x, Tensor tiles, Tensor offsets, Tensor values, Tensor? bias, int out_features, "
-    "int in_features, int largest_tile) -> Tensor",
-    "pack_tiles": "(Tensor weight, Tensor? keep=None) -> (Tensor tiles, Tensor offsets, Tensor values)",
-    "expand_tiles": "(Tensor tiles, Tensor offsets, Tensor values, int rows, int columns) -> Tensor",
+    "tile_linear": "(Tensor x, Tensor tiles, Tensor offsets, Tensor? bias, int out_features, int in_features, "
+    "int largest_step) -> Tensor",
+    "pack_tiles": "(Tensor weight, Tensor? keep=None) -> (Tensor tiles, Tensor offsets)",
+    "expand_tiles": "(Tensor tiles, Tensor offsets, int rows, int columns) -> Tensor",
     "two_of_four_linear": "(Tensor x, Tensor tiles, Tensor? bias, int out_features, int in_features) -> Tensor",
     "pack_two_of_four": "(Tensor weight, Tensor? keep=None) -> Tensor",
     "expand_two_of_four": "(Tensor tiles, int rows, int columns, ScalarType dtype) -> Tensor",
@@ -64,12 +65,13 @@ for _op, _schema in _SCHEMAS.items():
 
 
 # Arguments of linear operators that autocast casts, as it does those of F.linear. int8 values and their scales say
-# nothing of the dtype in which they are multiplied. The values of 2:4 tiles cannot be cast, see fast_tile_linear().
+# nothing of the dtype in which they are multiplied. Tiles have bits
+# among their values, which cannot be cast: _run_in_autocast() and fast_tile_linear() expand them.
 _CAST = {
     "sparse_linear": ("x", "values", "bias"),
     "sparse_linear_int8": ("x", "bias"),
     "dense_linear": ("x", "weight", "bias"),
-    "tile_linear": ("x", "values", "bias"),
+    "tile_linear": ("x", "bias"),
     "two_of_four_linear": ("x", "bias"),
 }
 
@@ -81,6 +83,9 @@ def _run_in_autocast(op: str, device: str) -> Callable[..., Tensor]:
 
     def run(*arguments: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
+        if op == "tile_linear" and arguments[1].dtype is not dtype:
+            x, tiles, offsets, bias, *shape, _ = arguments
+            return F.linear(x, torch.ops.mosaic.expand_tiles(tiles, offsets, *shape), bias)
         cast = [
             each.to(dtype) if name in _CAST[op] and each is not None and each.dtype is not torch.float64 else each
             for name, each in zip(names, arguments, strict=True)
@@ -126,26 +131,24 @@ def _(
     x: Tensor,
     tiles: Tensor,
     offsets: Tensor,
-    values: Tensor,
     bias: Tensor | None,
     out_features: int,
     in_features: int,
-    largest_tile: int,
+    largest_step: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 @torch.library.register_fake("mosaic::pack_tiles")
-def _(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    down, across = tile_counts(*weight.shape)
-    values = weight.new_empty(torch.library.get_ctx().new_dynamic_size())
-    tiles = weight.new_empty((down, across, TILE_WORDS), dtype=torch.int32)
-    return tiles, tiles.new_empty(down * across + 1), values
+def _(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    down, across = step_counts(*weight.shape)
+    tiles = weight.new_empty(torch.library.get_ctx().new_dynamic_size())
+    return tiles, weight.new_empty(down * across + 1, dtype=torch.int32)
 
 
 @torch.library.register_fake("mosaic::expand_tiles")
-def _(tiles: Tensor, offsets: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
-    return values.new_empty(rows, columns)
+def _(tiles: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:
+    return tiles.new_empty(rows, columns)
 
 
 @torch.library.register_fake("mosaic::two_of_four_linear")
@@ -263,15 +266,15 @@ def _product(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _save_tiles_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, tiles, offsets, values, bias, *shape, _ = inputs
-    _require_frozen(values, bias)
-    ctx.save_for_backward(tiles, offsets, values)
+    _, tiles, offsets, bias, *shape, _ = inputs
+    _require_frozen(tiles, bias)
+    ctx.save_for_backward(tiles, offsets)
     ctx.shape = shape
 
 
 def _tile_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight = torch.ops.mosaic.expand_tiles(*ctx.saved_tensors, *ctx.shape)
-    return grad @ weight, None, None, None, None, None, None, None
+    return grad @ weight, None, None, None, None, None, None
 
 
 def _save_two_of_four_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -61,22 +61,21 @@ def tile_linear(
     x: Tensor,
     tiles: Tensor,
     offsets: Tensor,
-    values: Tensor,
     bias: Tensor | None,
     out_features: int,
     in_features: int,
-    largest_tile: int,
+    largest_step: int,
 ) -> Tensor:
-    return F.linear(x, expand_tiles(tiles, offsets, values, out_features, in_features), bias)
+    return F.linear(x, expand_tiles(tiles, offsets, out_features, in_features), bias)
 
 
-def expand_tiles(tiles: Tensor, offsets: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
-    return TileBitmap(tiles, offsets, values, (rows, columns), 0, 0).to_dense()
+def expand_tiles(tiles: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:
+    return TileBitmap(tiles, offsets, (rows, columns), 0, 0).to_dense()
 
 
-def pack_tiles(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def pack_tiles(weight: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     packed = TileBitmap.from_dense(weight, keep)
-    return packed.tiles, packed.offsets, packed.values
+    return packed.tiles, packed.offsets
 
 
 def two_of_four_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:

@@ -210,7 +210,7 @@ def fast_tile_linear(x: torch.Tensor, weight: TileBitmap | TwoOfFour, bias: torc
     """``torch.ops.mosaic.tile_linear`` or ``two_of_four_linear``, as directly as :func:`fast_sparse_linear`."""
     arguments: tuple[Any, ...] = (x, weight.tiles, bias, *weight.shape)
     if isinstance(weight, TileBitmap):
-        arguments = (x, weight.tiles, weight.offsets, weight.values, bias, *weight.shape, weight.largest_tile)
+        arguments = (x, weight.tiles, weight.offsets, bias, *weight.shape, weight.largest_step)
     name = "tile_linear" if isinstance(weight, TileBitmap) else "two_of_four_linear"
     if is_recorded(x):
         if isinstance(weight, TwoOfFour) and _is_cast(weight):

@@ -7,11 +7,10 @@
 // In both, values are the kept weights in row-major order without padding, and row r owns
 // values[offsets[r] .. offsets[r + 1]). Bits past the last column are zero.
 //
-//   tile bitmap         uint32 [row tiles, column tiles, kTileWords]: header and bits of a tile of 64 x 64
-//   weights
-//                       uint32 [tiles + 1]: where each tile's values begin, in units of 8 values
-//                       values: tile by tile, strip by strip (16 x 64), in the order of the bits; every strip
-//                       is padded with zeros to whole units, so 16-byte copies are legal
+//   tile bitmap         tiles of 64 x 64 weights, two of which, one under the other, are a step: the headers
+//                       and bits of both, kTileWords each; then their values, strip by strip (16 x 64), every
+//                       strip padded with zeros to whole units of 8 values, so 16-byte copies are legal
+//                       uint32 [steps + 1]: where each step begins, in units of 16 bytes
 //
 // A strip's 1024 bits are in the order in which a warp holds operand A of mma.m16n8k16 (see TileBit below),
 // which is also the order of wgmma m64k16's A in registers, a strip a warp: the kernels for few and for many
@@ -101,10 +100,16 @@ MOSAIC_HD LanePair lane_pair(uint32_t low, uint32_t high, int first_value_of_low
 // The tile bitmap. Bit `word * 32 + bit` of a strip is weight number `half` of lane `lane` in slot `slot`:
 //
 //     word = 2 slot + lane / 16        slot = 4 step + register: step 0..3 of 16 columns, register a0..a3 of
-//     the mma bit  = 2 (lane % 16) + half      lane = 4 (row % 8) + (column % 8) / 2, half = column % 2
+//     the mma bit  = 16 (lane % 16 / 8) + 8 half + lane % 8
+//                                      lane = 4 (row % 8) + (column % 8) / 2, half = column % 2
 //
 // a1 and a3 are the lower eight rows, a2 and a3 the right eight columns. A lane's two weights of a slot lie
-// side by side in one word, and the words of a strip in order hold its values in order.
+// eight bits apart in one word, so that a kernel makes a byte permutation of both with one multiplication.
+// Values are in the order (word, lane, half).
+//
+// Two tiles, one under the other, are one step of a kernel and one stretch of memory, so that one copy brings
+// them: both tiles' headers and bits, then the values of both. Steps follow each other along the columns,
+// then down the rows. A weight with an odd number of row tiles ends with tiles of zeros.
 constexpr int kTileRows = 64;
 constexpr int kTileColumns = 64;
 constexpr int kStripRows = 16;
@@ -112,12 +117,17 @@ constexpr int kStrips = kTileRows / kStripRows;
 constexpr int kSlots = 16;
 constexpr int kStripWords = 2 * kSlots;
 constexpr int kTileHeaderWords =
-    4;  // where each strip's values begin in the tile's, as uint16 units; then its units and its kept weights
+    4;  // where each strip's values begin in the step's, as uint16 units; then its units and its kept weights
 constexpr int kTileWords = kTileHeaderWords + kStrips * kStripWords;
 constexpr int kTileBytes = kTileWords * 4;
 constexpr int kUnitValues = 8;  // 16 bytes of bf16 or fp16
+constexpr int kGroup = 2;       // tiles of a step
+constexpr int kStepHeadBytes = kGroup * kTileBytes;
+constexpr int kStepHeadUnits = kStepHeadBytes / 16;
+static_assert(kStepHeadBytes % 16 == 0, "values begin where a copy may");
 
 MOSAIC_HD int64_t row_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+MOSAIC_HD int64_t row_groups(int64_t rows) { return (row_tiles(rows) + kGroup - 1) / kGroup; }
 MOSAIC_HD int64_t column_tiles(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 
 struct TileBit {
@@ -125,11 +135,20 @@ struct TileBit {
   int bit;
 };
 
+// In the word of a slot: the bit of a lane's first weight, how far above it that of its second is, and the
+// bits of all lanes of this word before it.
+constexpr int kHalfBit = 8;
+MOSAIC_HD int lane_bit(int lane) { return lane % 8 + lane % 16 / 8 * 16; }
+MOSAIC_HD uint32_t bits_of_lanes_before(int lane) {
+  const uint32_t byte = (1u << (lane % 8)) - 1u, bits = byte | byte << kHalfBit;
+  return lane % 16 < 8 ? bits : bits << 16 | 0xffffu;
+}
+
 MOSAIC_HD TileBit tile_bit(int strip_row, int column) {
   const int step = column / 16, across = column % 16;
   const int slot = 4 * step + strip_row / 8 + 2 * (across / 8);
   const int lane = 4 * (strip_row % 8) + (across % 8) / 2;
-  return {2 * slot + lane / 16, 2 * (lane % 16) + across % 2};
+  return {2 * slot + lane / 16, lane_bit(lane) + kHalfBit * (across % 2)};
 }
 
 // The first of the two neighbouring weights that lane `lane` holds in slot `slot` of a strip.
@@ -144,8 +163,8 @@ MOSAIC_HD TilePlace tile_place(int slot, int lane) {
 
 MOSAIC_HD int units_of(int values) { return (values + kUnitValues - 1) / kUnitValues; }
 
-// Header words 0 and 1: the strips' first units as uint16; word 2: the tile's units; word 3: its kept
-// weights.
+// Header words 0 and 1: the strips' first units among the step's values as uint16; word 2: the tile's units;
+// word 3: its kept weights.
 MOSAIC_HD int strip_unit(const uint32_t* tile, int strip) {
   return static_cast<int>((tile[strip / 2] >> (16 * (strip % 2))) & 0xffffu);
 }
@@ -192,14 +211,6 @@ MOSAIC_HD TilePlace quad_place(int step, int r, int lane) {
 MOSAIC_HD uint64_t expand_quad(uint32_t values, uint32_t indices) {
   return static_cast<uint64_t>(values & 0xffffu) << (16 * (indices & 3u)) |
          static_cast<uint64_t>(values >> 16) << (16 * (indices >> 2 & 3u));
-}
-
-// Bits 0..15 of `v` at the even places 0, 2, .. 30.
-MOSAIC_HD uint32_t spread_bits(uint32_t v) {
-  v = (v | (v << 8)) & 0x00ff00ffu;
-  v = (v | (v << 4)) & 0x0f0f0f0fu;
-  v = (v | (v << 2)) & 0x33333333u;
-  return (v | (v << 1)) & 0x55555555u;
 }
 
 }  // namespace mosaic

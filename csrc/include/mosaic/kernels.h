@@ -218,12 +218,11 @@ Status linear_rows(const LinearArgs&, Launch);
 // A weight in one of format.h's tile forms, and what it makes of x.
 struct TilePart {
   const void* tiles;
-  const uint32_t* offsets;  // tile bitmap alone, as are values and largest_tile
-  const void* values;
-  const void* bias;  // nullptr: none
-  void* out;         // [rows, out_features]
+  const uint32_t* offsets;  // tile bitmap alone, as is largest_step
+  const void* bias;         // nullptr: none
+  void* out;                // [rows, out_features]
   int64_t out_features;
-  int64_t largest_tile;  // units of the tile with most values
+  int64_t largest_step;  // units of 16 bytes of the step with most values
 };
 
 constexpr int kMaxParts = 4;
@@ -238,6 +237,9 @@ struct TileLinearArgs {
   DType dtype;
   void* workspace;  // linear_workspace_bytes(device) of the stream's own, zero at the first launch
   int64_t workspace_bytes;
+  // One for each 128 output features of each part, zero before and after; nullptr: those at the workspace's
+  // start.
+  unsigned* counters;
 };
 
 // Tile bitmap; meant for up to 64 rows, for each 64 of which the weight is read once.
@@ -254,7 +256,6 @@ bool has_linear_prefill(int device);
 struct ExpandTilesArgs {
   const void* tiles;
   const uint32_t* offsets;
-  const void* values;
   void* weight;  // [rows of these row tiles, columns]: the last of them may have fewer than 64 rows
   int64_t rows;  // of the whole weight, as are columns
   int64_t columns;
@@ -298,17 +299,17 @@ Status unpack(const PackArgs&, Launch);       // values, words, offsets -> weigh
 // weight [rows, columns], bf16 or fp16 -> tile bitmap
 struct PackTilesArgs {
   const void* weight;
-  const uint8_t* keep;      // [rows, columns], 0 or 1: what is stored, zeros too; nullptr: all but zeros
-  uint32_t* tiles;          // written by pack_tile_bits, read by pack_tile_values
-  const uint32_t* offsets;  // pack_tile_values alone, as are values
-  void* values;
+  const uint8_t* keep;  // [rows, columns], 0 or 1: what is stored, zeros too; nullptr: all but zeros
+  uint32_t* bits;       // [steps, kGroup, kTileWords], written by pack_tile_bits, read by pack_tile_values
+  const uint32_t* offsets;  // [steps + 1], pack_tile_values alone, as are tiles
+  void* tiles;
   int64_t rows;
   int64_t columns;
   DType dtype;
 };
 
-Status pack_tile_bits(const PackTilesArgs&, Launch);    // weight, keep -> tiles
-Status pack_tile_values(const PackTilesArgs&, Launch);  // weight, tiles, offsets -> values
+Status pack_tile_bits(const PackTilesArgs&, Launch);    // weight, keep -> bits
+Status pack_tile_values(const PackTilesArgs&, Launch);  // weight, bits, offsets -> tiles
 
 // nullptr where kernels can run on `device`, else the reason.
 const char* why_not(int device);
