@@ -106,8 +106,8 @@ def _row_counts(bits: Tensor) -> Tensor:
     """``int64 [rows]``: set bits of every row.
 
     If rows are whole groups of eight bytes, each group is counted at once, in place, and a product adds the counts.
-    This is three times as fast as :func:`_byte_counts` and a sum (one thread, Xeon, December 2026). A model counts all
-    its bits when it is loaded.
+    This is three times as fast as :func:`_byte_counts` and a sum (one thread, Xeon, Sapphire Rapids class, Dec 2026). A
+    model counts all its bits when it is loaded.
     """
     if not bits.shape[1] or bits.shape[1] % 8 or not bits.is_contiguous() or bits.storage_offset() % 8:
         return _byte_counts(bits).sum(1, dtype=torch.int64)

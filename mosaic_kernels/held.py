@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a packed layer holds its parameters: in one dictionary, which is replaced as a whole and never written to.
 
-A call looks up the dictionary once. So the call reads either the old tensors or the new ones, and keeps them alive until
-it ends, even if other threads load, cast or assign weights meanwhile.
+A call looks up the dictionary once. So the call reads either the old tensors or the new ones, and keeps them alive
+until it ends, even if other threads load, cast or assign weights meanwhile.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def is_of(dense: Dense, held: Held) -> bool:
 def _applied(fn: Any, name: str, parameter: nn.Parameter) -> nn.Parameter:
     """The result of ``.to()`` and the like for a parameter. A trained one stays the same object, for its optimizer."""
     with torch.no_grad():
-        # scales move between devices, but are not cast; neither are integers
+        # seen as integers, scales move between devices but are not cast with float tensors
         found = fn(parameter.view(torch.int32)).view(torch.float32) if name == "scales" else fn(parameter)
         if found is parameter:
             return parameter  # type: ignore[no-any-return]

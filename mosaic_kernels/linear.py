@@ -43,7 +43,7 @@ class MosaicLinear(HoldsParameters):
     Attributes:
         weight: kept values in row-major order, ``[nnz]``, fp32, bf16, fp16 or int8.
         bitmask: ``uint8 [out_features, ceil(in_features / 8)]``, least significant bit first.
-        scales: scales of int8 values, ``float32 [out_features, groups]``, see :mod:`mosaic_kernels.format`; else ``None``.
+        scales: for int8 values, ``float32 [out_features, groups]``, see :mod:`mosaic_kernels.format`; else ``None``.
         bias: ``[out_features]`` or ``None``.
         quantize_activations: with int8 values, round each row of the input to int8 as well.
 
@@ -230,7 +230,7 @@ class MosaicLinear(HoldsParameters):
         weight, bitmask, found = held["weight"], held["bitmask"], self._index
         # while a graph is exported, the parameters are stand-ins, which no index was made from
         if found is None or (found[0] is not bitmask and not (_is_exporting() and type(bitmask) is not nn.Parameter)):
-            found = self._validate(held=held)  # perhaps moved here for one pass only, which does not pay for another form
+            found = self._validate(held=held)  # perhaps here for one pass only, which does not pay for another form
         return weight, held.get("scales"), found[1].words, found[1].offsets, held.get("bias")  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
