@@ -51,7 +51,7 @@ def read_texts(source: str | Path, column: str | None = None) -> Texts:
     path, named = split_column(source)
     items = list(read_items(path, named or column))
     if not all(isinstance(item, (str, Conversation)) for item in items):
-        raise CalibrationError(f"{path}: holds token ids, but a text is needed here")
+        raise CalibrationError(f"{path}: holds token ids, and a text is needed here")
     return Texts(tuple(items), description_of(path))
 
 
