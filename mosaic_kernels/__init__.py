@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mosaic_kernels.signals import starting
 
-with starting():  # torch takes seconds to import, and a variable of ours may be wrong
+with starting():  # a signal or a wrong MOSAIC_* variable may end a command while torch is imported
     from mosaic_kernels.checkpoint import register_with_transformers
     from mosaic_kernels.errors import MosaicError
     from mosaic_kernels.explain import explain

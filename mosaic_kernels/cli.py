@@ -28,30 +28,30 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def run_command(body: Callable[[], int | None]) -> int:
     """Run the body of a command; errors become one line on stderr and an exit code.
 
-    SIGTERM and SIGHUP act as Ctrl-C does. A stderr that takes nothing stops no command; a stdout that takes nothing
-    makes the exit code another than 0.
+    SIGTERM and SIGHUP act as Ctrl-C does. If stderr is closed or full, the command goes on. If stdout is closed or
+    full, the exit code is not 0.
 
     Args:
         body: does the work and shows the result (:func:`show`); returns an exit code, or ``None`` for 0.
 
     Returns:
-        The exit code: see :class:`mosaic_kernels.errors.ExitCode`. An exception that is nobody's
-        known failure is a bug and passes through with its traceback.
+        The exit code: see :class:`mosaic_kernels.errors.ExitCode`. An unexpected exception is
+        a bug and passes through with its traceback.
     """
     signals.open_standard_files()
     try:
         with _any_character(), signals.raised():
             return _flushed(_exit_code(body))
-    except KeyboardInterrupt as stop:  # came while an error was being told
+    except KeyboardInterrupt as stop:  # Ctrl-C or a signal while an error was being printed
         return _flushed(_stopped(stop))
 
 
 def _flushed(code: int) -> int:
-    """Write out what stdout and stderr hold; the exit code, which is not 0 if stdout takes it no more."""
+    """Flush stdout and stderr, and return the exit code: not 0 if the output on stdout is lost."""
     lost = _flush(sys.stdout)
     if lost is not None and code == ExitCode.OK:
         code = ExitCode.FAILED
-        if not isinstance(lost, BrokenPipeError):  # a reader that went away wants no more words
+        if not isinstance(lost, BrokenPipeError):  # no message if the reader of the pipe has ended
             _fail(f"what was printed on stdout is lost ({lost})", ExitCode.FAILED)
     _flush(sys.stderr)
     return code
@@ -84,7 +84,7 @@ def _stopped(stop: KeyboardInterrupt) -> int:
 
 
 def _fail(message: str, code: ExitCode, error: BaseException | None = None, label: str = "error") -> int:
-    """Tell an error, and below it the notes that it carries, such as the command that resumes."""
+    """Print an error and below it its notes, such as the command that resumes; return the exit code."""
     logger.debug("traceback", exc_info=True)
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed or full
         print("\n".join([f"{label}: {message}", *getattr(error, "__notes__", ())]), file=sys.stderr)  # noqa: T201
@@ -96,11 +96,11 @@ def show(text: str, kept: str | None = None) -> None:
 
     Args:
         text: the result.
-        kept: where the result is on disk, in words, if it is there.
+        kept: where the result is on disk, in words; ``None`` if it is not on disk.
 
     Raises:
-        EnvironmentError_: stdout is closed or full, or its reader went away; tells where the result is.
-        BrokenPipeError: the reader of a result that is not on disk went away.
+        EnvironmentError_: stdout is closed or full, or its reader has ended; the message says where the result is.
+        BrokenPipeError: the reader has ended and the result is not on disk.
     """
     try:
         if sys.stdout is None:
@@ -115,7 +115,7 @@ def show(text: str, kept: str | None = None) -> None:
 
 
 def _flush(stream: TextIO | None) -> Exception | None:
-    """Write out what a standard stream holds; where that fails, let it go, or Python would fail when it ends."""
+    """Flush a standard stream. If that fails, drop its contents, because Python would fail on them when it ends."""
     try:
         if stream is not None:
             stream.flush()
@@ -130,7 +130,7 @@ def _flush(stream: TextIO | None) -> Exception | None:
 
 @contextmanager
 def _any_character() -> Iterator[None]:
-    """Print characters that stdout or stderr cannot encode as escapes, where they would end the command."""
+    """Print characters that stdout or stderr cannot encode as escapes; otherwise they would raise an error."""
     before = []
     for stream in (sys.stdout, sys.stderr):
         errors = getattr(stream, "errors", None)

@@ -33,7 +33,7 @@ MODELS = "transformers.modeling_utils"
 TUNERS = "peft.tuners.tuners_utils"
 ADAPTED_MODELS = "peft.peft_model"
 
-# Methods of PEFT's tuners that begin to change a model; of the first argument, the model, and the last, a name.
+# Methods of PEFT's tuners that begin to change a model. First argument: the model. Last: the adapter's name.
 INJECTIONS = ("_pre_injection_hook", "inject_adapter")
 
 # The attribute of an RMSNorm that holds its epsilon.
@@ -136,7 +136,7 @@ def attention_of(config: Any) -> str | None:
 
 
 def generation_settings(config: Any) -> list[str]:
-    """Settings of generation in a model's configuration, with which transformers loads it and does not save it."""
+    """Generation settings in a model's configuration, which transformers loads but refuses to save there."""
     return list(config._get_generation_parameters())
 
 
@@ -181,7 +181,7 @@ def register_format(method: str, config: type, quantizer: type) -> None:
 
 
 def take_loading_attributes(config: type) -> None:
-    """Let ``from_pretrained(..., quantization_config=config(...))`` pass what ``get_loading_attributes`` returns on."""
+    """Let ``from_pretrained(..., quantization_config=config(...))`` use what ``get_loading_attributes`` returns."""
     from transformers.quantizers import auto
 
     if config not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
@@ -191,7 +191,7 @@ def take_loading_attributes(config: type) -> None:
 def around_config_saving(around: Callable[[Any, Path], AbstractContextManager[None]]) -> None:
     """Run ``save_pretrained`` of every configuration inside ``around(config, directory)``; calls may repeat.
 
-    A model's ``save_pretrained`` and ``push_to_hub`` call that one, before they upload.
+    ``save_pretrained`` and ``push_to_hub`` of a model call it before they upload.
     """
     from transformers import PreTrainedConfig
 
@@ -214,8 +214,8 @@ def around_config_reading(
     """Make every configuration from a ``config.json`` inside ``around(content, source)``; calls may repeat.
 
     Args:
-        around: entered twice: once with nothing inside, as soon as the file is read, and while its class reads it.
-        unread: called with the source of a file whose values are nested too deeply for transformers.
+        around: entered twice: with an empty body after the file is read, and while the configuration is made.
+        unread: called with the source of a file that is nested too deeply for transformers to read.
     """
     from transformers import PreTrainedConfig
 
@@ -261,16 +261,16 @@ def after_from_config(call: Callable[[Any], None]) -> None:
 
 
 def _put(owner: type, *methods: Callable[..., Any]) -> None:
-    """Give a class these class methods, in the place of its own."""
+    """Replace class methods of a class."""
     for method in methods:
         setattr(owner, method.__name__, classmethod(method))
 
 
 def saved_tensors(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What ``save_pretrained`` of ``model`` writes: no tied tensor twice, and offloaded ones read back.
+    """The tensors that ``save_pretrained`` of ``model`` writes: tied ones once, offloaded ones read back.
 
     Args:
-        tensors: what is passed to it as ``state_dict``, if anything.
+        tensors: the ``state_dict`` passed to ``save_pretrained``, if any.
     """
     from transformers import modeling_utils
     from transformers.integrations.accelerate import load_offloaded_parameter
@@ -298,7 +298,7 @@ def has_adapter(model: Any) -> bool:
 
 
 def counting_class() -> type:
-    """transformers' class whose method ``num_parameters`` every model has."""
+    """The class of transformers that gives every model its ``num_parameters``."""
     from transformers import modeling_utils  # works even while transformers is being imported
 
     kind: type = modeling_utils.ModuleUtilsMixin
@@ -315,7 +315,7 @@ def adapted_model_class() -> type:
 
 @functools.cache
 def tuner_classes() -> tuple[type, type]:
-    """PEFT's base class of what puts adapters on a model, and of layers with an adapter."""
+    """PEFT's base class of tuners, which put adapters on a model, and its base class of layers with an adapter."""
     from peft.tuners import tuners_utils
 
     return tuners_utils.BaseTuner, tuners_utils.BaseTunerLayer
@@ -328,7 +328,7 @@ def adapter_kind(config: Any) -> str:
 
 
 def injected_adapter(tuner: Any, *args: Any, **options: Any) -> tuple[Any, str, Any]:
-    """The model, the adapter's name and its config, of the arguments of one of :data:`INJECTIONS`."""
+    """The model, the adapter's name and its config, from the arguments of a method in :data:`INJECTIONS`."""
     model = args[0] if args else options["model"]
     given = [each for each in (*args[1:], options.get("adapter_name")) if isinstance(each, str)]
     return model, given[0], tuner.peft_config[given[0]]

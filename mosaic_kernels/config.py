@@ -185,10 +185,10 @@ class PruneConfig:
 
 
 def _of_kind(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as the option ``name`` keeps it, whose annotation is ``kind``.
+    """``value`` converted to ``kind``, the annotation of the option ``name``.
 
     Raises:
-        UsageError: of another type, or none of the choices.
+        UsageError: the value has another type, or is none of the choices.
     """
     kinds = set(get_args(kind)) if get_origin(kind) not in (None, Literal) else {kind}
     if kind is Any or (value is None and NoneType in kinds):

@@ -190,7 +190,7 @@ def _one_token_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _siblings_of(block: nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether these projections of a block run in one dispatch."""
+    """True if these projections of a block run in one dispatch."""
     found = {id(each) for name in names if (each := getattr(block.get_submodule(name), "siblings", None)) is not None}
     return len(found) == 1
 

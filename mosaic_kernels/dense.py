@@ -40,7 +40,7 @@ class DenseLinear(nn.Linear):
         return cpu.dense_linear_raw(input, self.weight, self.bias)
 
     def _is_trained(self, x: Tensor) -> bool:
-        """True if all tensors have the dtype of ``x``, autocast leaves them in it, and one of them takes gradients."""
+        """True if all tensors have the dtype of ``x``, autocast does not change it, and one of them takes gradients."""
         if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is not x.dtype:
             return False
         tensors = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)

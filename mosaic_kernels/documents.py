@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents out of rows: the column that holds texts, conversations of a chat, and all of them as one text."""
+"""Makes documents of the rows of a table or list, renders conversations, and joins documents to one text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mosaic_kernels.tables import is_message
 
 logger = logging.getLogger(__name__)
 
-# Columns that are taken without being named, the first that a row has; else the only one that holds a text.
+# Columns that need not be named: the first of these that a row has, else the only column that holds a text.
 COLUMNS = ("text", "messages", "conversations", "conversation", "input_ids")
 _ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -32,8 +32,8 @@ class Texts:
     """Documents.
 
     Attributes:
-        texts: at least one.
-        description: file, or kind and size, for logs and the report.
+        texts: at least one document.
+        description: the file, or the kind and size, for logs and the report.
     """
 
     texts: tuple[str | Conversation, ...]
@@ -47,13 +47,13 @@ def documents(rows: Iterable[Any], name: str, column: str | None = None) -> Iter
     """The documents that rows hold: strings, :class:`Conversation`, or token ids as the row has them.
 
     Args:
-        rows: strings, conversations, lists of token ids, or mappings, of which one column is taken.
-        name: what they are of, for messages.
-        column: of mappings; ``None``: the first of :data:`COLUMNS`, else the only one that holds a text.
+        rows: strings, conversations, lists of token ids, or mappings of column names to values.
+        name: the source of the rows, for messages.
+        column: the column to read of mappings; ``None``: the first of :data:`COLUMNS`, else the only one with a text.
 
     Raises:
         CalibrationError: no row holds anything.
-        UsageError: the column is not known, or holds something else.
+        UsageError: there is no such column, or it holds something else.
     """
     chosen, empty, count = column, 0, 0
     for number, row in enumerate(rows, start=1):
@@ -68,7 +68,7 @@ def documents(rows: Iterable[Any], name: str, column: str | None = None) -> Iter
         if item is None:
             raise UsageError(
                 f"{name}, row {number}: {f'the column {chosen!r} holds ' if chosen else ''}a {type(value).__name__}, "
-                "and neither a text, nor messages, nor token ids"
+                "but a text, messages or token ids are needed"
             )
         if item == "":
             empty += 1
@@ -76,7 +76,7 @@ def documents(rows: Iterable[Any], name: str, column: str | None = None) -> Iter
         count += 1
         yield item
     if not count:
-        raise CalibrationError(f"{name}: this text file is empty" + (f": {empty} rows without a text" if empty else ""))
+        raise CalibrationError(f"{name} is empty" + (f": {empty} rows without a text" if empty else ""))
     if empty:
         logger.info("%s: %d of %d rows hold no text and are left out", name, empty, empty + count)
 
@@ -112,7 +112,7 @@ def _document(value: Any) -> Any:
 def _message(item: Mapping[str, Any]) -> Mapping[str, str]:
     role = str(item.get("role", item.get("from")))
     content = item.get("content", item.get("value"))
-    if isinstance(content, list):  # parts, of which the texts count
+    if isinstance(content, list):  # parts of a message; only texts are used
         content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
     return {"role": _ROLES.get(role, role), "content": "" if content is None else str(content)}
 
@@ -135,7 +135,7 @@ def joined(texts: Texts, tokenizer: Any) -> str:
         else:
             try:
                 parts.append(tokenizer.apply_chat_template([dict(m) for m in text.messages], tokenize=False))
-            except Exception as error:  # whatever a template, which is the model's, raises
+            except Exception as error:  # the template is the model's and may raise anything
                 refused.append(error)
     if template is None and any(isinstance(text, Conversation) for text in texts.texts):
         logger.info("%s: the tokenizer has no chat template, so messages are joined line by line", texts)
@@ -149,8 +149,8 @@ def joined(texts: Texts, tokenizer: Any) -> str:
     whole = "\n\n".join(parts)
     try:
         whole.encode()
-    except UnicodeEncodeError:  # half of a character, as JSON may hold it; tokenizers refuse it
-        logger.warning("%s: holds halves of characters, which count as unknown ones", texts)
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold and tokenizers refuse
+        logger.warning("%s: halves of characters (single surrogates) are replaced by U+FFFD", texts)
         whole = whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return whole
 

@@ -13,7 +13,7 @@ class ExitCode(IntEnum):
     FAILED = 1
     USAGE = 2
     ENVIRONMENT = 3
-    HUNG_UP = 129  # 128 + SIGHUP, as a shell says it
+    HUNG_UP = 129  # 128 + SIGHUP, as shells report it
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -73,10 +73,10 @@ class EnvironmentError_(MosaicError):  # the trailing underscore keeps the built
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or a signal has stopped the run; the message holds the command that resumes it.
 
-    It is a ``KeyboardInterrupt`` and no ``MosaicError``: a loop over runs that goes on after an error must end here.
+    It is a ``KeyboardInterrupt`` and no ``MosaicError``, so that a loop over runs that catches errors ends here.
 
     Attributes:
-        exit_code: that of the command: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+        exit_code: the command's exit code: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
 
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.INTERRUPTED) -> None:

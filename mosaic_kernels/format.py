@@ -29,7 +29,7 @@ from mosaic_kernels.errors import FormatError
 
 FORMAT_VERSION = 1
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What a layer may hold. float64 is where ``model.double()`` leads: plain torch multiplies it, and no kernel.
+# Dtypes that a layer may hold. float64 comes from ``model.double()``; plain torch multiplies it, no kernel does.
 HELD_DTYPES = (*VALUE_DTYPES, torch.float64, torch.int8)
 GROUP_COLUMNS = 64  # columns that share a scale where a row has several
 
@@ -105,9 +105,9 @@ def _byte_counts(bits: Tensor) -> Tensor:
 def _row_counts(bits: Tensor) -> Tensor:
     """``int64 [rows]``: set bits of every row.
 
-    Where rows are whole groups of eight bytes, these are counted together, in place and added by a product: three times
-    faster than :func:`_byte_counts` and a sum (one thread, Xeon, Sapphire Rapids class, December 2026). A model counts
-    all its bits when it is loaded.
+    If rows are whole groups of eight bytes, each group is counted at once, in place, and a product adds the counts.
+    This is three times as fast as :func:`_byte_counts` and a sum (one thread, Xeon, Sapphire Rapids class, Dec 2026). A
+    model counts all its bits when it is loaded.
     """
     if not bits.shape[1] or bits.shape[1] % 8 or not bits.is_contiguous() or bits.storage_offset() % 8:
         return _byte_counts(bits).sum(1, dtype=torch.int64)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a packed layer holds its parameters: in one dictionary, which is replaced as a whole and never written to.
 
-A call takes the dictionary once. So it reads all of the old tensors or all of the new ones, and they live until it
-ends, whatever other threads load, cast or assign meanwhile.
+A call looks up the dictionary once. So the call reads either the old tensors or the new ones, and keeps them alive
+until it ends, even if other threads load, cast or assign weights meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mosaic_kernels.siblings import Siblings
 
 Held = dict[str, nn.Parameter | None]  # a layer's parameters, by name; never written to, but replaced as a whole
-# A dense weight, and what it was made of: the values, the bits, and how often torch saw the values written to.
+# A dense weight, and its sources: the values, the bits, and torch's version counter of the values.
 Dense = tuple[Tensor, ref[Tensor], ref[Tensor], int | None]
 _PARAMETERS = ("weight", "bitmask", "scales", "bias")
 
@@ -32,11 +32,11 @@ class HoldsParameters(nn.Linear):
 
     bitmask: nn.Parameter
     scales: nn.Parameter | None
-    # with the bitmask it was built from, in a tuple: a bare Parameter would register as a second one
+    # the index and the bitmask it was built from, in a tuple: a bare Parameter would register as a second one
     _index: tuple[nn.Parameter, RowIndex] | None
-    # as _index, with the parameter `weight`; and the nnz
+    # a tuple like _index, with the parameter `weight` and the nnz
     _arranged: tuple[nn.Parameter, Arrangement, int] | None
-    _prepared: PreparedCall | None  # of the parameters and a dtype of the input
+    _prepared: PreparedCall | None  # the call for the current parameters and one dtype of the input
     _dense: Dense | None  # beside the packed weight, see keep_dense_for_prefill
     siblings: Siblings | None
 
@@ -56,7 +56,7 @@ class HoldsParameters(nn.Linear):
         weight, found = held["weight"], self._arranged
         if found is not None and found[0] is weight:
             return found[1:]
-        # a thread may have replaced both since `held` was read: the parameter knows its form, too
+        # another thread may have replaced both since `held` was read; the parameter holds its form, too
         return getattr(weight, "arrangement", None)
 
     def _packed(self, held: Held) -> PackedWeight:
@@ -79,11 +79,11 @@ class HoldsParameters(nn.Linear):
         elif value is None and name != "bias":
             raise UsageError(f"a packed layer needs its {name}: to replace the weight, load a state_dict")
         other = self._other(self._canonical_parameters())
-        nn.Module.__setattr__(other, name, value)  # which refuses what is no parameter
-        self._take(other._parameters)  # moved in for one pass, perhaps: not worth another form
+        nn.Module.__setattr__(other, name, value)  # refuses values that are no parameters
+        self._take(other._parameters)  # perhaps moved here for one pass only, which does not pay for another form
 
     def _require_fit(self, name: str, value: Tensor) -> None:
-        """Refuse a parameter of another shape: the layer could neither run nor be saved with it."""
+        """Refuse a parameter of another shape, with which the layer could neither run nor be saved."""
         if name == "weight":
             wanted = [weight_of(self._canonical_parameters()).numel()]
         elif name == "bitmask":
@@ -97,7 +97,7 @@ class HoldsParameters(nn.Linear):
             )
 
     def _other(self, held: Held) -> Self:
-        """This layer with other parameters, to be made ready before this one takes them over."""
+        """A copy of this layer with other parameters. It is made ready first; then this layer adopts its state."""
         other = object.__new__(type(self))
         forgotten = {"_index": None, "_arranged": None, "_prepared": None, "_dense": None, "siblings": None}
         other.__dict__.update({**self.__dict__, **forgotten, "_parameters": dict(held)})
@@ -106,7 +106,7 @@ class HoldsParameters(nn.Linear):
     def _adopt(self, other: Self) -> None:
         """Take over the state of ``other`` in one step: running calls keep the old one, later calls find the new one.
 
-        What is derived from the parameters comes first, and counts only together with the parameters it was made of.
+        Values derived from the parameters are set first; they are used only with the parameters they were made from.
         """
         if self._dense is not None and not other.bitmask.is_meta and other.weight.dtype in HELD_DTYPES:
             other.keep_dense_for_prefill()
@@ -116,7 +116,7 @@ class HoldsParameters(nn.Linear):
         self._take(other._parameters)
 
     def _take(self, held: Held) -> None:
-        for name in held:  # where there was none, None was an ordinary attribute
+        for name in held:  # a missing bias or scale was an ordinary attribute, None
             self.__dict__.pop(name, None)
         self.__dict__["_parameters"] = held
         self.__dict__["_prepared"] = None
@@ -158,7 +158,7 @@ class HoldsParameters(nn.Linear):
             errors.append(f"{prefix}weight: values are {weight.dtype}, and those of this layer {old.dtype}")
             return  # an ordinary copy would cast them
         other, before = self._other(held), len(errors)
-        for name, parameter in held.items():  # calls may be reading the old tensors
+        for name, parameter in held.items():  # new tensors, because calls may be reading the old ones
             if parameter is not None and not parameter.requires_grad and prefix + name in state_dict:
                 # another pattern has another nnz: take its size, so that the ordinary copy fits
                 shape = weight.shape if name == "weight" and weight is not None and weight.dim() == 1 else None
@@ -175,7 +175,7 @@ class HoldsParameters(nn.Linear):
         self._adopt(other)
 
     def __getstate__(self) -> dict[str, Any]:
-        # what holds addresses, and siblings: a copy has others
+        # prepared calls hold addresses, and siblings are other layers: neither fits a copy
         own = {"_parameters": self._canonical_parameters(), "_index": None, "_arranged": None, "_prepared": None}
         return {**self.__dict__, **own, "_dense": self._dense is not None, "siblings": None}
 
@@ -201,16 +201,16 @@ def source_of(held: Held) -> tuple[ref[Tensor], ref[Tensor], int | None]:
 
 
 def is_of(dense: Dense, held: Held) -> bool:
-    """Whether a dense weight is the one that a layer's parameters say."""
+    """True if a dense weight was made from these parameters and they have not changed since."""
     _, weight, bitmask, version = dense
     values = weight_of(held)
     return weight() is values and bitmask() is held["bitmask"] and version in (None, values._version)
 
 
 def _applied(fn: Any, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """What ``.to()`` and its like make of a parameter. One that trains stays the object that its optimizer knows."""
+    """The result of ``.to()`` and the like for a parameter. A trained one stays the same object, for its optimizer."""
     with torch.no_grad():
-        # scales move between devices, but casts of float tensors pass by integers
+        # seen as integers, scales move between devices but are not cast with float tensors
         found = fn(parameter.view(torch.int32)).view(torch.float32) if name == "scales" else fn(parameter)
         if found is parameter:
             return parameter  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ def prepare_inference(
     keep_dense_for_prefill: bool | None = None,
     attention: bool = True,
 ) -> Any:
-    """Make a causal language model quick to run; done, but for attention, for every mosaic checkpoint at loading.
+    """Make a causal language model quick to run. Loading a mosaic checkpoint does this too, except for attention.
 
     Query, key and value projections run in one dispatch where they are packed, and so do gate and up
     (:mod:`mosaic_kernels.siblings`); every plain ``nn.Linear`` becomes a
@@ -48,7 +48,7 @@ def prepare_inference(
 
     Raises:
         UnsupportedModelError: its architecture is not known.
-        UsageError: activations are to be rounded, and no layer has int8 values.
+        UsageError: ``quantize_activations`` is true and no layer has int8 values.
     """
     layers = [module for module in model.modules() if isinstance(module, MosaicLinear)]
     if quantize_activations and all(layer.scales is None for layer in layers):

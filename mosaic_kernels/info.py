@@ -160,8 +160,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="only compare the files of MODEL, a directory, with the checksums they were written with; exit code 1 "
-        "names what is damaged",
+        help="only compare the files of MODEL, a directory, with their checksums; name what is damaged and end with "
+        "exit code 1",
     )
     parser.add_argument("--json", action="store_true", help="one JSON line on stdout instead of a table")
     return parser

@@ -38,12 +38,12 @@ class MosaicLinear(HoldsParameters):
     and pickles are always canonical.
 
     Threads may call the layer while another one loads, casts or replaces its weight: a call uses all of the old
-    tensors or all of the new ones. To load makes new tensors, so a CUDA graph has to be captured again afterwards.
+    tensors or all of the new ones. Loading makes new tensors, so capture CUDA graphs again afterwards.
 
     Attributes:
         weight: kept values in row-major order, ``[nnz]``, fp32, bf16, fp16 or int8.
         bitmask: ``uint8 [out_features, ceil(in_features / 8)]``, least significant bit first.
-        scales: of int8 values, ``float32 [out_features, groups]``, see :mod:`mosaic_kernels.format`; else ``None``.
+        scales: for int8 values, ``float32 [out_features, groups]``, see :mod:`mosaic_kernels.format`; else ``None``.
         bias: ``[out_features]`` or ``None``.
         quantize_activations: with int8 values, round each row of the input to int8 as well.
 
@@ -228,13 +228,13 @@ class MosaicLinear(HoldsParameters):
             FormatError: they contradict each other.
         """
         weight, bitmask, found = held["weight"], held["bitmask"], self._index
-        # while a graph is exported, the parameters are stand-ins, and what the index was made of tells nothing
+        # while a graph is exported, the parameters are stand-ins, which no index was made from
         if found is None or (found[0] is not bitmask and not (_is_exporting() and type(bitmask) is not nn.Parameter)):
-            found = self._validate(held=held)  # moved in for one pass, perhaps: not worth another form
+            found = self._validate(held=held)  # perhaps here for one pass only, which does not pay for another form
         return weight, held.get("scales"), found[1].words, found[1].offsets, held.get("bias")  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
-        compiling = is_dynamo_compiling()  # it takes operators, and must not trace what looks at addresses
+        compiling = is_dynamo_compiling()  # dynamo takes operators and must not trace code that reads addresses
         siblings = self.siblings
         if siblings is not None and not compiling:
             found = siblings.forward(self, input)
@@ -245,7 +245,7 @@ class MosaicLinear(HoldsParameters):
         if dense is not None and input.shape[:-1].numel() > self.DECODE_ROWS and not _is_slow(input):
             if compiling or is_of(dense, held):
                 return F.linear(input, dense[0], held.get("bias"))
-            self.keep_dense_for_prefill()  # of another weight
+            self.keep_dense_for_prefill()  # it was made from another weight
         arranged = self._arranged
         if arranged is not None and arranged[0] is held["weight"] and not is_trained(held):
             return fast_tile_linear(input, arranged[1], held.get("bias"))
@@ -261,7 +261,7 @@ class MosaicLinear(HoldsParameters):
             bitmask = held["bitmask"]
             assert bitmask is not None  # for the type checker
             again = prepare(input, self.operands_of(held), bitmask, self.in_features, rounded)
-            self._prepared = again or prepared  # which a call that has to be recorded leaves as it is
+            self._prepared = again or prepared  # a call that must be recorded does not change it
         return result
 
     def _multiply(self, x: Tensor, held: Held) -> Tensor:

@@ -49,10 +49,10 @@ class Token:
         native: the calls; they read parameters by their address in memory.
         hidden, query_heads, key_heads, head_dim: the sizes of the block.
         made_of: the modules, parameters, numbers and attention implementation that the calls were made for.
-        methods: the check that no module has a ``forward`` of its own beside its class's.
+        methods: the check that no module has a ``forward`` other than that of its class.
         hooks: the modules' hooks that run before ``forward``, and those that run after it.
-        kept: the tensors that the calls read, without their parameters: while a call runs, another thread may give a
-            parameter other memory.
+        kept: the tensors that the calls read, not the parameters: during a call, another thread may give a parameter
+            other memory.
     """
 
     native: Any
@@ -202,13 +202,13 @@ def made_for(block: Any, x: Tensor) -> Token:
     assert setting is not None  # for the type checker
     for layer in layers:
         if isinstance(layer, MosaicLinear):
-            layer.operands_of(layer._parameters)  # which may make an index
+            layer.operands_of(layer._parameters)  # may build an index
     parts = list(_parts(block).values())
     held = _held(block)
     held += [(part.__dict__, name) for part in parts for name in ("_forward_pre_hooks", "_forward_hooks")]
     held += [(norm.__dict__, compat.NORM_EPSILON) for norm in norms]
     held += [(attn.__dict__, "scaling"), (attn.__dict__, "config"), setting]
-    made_of = Contents(held)  # before anything is read: what another thread replaces from now on is noticed
+    made_of = Contents(held)  # before anything is read, so that later replacements by other threads are noticed
     tensors = [[None if each is None else each.detach() for each in _operands(layer)] for layer in layers]
     weights = [norm.weight.detach() for norm in norms]
     unused = 4 - len(norms)

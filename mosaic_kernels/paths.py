@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths as people give them: ``~``, pipes, compressed files; opened once, with the fault named before work starts."""
+"""Resolves ``~`` in paths and opens text files, pipes and compressed files, with clear errors before work starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 
 from mosaic_kernels.errors import EnvironmentError_, TextFileError, UsageError
 
-# First bytes of a compressed file, and the module that opens it.
+# First bytes of a compressed file -> the module that opens it.
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "lzma", b"\x28\xb5\x2f\xfd": "zstandard"}
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
@@ -31,7 +31,7 @@ def local_path(given: str | os.PathLike[str], what: str = "path") -> Path:
         what: the option that names it, for the message.
 
     Raises:
-        UsageError: the home directory is not known here, or no such user exists.
+        UsageError: the home directory is unknown, or no such user exists.
     """
     path = Path(given)
     if not str(path).startswith("~"):
@@ -55,7 +55,7 @@ def home_directory() -> Path | None:
 
 
 def is_pipe(path: Path) -> bool:
-    """True for a named pipe and for what a shell makes of ``<(command)`` and ``command |``."""
+    """True for named pipes and for the pipes that a shell makes of ``<(command)`` and ``command |``."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -65,7 +65,7 @@ def is_pipe(path: Path) -> bool:
 
 @contextmanager
 def open_text_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file of texts for reading, a compressed one decompressed; a pipe is opened once and read to its end.
+    """Open a file of texts for reading and decompress it if needed. A pipe is opened once and read to its end.
 
     Raises:
         TextFileError: no such file, a directory, a device, damaged, or reading is not allowed.
@@ -80,12 +80,12 @@ def open_text_file(path: Path) -> Iterator[IO[bytes]]:
     if stat.S_ISDIR(mode):
         raise TextFileError(f"{path}: cannot read this text file: it is a directory")
     if not (stat.S_ISREG(mode) or is_pipe(path)):
-        raise TextFileError(f"{path}: this is a device, not a text file; a pipe, such as <(command), is read")
+        raise TextFileError(f"{path}: this is a device, not a text file; give a file or a pipe, such as <(command)")
     with ExitStack() as opened:
         try:
             whole = opened.enter_context(path.open("rb"))
             yield opened.enter_context(_decompressed(whole, path))
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # also in the middle, where it is damaged
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # also raised later, at a damaged place
             raise TextFileError(f"{path}: cannot read this text file: {_reason(error)}") from error
 
 

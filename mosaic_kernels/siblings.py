@@ -50,7 +50,7 @@ class _Input:
 
 
 class _Sources:
-    """The layers of a dispatch, their parameters, where these are in memory, and their indices. It keeps no layer."""
+    """The layers of a dispatch, their parameters with addresses, and their indices. Keeps no layer alive."""
 
     __slots__ = ("biases", "known", "of")
 
@@ -63,7 +63,7 @@ class _Sources:
         self.biases = [bias for held in states if (bias := held.get("bias")) is not None]
 
     def are_current(self) -> bool:
-        """Whether the layers have the indices and the parameters, at the places in memory, that they had."""
+        """True if the layers still have the same indices and parameters, at the same addresses."""
         for which, held, index in self.of:
             layer = which()
             if layer is None or layer._parameters is not held or layer._index is not index:
@@ -72,12 +72,12 @@ class _Sources:
 
 
 _Kernels = cpu.Group | tensor_cores.Group
-# Of one layer: the result, the parameters that it is of, those parameters, and their versions.
+# For one layer: the result, the parameters it was computed with, and their versions.
 _Result = tuple[Tensor, _Held, nn.Parameter | None, int, nn.Parameter | None, int]
 
 
 def _is_valid(found: _Result, held: _Held) -> bool:
-    """Whether the parameters of a layer are what they were, and were not written to."""
+    """True if the parameters of a layer were neither replaced nor written to since."""
     _, before, weight, version, bias, bias_version = found
     if held is not before or held["weight"] is not weight or held.get("bias") is not bias:
         return False
@@ -89,10 +89,10 @@ def _is_valid(found: _Result, held: _Held) -> bool:
 class Siblings:
     """The layers that share an input.
 
-    The first one to be called computes all and keeps the others' results until they ask with the same input
-    (see :class:`_Input`). Without gradients, outside ``torch.compile``, on a GPU outside inference mode and for
-    weights in tiles; elsewhere every layer runs alone. Where results are not asked for three times in a row, the
-    layers part. It holds no layer: a model that is deleted is freed at once.
+    The first layer that is called computes the results of all and keeps those of the others until they are called with
+    the same input (see :class:`_Input`). This happens without gradients and outside ``torch.compile``; on a GPU also
+    only outside inference mode and for weights in tiles. Otherwise every layer runs alone. If kept results are not used
+    three times in a row, the layers run alone from then on. This class keeps no layer alive.
     """
 
     PATIENCE = 3
@@ -111,7 +111,7 @@ class Siblings:
         return [layer for each in self._layers if (layer := each()) is not None]
 
     def forward(self, layer: MosaicLinear, x: Tensor) -> Tensor | None:
-        """The result of ``layer``, or ``None`` where it has to run alone; not to be traced by dynamo."""
+        """The result of ``layer``, or ``None`` if it must run alone. Dynamo must not trace this method."""
         if is_seen(x) or layer.quantize_activations is not self.quantize_x or not _runs_together(x):
             return None
         kept = self._kept
@@ -151,7 +151,7 @@ class Siblings:
         layers = self.layers
         states = [layer._parameters for layer in layers]
         if len(layers) < len(self._layers) or any(layer.weight.is_inference() for layer in layers):
-            return None  # whether these change between the calls, nobody knows
+            return None  # inference tensors have no version, so changes between calls cannot be seen
         group = self._made_group(layers, states)
         if group is None:
             return None
@@ -165,11 +165,11 @@ class Siblings:
             return tensor_cores.Group(tiles)
         if tiles or not all(layer.bitmask.is_cpu for layer in layers):
             return None  # of several forms; or weights that wait on disk and come one layer at a time
-        operands = [layer.operands_of(held) for layer, held in zip(layers, states, strict=True)]  # may make indices
+        operands = [layer.operands_of(held) for layer, held in zip(layers, states, strict=True)]  # may build indices
         return cpu.Group(operands, self.in_features, self.quantize_x)
 
     def forget(self) -> None:
-        """Let go of results and of weights, one of which was replaced."""
+        """Drop kept results and weights, because a weight was replaced."""
         self._kept = self._group = None
 
     def part(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that end a command: one line and the right exit code, while torch is imported and later.
+"""Makes signals end a command with one line and the right exit code, also while torch is being imported.
 
 Nothing here imports torch. Only commands change how a signal is handled; a program that imports the package keeps its
 own handlers.
@@ -28,13 +28,13 @@ ENDING = {
 }
 _COMMANDS = ("mosaic-prune", "mosaic-evaluate")
 
-# torchrun passes Ctrl-C of a terminal on to processes that have had it already: for so long both are one request.
+# torchrun passes a terminal's Ctrl-C on to processes that already had it. For this many seconds both are one request.
 _SAME_SECONDS = 1.0
 
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Import the package inside. In a command, a signal or a wrong setting ends the process with one line.
+    """Context in which the package is imported. In a command, a signal or wrong setting ends the process with one line.
 
     ``python -m mosaic_kernels.prune`` imports the package before any line of the command runs.
     """
@@ -66,9 +66,9 @@ def _is_command() -> bool:
 
 
 def open_standard_files() -> None:
-    """Where stdin, stdout or stderr is closed, open ``/dev/null`` instead.
+    """If stdin, stdout or stderr is closed, open ``/dev/null`` instead.
 
-    Otherwise the next file that is opened would get its number, and what is printed would end in that file.
+    Otherwise the next file that is opened would get that descriptor, and printed text would end up in this file.
     """
     for number in (0, 1, 2):
         try:
@@ -79,9 +79,9 @@ def open_standard_files() -> None:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Raise :class:`Interrupted` in the main thread at a signal that ends; a second one ends the process at once.
+    """Raise :class:`Interrupted` in the main thread at a signal that ends; a second signal ends the process at once.
 
-    A signal that is ignored, as SIGHUP under ``nohup``, stays so, and a handler that is not Python's stays, too.
+    Signals that are ignored, such as SIGHUP under ``nohup``, stay ignored. Handlers that are not Python's stay, too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of JSON, JSON Lines, CSV and Parquet files. Nothing in them is executed."""
+"""Reads rows of JSON, JSON Lines, CSV, Parquet and Arrow files. Nothing in the files is executed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mosaic_kernels.paths import COMPRESSED_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-# What a file's name says about its contents; all others are sniffed, see `kind_of`.
+# Suffix of a file's name -> kind of its contents. Other files are recognised by their contents.
 SUFFIXES = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv",
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
@@ -31,7 +31,7 @@ _LONGEST_COLUMN_NAME = 5  # words
 
 
 def kind_of(path: Path) -> str | None:
-    """``text``, ``json``, ``jsonl``, ``csv``, ``tsv``, ``parquet`` or ``arrow``, by the name; ``None``: unknown.
+    """``text``, ``json``, ``jsonl``, ``csv``, ``tsv``, ``parquet`` or ``arrow``, by the name; ``None`` if unknown.
 
     A compressed file's kind is that of its name without ``.gz``, ``.bz2``, ``.xz`` or ``.zst``.
     """
@@ -42,11 +42,11 @@ def kind_of(path: Path) -> str | None:
 def decode(data: bytes, name: str) -> str:
     r"""Text of UTF-8 bytes, or of UTF-16 and UTF-32 that begin with a mark; every line ends with ``\n``.
 
-    A character that is cut off at the end of a text with others beyond ASCII, as ``head -c`` leaves it, is dropped with
-    a warning.
+    If the last character is cut off, as ``head -c`` may do, and the text holds other characters beyond ASCII, the last
+    one is dropped with a warning.
 
     Raises:
-        CalibrationError: binary data, or another encoding; the message tells the first byte that shows it.
+        CalibrationError: binary data, or another encoding; the message names the first byte that shows this.
     """
     encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
     try:
@@ -71,7 +71,7 @@ def decode(data: bytes, name: str) -> str:
 
 
 def looks_like_json_lines(text: str) -> bool:
-    """True if the first line that is not empty is a whole JSON object, alone in its line."""
+    """True if the first non-empty line is a whole JSON object."""
     first = next((line for line in text[: 1 << 22].split("\n", 64) if line.strip()), "")
     if not first.lstrip().startswith("{"):
         return False
@@ -82,7 +82,7 @@ def looks_like_json_lines(text: str) -> bool:
 
 
 def json_rows(text: str, name: str) -> Iterator[Any]:
-    """Items of a JSON list, rows of an object that holds columns or one list of objects; else lines, each a value.
+    """Items of a JSON list, or rows of an object that holds columns or one list of objects, or JSON Lines.
 
     Raises:
         CalibrationError: not JSON, or nested too deeply.
@@ -119,7 +119,7 @@ def is_message(item: Any) -> bool:
 
 
 def json_lines(lines: Iterable[str | bytes], name: str) -> Iterator[Any]:
-    """The values of JSON Lines; the message of an error tells the line."""
+    """The values of JSON Lines; error messages name the line."""
     for number, line in enumerate(lines, start=1):
         text = decode(line, f"{name}, line {number}") if isinstance(line, bytes) else line
         if not text.strip():
@@ -153,20 +153,18 @@ def csv_rows(text: str, name: str, delimiter: str | None = None) -> Iterator[dic
     Args:
         text: the whole file.
         name: of the file, for messages.
-        delimiter: ``None``: a comma, or what the first line has instead: a semicolon, a tab or a bar.
+        delimiter: the delimiter; ``None``: a comma, or a semicolon, tab or bar if the first line has that instead.
 
     Raises:
-        UsageError: the first line is a text, and names no columns.
-        CalibrationError: not a table.
+        UsageError: the first line is a text and names no columns.
+        CalibrationError: the file is not a table.
     """
     first = text.partition("\n")[0]
     if delimiter is None:
         delimiter = next((sign for sign in ",;\t|" if sign in first), ",")
     names = next(csv.reader([first], delimiter=delimiter), [])
     if len(names) == 1 and len(names[0].split()) > _LONGEST_COLUMN_NAME:
-        raise UsageError(
-            f"{name}: the first line of a table names its columns, and this one is a text: put a line 'text' before it"
-        )
+        raise UsageError(f"{name}: the first line must name the columns, but it is a text: put a line 'text' before it")
     before = csv.field_size_limit(min(sys.maxsize, 2**63 - 1))
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -182,7 +180,7 @@ def parquet_rows(stream: IO[bytes], name: str, wanted: str | None) -> Iterator[M
     """Rows of a Parquet file with the columns that may hold texts; needs pyarrow.
 
     Raises:
-        CalibrationError: damaged.
+        CalibrationError: the file is damaged.
         EnvironmentError_: pyarrow is not installed.
     """
     pyarrow, parquet = _pyarrow(name), importlib.import_module("pyarrow.parquet")
@@ -209,7 +207,7 @@ def arrow_rows(stream: IO[bytes], name: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _worth_reading(schema: Any, pyarrow: Any) -> list[str]:
-    """All columns but those of bytes, such as pictures, which would fill the memory."""
+    """All columns except those of bytes, such as pictures, which would fill the memory."""
     types = pyarrow.types
     kept = [field.name for field in schema if not (types.is_binary(field.type) or types.is_large_binary(field.type))]
     return kept or list(schema.names)

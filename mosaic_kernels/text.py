@@ -20,7 +20,7 @@ from mosaic_kernels.text_files import read_texts
 # keep that under 30 MB whatever the size of the file.
 _PIECE_CHARACTERS = 1 << 20
 _LINE_END = re.compile(r"\n(?=\S)")
-# Where a line is longer than several pieces, such as a book in one line: before a single space.
+# Where to cut a line that is longer than several pieces, such as a book in one line: before a single space.
 _WORD_END = re.compile(r"(?<=\S)(?= \S)")
 _LONG_LINE = 4  # pieces
 
@@ -37,7 +37,7 @@ def load_tokens(source: str | Path | Texts, tokenizer: Any) -> Tensor:
 
     Raises:
         TextFileError: the file is missing or cannot be opened.
-        CalibrationError: it is empty, binary or in no known encoding.
+        CalibrationError: the file is empty, binary or in no known encoding.
     """
     texts = source if isinstance(source, Texts) else read_texts(source)
     tokens = tokenize(joined(texts, tokenizer), tokenizer)
@@ -91,9 +91,9 @@ def windows(tokens: Tensor, seqlen: int, name: str = "the text") -> Tensor:
 def _pieces(text: str, tokenizer: Any) -> Iterator[list[int]]:
     """Token ids of consecutive pieces of ``text``, the same as those of the whole text at once.
 
-    Pieces end with a line and the next begins with a letter or sign: there every common tokenizer splits anyway, and
-    so it does before a single space, where a long line is cut. Tokenizers that mark the beginning of a text would mark
-    each piece, so a piece is read behind a line break whose own tokens are then dropped.
+    Pieces end at the end of a line, and the next piece begins with a letter or sign: every common tokenizer splits
+    there anyway. It also splits before a single space, where long lines are cut. Tokenizers that mark the beginning of
+    a text would mark each piece, so each piece is tokenised behind a line break, whose tokens are then dropped.
     """
 
     def encode(part: str) -> list[int]:

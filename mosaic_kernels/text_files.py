@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts as people have them: a text file, a table with a column of texts, a pipe, a folder of a data set."""
+"""Reads texts from text files, tables with a column of texts, pipes, and folders of a dataset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mosaic_kernels.tables import (
 logger = logging.getLogger(__name__)
 
 _OTHER_SPLITS = ("test", "valid", "val", "dev", "eval")
-# Names of what stands beside data.
+# Names of files that stand beside data and hold none.
 _NO_DATA = (
     "readme", "license", "licence", "notice", "copying", "requirements", "dataset_info", "dataset_dict", "state",
 )  # fmt: skip
@@ -42,9 +42,9 @@ def read_texts(source: str | Path, column: str | None = None) -> Texts:
         column: name of the column, if ``source`` does not name it.
 
     Raises:
-        TextFileError: missing, not readable, or a folder without such files.
-        CalibrationError: empty, damaged, binary, or token ids.
-        UsageError: the column is not known.
+        TextFileError: the file is missing or not readable, or the folder has no such files.
+        CalibrationError: the file is empty, damaged or binary, or holds token ids.
+        UsageError: there is no such column.
     """
     if not str(source).strip():
         raise UsageError("an empty string names no text file")
@@ -56,14 +56,14 @@ def read_texts(source: str | Path, column: str | None = None) -> Texts:
 
 
 def description_of(path: Path) -> str:
-    """What logs and reports call a source of texts."""
+    """The name of a source of texts in logs and reports."""
     if str(path) in ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"):
         return "standard input"
     return "a pipe" if path.is_relative_to("/dev/fd") or path.is_relative_to("/proc") else str(path)
 
 
 def split_column(source: str | Path) -> tuple[Path, str | None]:
-    """``PATH:COLUMN`` in its two parts; a file whose own name holds a colon is found first."""
+    """The two parts of ``PATH:COLUMN``. If a file with the whole name exists, all of it is the path."""
     path = Path("/dev/stdin") if str(source) == "-" else local_path(source, "text")
     whole, _, column = str(path).rpartition(":")
     if whole and column and "/" not in column and not _exists(path) and _exists(Path(whole)):
@@ -81,7 +81,7 @@ def read_items(path: Path, column: str | None = None) -> Iterator[Any]:
         yield from chain.from_iterable(read_items(file, column) for file in files)
         return
     if launched() and is_pipe(path):
-        raise UsageError(f"{path}: this is a pipe, and every process would get a part of it: write it to a file")
+        raise UsageError(f"{path}: this is a pipe, and every process would get a part of it: write the text to a file")
     with open_text_file(path) as stream:
         if is_pipe(path):
             logger.info("reading %s to its end", path)
@@ -121,8 +121,8 @@ def _items(stream: Any, path: Path, column: str | None) -> Iterator[Any]:
 def folder_files(folder: Path) -> list[Path]:
     """The files of a folder's training split: a saved data set, or files that people put there.
 
-    Files whose names begin with ``train`` are taken, else all but those of other splits. Folders ``data`` and
-    ``train`` are looked into. A script among them is never run.
+    Files whose names begin with ``train`` are taken; without any, all but those of other splits. Files in the folders
+    ``data`` and ``train`` count, too. Scripts are never run.
 
     Raises:
         TextFileError: there are none.
@@ -148,13 +148,13 @@ def folder_files(folder: Path) -> list[Path]:
 
 
 def _beside(file: Path) -> bool:
-    """True for what stands beside data, such as a README, and for hidden files."""
+    """True for hidden files and for files that hold no data, such as a README."""
     name = file.name.lower()
     return name.startswith(".") or name.partition(".")[0] in _NO_DATA or name.endswith(".md")
 
 
 def is_folder(path: Path) -> bool:
-    """True for a folder; False for one that may not be looked at."""
+    """True for a folder; False if this user may not look at it."""
     try:
         return path.is_dir()
     except (OSError, ValueError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models as people hold them in memory: compiled, in parallel, with an adapter, or partly elsewhere."""
+"""Unwraps models in memory that are compiled or parallel; refuses those with adapters or offloaded weights."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MERGE = "merge it first, with model = PeftModel.from_pretrained(model, ADAPTER).
 def require_prunable(model: Any) -> Any:
     """The plain model inside ``model``, if it can be pruned in place.
 
-    A compiled model and one in ``nn.DataParallel`` are wrappers around the same module: that one is pruned, and the
-    wrapper computes with it. ``torch.compile`` compiles it again at its next call.
+    ``torch.compile`` and ``nn.DataParallel`` wrap the plain model. The plain model is pruned, and the wrapper then
+    computes with the pruned one. ``torch.compile`` compiles it again at its next call.
 
     Raises:
         UsageError: the model must be changed first: its weights are offloaded or sharded, it carries an adapter, or it

@@ -34,8 +34,8 @@ def _register_quantizer() -> None:
 
 
 def _complete_models() -> None:
-    """Models save complete configurations, are laid out empty, run with our attention, and count their weights."""
-    # A prepared model that comes from another process asks for our attention without having been prepared here.
+    """Give transformers' models complete saved configurations, empty layouts, our attention and right counts."""
+    # A prepared model that was pickled in another process asks for our attention, but was not prepared in this one.
     from mosaic_kernels.attention import register_with_transformers as register_attention
     from mosaic_kernels.checkpoint.counts import count_weights_of_models
     from mosaic_kernels.checkpoint.quantizer import complete_models

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapters of PEFT packed layers take, and what is refused before anything is changed.
+"""Refuses PEFT adapters that packed layers cannot take, before the model is changed.
 
-``docs/peft.md`` has the table; ``tests/test_peft.py`` goes through all kinds of the installed PEFT.
+``docs/peft.md`` has the table of kinds; ``tests/test_peft.py`` tries every kind of the installed PEFT.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ WORKING = frozenset({
     "ADALORA", "BEFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY", "LORA", "MISS", "OFT", "POLY", "PVERA",
     "RANDLORA", "ROAD", "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA",
 })  # fmt: skip
-# Ways to begin with a LoRA adapter that read no weight; the others split the dense weight.
+# Values of init_lora_weights that read no weight; all others split the dense weight.
 _LORA_STARTS = (True, False, "gaussian", "orthogonal")
-# Variants of LoRA that read the dense weight, or that nobody tried; all settings named ..._config but these are some.
+# LoRA settings that read the dense weight or are untested. Settings named ..._config count as such, but for _HARMLESS.
 _LORA_VARIANTS = ("use_dora", "use_qalora", "use_bdlora")
 _HARMLESS = ("runtime_config", "megatron_config")
 
@@ -32,7 +32,7 @@ _ADVICE = "call model.dequantize() first, or use plain LoRA"
 
 
 def guard_adapters() -> None:
-    """Let PEFT raise :class:`UsageError` for what packed layers cannot take; repeating it does nothing."""
+    """Make PEFT raise :class:`UsageError` for adapters that packed layers cannot take. Further calls do nothing."""
     tuner, layer = compat.tuner_classes()
     injections = dict.fromkeys(compat.INJECTIONS, _check_injection)
     _guard(tuner, {**injections, "merge_and_unload": _check_tuner, "merge_adapter": _check_tuner})
@@ -40,7 +40,7 @@ def guard_adapters() -> None:
 
 
 def why_not(config: Any) -> str | None:
-    """Why packed layers cannot take an adapter with this PEFT config; ``None`` if they can."""
+    """The reason why packed layers cannot take an adapter with this PEFT config; ``None`` if they can."""
     kind = compat.adapter_kind(config)
     if kind not in WORKING:
         return f"PEFT's {kind} reads the dense weight of the layers it adapts"
@@ -75,11 +75,11 @@ def _check_injection(tuner: Any, *args: Any, **options: Any) -> None:
     hit = sorted(packed if targets is None else packed & targets)
     if hit:
         some = hit[0] + (f" and {len(hit) - 1} more" if len(hit) > 1 else "")
-        raise UsageError(f"{reason}, and {some} hold packed values only: {_ADVICE}")
+        raise UsageError(f"{reason}, and {some} hold only packed values: {_ADVICE}")
 
 
 def _check_tuner(tuner: Any, *_: Any, **__: Any) -> None:
-    for module in tuner.model.modules():  # all of them before the first one is merged
+    for module in tuner.model.modules():  # check all before PEFT merges the first
         if _base(module) is not module:
             _check_layer(module)
 
@@ -99,7 +99,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _guard(base: type, checks: dict[str, Callable[..., None]]) -> None:
-    """Run a check before methods of ``base`` and of all its subclasses, of those to come as well."""
+    """Run checks before methods of ``base`` and of all its subclasses, also those that are defined later."""
 
     def guard(kind: type) -> None:
         for name, check in checks.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes ``trust_remote_code=True`` enough to load a mosaic checkpoint, however it was saved."""
+"""Makes ``trust_remote_code=True`` enough to load a mosaic checkpoint, however it was saved."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class MosaicAutoConfig:
 def extend_configs() -> None:
     """Check every configuration of the mosaic format before transformers uses it, and complete it when it is saved.
 
-    Without the latter, a checkpoint that was loaded and saved again would lack :data:`FILE_NAME`, and would load only
-    after ``import mosaic_kernels``.
+    If it were not completed, a checkpoint that was loaded and saved again would lack :data:`FILE_NAME`, and would load
+    only after ``import mosaic_kernels``.
     """
     compat.around_config_reading(_checked, _say_what_is_nested)
     compat.around_config_saving(_completed)
@@ -55,14 +55,17 @@ def extend_configs() -> None:
 
 @contextmanager
 def _checked(content: Mapping[str, Any], source: str) -> Iterator[None]:
-    """Check a ``config.json``, and say in our words what transformers finds wrong with the rest of it."""
+    """Check our part of a ``config.json``; turn transformers' errors about the rest into :class:`ModelLoadError`."""
     found: Any = content.get("quantization_config")
     described = isinstance(found, Mapping) and found.get("quant_method") == METHOD
     if not described and AUTO_MAP["AutoConfig"] not in repr(content.get("auto_map")):
         yield
         return
     if not described:
-        raise ModelLoadError(f"quantization_config in config.json of {source} must be a table of quant_method {METHOD}")
+        raise ModelLoadError(
+            f"quantization_config in config.json of {source} must be a table with quant_method {METHOD!r}: copy or "
+            "download it again"
+        )
     check_description(found)
     auto_map = content.get("auto_map", {})
     if not isinstance(auto_map, Mapping) or not isinstance(auto_map.get("AutoConfig", ""), str):
@@ -87,7 +90,7 @@ def _say_what_is_nested(source: str) -> None:
 
 @contextmanager
 def _completed(config: Any, directory: Path) -> Iterator[None]:
-    """Let ``config`` be saved with what makes it load again; its numbers of heads stay as they are in memory."""
+    """Let ``config`` be saved so that it loads again; in memory, its numbers of heads stay as they are."""
     if not is_mosaic(config):
         forget(config)
         yield
@@ -107,8 +110,8 @@ def _completed(config: Any, directory: Path) -> Iterator[None]:
 def _accepted(hidden_size: int, query: int, key_value: int) -> tuple[int, int]:
     """The smallest numbers of heads, not below these, that configuration classes accept.
 
-    Some insist that ``hidden_size`` is a multiple of the query heads even where ``head_dim`` is given. At loading the
-    numbers in ``quantization_config`` replace these.
+    Some classes require that ``hidden_size`` is a multiple of the query heads even if ``head_dim`` is given. At
+    loading, the numbers in ``quantization_config`` replace these.
     """
     while hidden_size % query and query < hidden_size:
         query += 1
@@ -125,7 +128,7 @@ def is_mosaic(config: Any) -> bool:
 
 
 def forget(config: Any) -> None:
-    """Remove what only a mosaic checkpoint's configuration has, once the format is gone from it."""
+    """Remove the attributes of a mosaic checkpoint from a configuration that is no longer in this format."""
     if getattr(config, "auto_map", None) == AUTO_MAP:
         del config.auto_map
         if hasattr(config, "verify"):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files beside the weights: tokenizer, generation settings, licences. What is foreign fails no run and runs nowhere."""
+"""Files beside the weights: tokenizer, generation settings, licences.
+
+Problems with such files end no run, and code among them is never run.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ MOST_LICENCE_BYTES = 1 << 20
 _MOST_LICENCES = 64  # files in a folder LICENSES
 _LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 _LICENCE_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".pdf")
-# Keys that name code or places of the source, or secrets, in the JSON files that transformers writes.
+# Keys of transformers' JSON files whose values are code or paths of the source model, or secrets.
 _NOT_OURS = {
     "auto_map", "custom_pipelines", "trust_remote_code", "custom_generate", "_name_or_path", "name_or_path",
     "_commit_hash", "token", "use_auth_token", "local_files_only", "cache_dir",
@@ -45,7 +48,7 @@ def own_file(path: Path, source: Path) -> Path:
     A link is followed only inside ``source``, and from a snapshot of the hub's cache to the blobs beside it.
 
     Raises:
-        ForeignFileError: it leads elsewhere, or is no regular file.
+        ForeignFileError: ``path`` leads elsewhere, or is no regular file.
     """
     try:
         root, target = source.resolve(strict=True), path.resolve(strict=True)
@@ -58,7 +61,7 @@ def own_file(path: Path, source: Path) -> Path:
     if not stat.S_ISREG(found.st_mode):
         raise ForeignFileError("it is no regular file")
     if found.st_nlink > 1 and blobs is None:
-        raise ForeignFileError("it is a hard link to a file that stands elsewhere, too")
+        raise ForeignFileError("it has a second name (hard link), perhaps outside the model's directory")
     return target
 
 
@@ -66,7 +69,7 @@ def read_own_file(path: Path, source: Path, most: int = MOST_LICENCE_BYTES) -> b
     """The bytes of a small file of the model, see :func:`own_file`.
 
     Raises:
-        ForeignFileError: it is not the model's, larger than ``most``, or cannot be read.
+        ForeignFileError: the file does not belong to the model, is larger than ``most`` bytes, or cannot be read.
     """
     target = own_file(path, source)
     try:
@@ -81,9 +84,9 @@ def read_own_file(path: Path, source: Path, most: int = MOST_LICENCE_BYTES) -> b
 
 
 def copy_licences(source: Path, directory: Path) -> None:
-    """Copy licences and notices of the model's directory, and those in a folder ``LICENSES``.
+    """Copy licences and notices of the model's directory and of its folder ``LICENSES``.
 
-    A file that is not copied is named in a warning; none fails the run.
+    A warning names each file that cannot be copied; the run goes on.
 
     Raises:
         OSError: writing fails.
@@ -130,17 +133,17 @@ def _copy_licence(path: Path, source: Path, target: Path) -> None:
 
 
 def check_files_beside(model: Any, tokenizer: Any, source: Path, directory: Path) -> None:
-    """Save the small files of a result once, before the work starts, and say what the last step will leave out.
+    """Save the small files of a result on trial before the work starts, and warn of what the last step will leave out.
 
     Args:
-        model: to be pruned; it stays as it is.
-        tokenizer: of it, or ``None``.
-        source: its directory.
+        model: the model to be pruned; it stays as it is.
+        tokenizer: the model's tokenizer, or ``None``.
+        source: the model's directory.
         directory: where the result will be written.
 
     Raises:
-        UsageError: safetensors cannot write at ``directory``.
-        ModelLoadError: transformers loads the configuration and does not save it.
+        UsageError: safetensors cannot write to a path with this name.
+        ModelLoadError: transformers loads the configuration but cannot save it.
     """
     try:
         os.fspath(directory).encode()
@@ -165,16 +168,16 @@ def check_files_beside(model: Any, tokenizer: Any, source: Path, directory: Path
             if tokenizer is not None:
                 save_tokenizer(tokenizer, Path(folder), source)
     except OSError as error:  # no room for temporary files says nothing about the output directory
-        logger.debug("the small files were not tried: %s", error)
+        logger.debug("saving the small files was not tried: %s", error)
 
 
 def save_tokenizer(tokenizer: Any, directory: Path, source: Path) -> None:
-    """Save a tokenizer without names of code to run; one that does not save is named in a warning.
+    """Save a tokenizer without names of code to run. If saving fails, warn and go on.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         directory: where to write.
-        source: directory of the model before pruning; a chat template that is a link out of it is left out.
+        source: directory of the model before pruning. A chat template that is a link out of this directory is left out.
 
     Raises:
         OSError: writing fails.
@@ -204,7 +207,7 @@ def save_tokenizer(tokenizer: Any, directory: Path, source: Path) -> None:
 
 
 def _without_foreign_template(tokenizer: Any, source: Path) -> Any:
-    """The tokenizer, or a copy without its chat template where that came over a link to somebody's other file."""
+    """The tokenizer, or a copy without its chat template if that is a link to a file outside the model's directory."""
     names = [source / "chat_template.jinja", source / "chat_template.json", *source.glob("*chat_templates/*")]
     for path in names:
         if not path.is_symlink():
@@ -219,7 +222,7 @@ def _without_foreign_template(tokenizer: Any, source: Path) -> Any:
 
 
 def clean_json(path: Path, ours: Mapping[str, Any] | None = None) -> None:
-    """Remove from a JSON file of transformers what names code, places or secrets of the source; then set ``ours``."""
+    """Remove code, paths and secrets of the source model from a JSON file; then set the keys in ``ours``."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -246,7 +249,7 @@ def _cleaned(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def remove_code(directory: Path) -> None:
-    """Remove what transformers copies beside a model of the user's own code: the result needs none of it."""
+    """Remove code files that transformers copied into the result; the result needs none of them."""
     for path in directory.glob("*"):
         if path.name == autoload.FILE_NAME:
             continue

@@ -33,7 +33,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 
 Without the package the weights do not fit the stock architecture, and loading fails."""
 
-# Of the source's front matter.
+# Keys of the source's front matter that the card takes over.
 _KEPT = ("base_model", "license", "license_name", "license_link", "language")
 _MOST_README_BYTES, _LONGEST_VALUE = 1 << 20, 500
 
@@ -115,7 +115,7 @@ def _known_metadata(source: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str | list[str] | None:
-    """A short text or list of them as it may be published; ``None``: something else."""
+    """A short text, or list of short texts, that may be published; ``None`` for anything else."""
     if isinstance(value, str) and 0 < len(value) <= _LONGEST_VALUE:
         return public_name(value)
     if isinstance(value, list) and 0 < len(value) <= 100 and all(isinstance(part, str) for part in value):

@@ -7,7 +7,7 @@
 
 ``tensors`` are the digests of the bytes in the files, 64 hexadecimal digits each. ``header`` covers the names, dtypes
 and shapes of all tensors, and ``config`` everything else in ``config.json``. Loading always compares the last two,
-which takes milliseconds, and the first only where it is asked to.
+which takes milliseconds, and ``tensors`` only if ``verify`` is set.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _WORDS = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8",
     torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
 }  # fmt: skip
-_PIECE = 1 << 20  # bytes that are read and digested at a time: they stay in the cache between both
-_THREADS = 4  # hashing leaves other threads their turn; more than four wait for the disk
+_PIECE = 1 << 20  # bytes that are read and hashed at a time, few enough to stay in the cache between both steps
+_THREADS = 4  # hashlib releases Python's lock; with more than four threads they would wait for the disk
 
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The checksums of a file that will hold ``tensors`` under these names; see the module for their form."""
+    """The checksums of weight files that will hold ``tensors``; the module's docstring has their form."""
     headers = {name: Header(tuple(t.shape), _WORDS.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
     return {"header": header_digest(headers), "tensors": {name: _tensor_digest(t) for name, t in tensors.items()}}
 
@@ -48,13 +48,13 @@ def _tensor_digest(tensor: Tensor) -> str:
 
 
 def header_digest(headers: Mapping[str, Header]) -> str:
-    """The digest of all names, dtypes and shapes; the same however the tensors are spread over files."""
+    """The digest of all names, dtypes and shapes. It does not depend on how the tensors are spread over files."""
     rows = sorted([name, header.dtype, list(header.shape)] for name, header in headers.items())
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def config_digest(content: Mapping[str, Any]) -> str:
-    """The digest of a ``config.json``, in whatever order and layout it is written, without its checksums."""
+    """The digest of a ``config.json`` without its checksums. It does not depend on the order of keys or the layout."""
     described = dict(content.get("quantization_config") or {})
     described.pop("checksums", None)
     rest = {**content, "quantization_config": described}
@@ -71,9 +71,9 @@ class _Place(NamedTuple):
 
 
 def damaged_tensors(files: Iterable[str | Path], checksums: Mapping[str, Any]) -> list[str]:
-    """Read all weight files and name every tensor whose bytes are not as they were written, sorted.
+    """Read all weight files and return the sorted names of tensors whose bytes differ from what was written.
 
-    A tensor without a checksum, and one that no file holds, count as damaged.
+    Tensors without a checksum, and tensors that no file holds, count as damaged.
 
     Raises:
         ModelLoadError: a file is not readable as safetensors.
@@ -110,7 +110,7 @@ def _digest(place: _Place) -> str:
 
 
 def config_is_as_written(directory: Path, checksums: Mapping[str, Any]) -> bool:
-    """False where the ``config.json`` of a directory was changed since; True where that cannot be told.
+    """False if a directory's ``config.json`` was changed since it was written; True if not, or if it has no digest.
 
     Raises:
         ModelLoadError: the file is no JSON object.
@@ -121,7 +121,7 @@ def config_is_as_written(directory: Path, checksums: Mapping[str, Any]) -> bool:
 
 
 def seal_config(path: Path) -> None:
-    """Write the digest of a ``config.json`` that has checksums into it."""
+    """Update the digest inside a ``config.json`` that has checksums."""
     content = read_json(path)
     described = content.get("quantization_config") or {}
     if described.get("checksums"):

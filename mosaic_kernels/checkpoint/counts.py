@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts of parameters: what transformers and PEFT count of a packed model is its kept weights."""
+"""Makes the parameter counts of transformers and PEFT count the kept weights of a packed model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mosaic_kernels.linear import MosaicLinear
 
 
 def spare_elements(model: nn.Module) -> int:
-    """Elements of a model's parameters that are no weights: bits, scales, and what fills up the tiles of a GPU."""
+    """The number of parameter elements that are no weights: bits, scales and the padding of GPU tiles."""
     spare = 0
     for layer in model.modules():
         if isinstance(layer, MosaicLinear):
@@ -24,7 +24,7 @@ def spare_elements(model: nn.Module) -> int:
 
 
 def count_weights_of_models() -> None:
-    """Let transformers' ``num_parameters`` count kept weights; repeating it does nothing."""
+    """Let transformers' ``num_parameters`` count kept weights. Further calls do nothing."""
     kind: Any = compat.counting_class()
     method = kind.num_parameters
     if hasattr(method, "counts_weights"):
@@ -40,7 +40,7 @@ def count_weights_of_models() -> None:
 
 
 def count_weights_of_adapted_models() -> None:
-    """Let PEFT's ``get_nb_trainable_parameters`` count kept weights; repeating it does nothing."""
+    """Let PEFT's ``get_nb_trainable_parameters`` count kept weights. Further calls do nothing."""
     kind: Any = compat.adapted_model_class()
     method = kind.get_nb_trainable_parameters
     if hasattr(method, "counts_weights"):

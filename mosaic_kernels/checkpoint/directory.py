@@ -19,7 +19,7 @@ __all__ = ["OutputDirectory", "require_space", "write_errors"]
 
 logger = logging.getLogger(__name__)
 
-# What fsync answers where a filesystem cannot do it: CIFS and some FUSE mounts, for directories.
+# Errors of fsync on filesystems that cannot sync directories (CIFS, some FUSE mounts).
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
@@ -33,7 +33,7 @@ class OutputDirectory:
         path: where the finished directory will stand, without links.
         staging: where to write meanwhile, on the same filesystem; only this user may enter it.
         journal: folder inside ``staging`` for what a resumed run needs; never published.
-        complete: :meth:`publish` was called: ``staging`` holds a whole result, wherever it stands.
+        complete: True once :meth:`publish` was called, so a whole result is in ``staging`` or at ``path``.
 
     Args:
         path: the directory to make. A link is followed; what it points to is made or replaced.
@@ -42,10 +42,10 @@ class OutputDirectory:
         source: directory or hub id of the source model, which must stay as it is.
 
     Raises:
-        UsageError: ``path`` holds files, or ``staging`` finished blocks or a finished result, and neither
-            ``overwrite`` nor ``resume`` is given; ``path`` holds anything that this package did not write; it is no
-            place for a model (:func:`~mosaic_kernels.checkpoint.places.require_place`); another run is writing
-            there; or a file or folder that no run of this user made is in the way.
+        UsageError: neither ``overwrite`` nor ``resume`` is given, and ``path`` holds files or ``staging`` holds
+            finished blocks or a finished result. Or ``path`` holds anything that this package did not write, or is
+            no place for a model (:func:`~mosaic_kernels.checkpoint.places.require_place`). Or another run is writing
+            there. Or a file or folder that no run of this user made is in the way.
         EnvironmentError_: the place is not writable.
     """
 
@@ -71,7 +71,7 @@ class OutputDirectory:
                 require_leave(self.path, self._may_replace)
             self._made = staging.make_parents(self.path)
             busy = f"another run is writing {self.path}: wait for it, or choose another --output-dir"
-            self._lock = Lock(lock, busy)  # before anything of another run is touched
+            self._lock = Lock(lock, busy)  # before this run touches anything that another one may be using
             try:
                 self._recover()
                 require_leave(self.path, self._may_replace)
@@ -88,7 +88,7 @@ class OutputDirectory:
         return self.path.is_dir() and any(self.path.iterdir())
 
     def publish(self) -> None:
-        """Make ``staging`` the finished directory: with its manifest, safely on disk, in one rename.
+        """Write the manifest, flush ``staging`` to disk and rename it to ``path``.
 
         The files get the modes that the umask gives. The journal is deleted after the rename, and so is the old
         directory.
@@ -100,7 +100,7 @@ class OutputDirectory:
         """
         self.complete = True
         if _identity(self.staging) != self._identity:
-            raise UsageError(f"{self.staging} was exchanged for another directory while the run was writing into it")
+            raise UsageError(f"{self.staging} was replaced while the run was writing into it: start the run again")
         if self.has_files and not self._may_replace:
             raise UsageError(f"{self.path} was filled by something else meanwhile; the result is in {self.staging}")
         try:
@@ -171,7 +171,7 @@ class OutputDirectory:
             )
         if any(entry.name not in (self.journal.name, staging.MARKER) for entry in self.staging.iterdir()):
             raise UsageError(
-                f"a run that did not come to its end has left its result, or a part of it, in {self.staging}: move "
+                f"an unfinished run has left its result, or a part of it, in {self.staging}: move "
                 "the files to where you want them, or use --resume or --overwrite to make the result again"
             )
 
@@ -185,12 +185,12 @@ class OutputDirectory:
                 _sync(Path(folder, name))
         staging.unmark(self.staging)
         if self.has_files:
-            require_ours(self.path, thorough=False)  # somebody may have put a file there since the start
+            require_ours(self.path, thorough=False)  # a file may have been put there since the start
             self.path.rename(self._aside)
         self.staging.rename(self.path)
 
     def _undo(self) -> None:
-        """Bring back what :meth:`_put_in_place` moved; nothing where it came to its end."""
+        """Bring back what :meth:`_put_in_place` moved; do nothing if it succeeded."""
         if not os.path.lexists(self.staging):
             return
         if os.path.lexists(self._aside) and not self.path.exists():
@@ -204,14 +204,14 @@ class OutputDirectory:
         staging.unmark(self.journal)
 
     def _clean_up(self) -> None:
-        """What may fail without harm: the result stands at its place."""
+        """Delete the old directory and the journal. Failures do no harm: the result is already at its place."""
         try:
             _sync(self.path.parent)
             if os.path.lexists(self._aside):
                 self._remove_old()
             staging.remove(self._journal_aside)
         except OSError as error:
-            logger.warning("the result is in %s, but something of the run was left beside it: %s", self.path, error)
+            logger.warning("the result is in %s, but a folder beside it was not deleted: %s", self.path, error)
         self._lock.release()
 
     def _remove_old(self) -> None:

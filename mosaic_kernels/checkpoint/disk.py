@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full disks and forbidden places, as errors that say what to do."""
+"""Errors for full disks and places that may not be written to, with what to do."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mosaic_kernels.errors import EnvironmentError_
 
 @contextmanager
 def write_errors(path: str | Path) -> Iterator[None]:
-    """Turn a full disk, also as safetensors reports it, and a forbidden place into an error of ours.
+    """Turn errors of full disks and missing permissions, also from safetensors, into :class:`EnvironmentError_`.
 
     Args:
-        path: what is being written, for the message.
+        path: the file or directory being written, for the message.
 
     Raises:
         EnvironmentError_: the disk or a quota is full, or writing is not allowed.
@@ -48,7 +48,7 @@ def _os_error(message: str) -> int | None:
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Raise before writing where ``needed`` bytes cannot fit.
+    """Raise before writing if ``needed`` bytes do not fit.
 
     Raises:
         EnvironmentError_: the filesystem of ``path`` has less room.

@@ -26,7 +26,7 @@ _KINDS = (
 
 
 def require_readable(path: Path) -> None:
-    """Raise unless ``path`` is an ordinary file, or a link to one, that this process may read; opens no other kind.
+    """Raise unless ``path`` is an ordinary file, or a link to one, that this process may read. Nothing else is opened.
 
     Raises:
         ModelLoadError: there is no such file, or it is a directory, pipe, socket or device.
@@ -35,7 +35,7 @@ def require_readable(path: Path) -> None:
     try:
         found = path.stat()
         for is_kind, kind in _KINDS:
-            if is_kind(found.st_mode):  # to open a pipe would be to wait for its writer
+            if is_kind(found.st_mode):  # opening a pipe would wait for its writer
                 raise ModelLoadError(f"{path} is {kind}, not a file: {_AGAIN}")
         with path.open("rb"):
             return
@@ -117,7 +117,7 @@ def weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     found = content.get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise ModelLoadError(f"{index}: weight_map must be a table of tensors and their files: {_AGAIN}")
+        raise ModelLoadError(f"{index}: weight_map must be a table from tensor names to file names: {_AGAIN}")
     if not isinstance(content.get("metadata"), dict):
         raise ModelLoadError(f"{index}: metadata must be a table: {_AGAIN}")
     for tensor, name in found.items():

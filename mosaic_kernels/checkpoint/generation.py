@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of generation that transformers loads and does not save, so that none fails a run in its last step."""
+"""Removes generation settings that transformers loads but cannot save; they would fail a run in its last step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mosaic_kernels.compat import generation_settings
 
 logger = logging.getLogger(__name__)
 
-# Settings that decide which others mean something: they are tried first.
+# Settings that decide which other settings are valid, so they are tried first.
 _MODES = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache", "num_return_sequences")
 
 
 def plain_config(config: Any) -> Any:
-    """A copy of a model's configuration without settings of generation, with which transformers does not save it.
+    """A copy of a model's configuration without generation settings, which transformers refuses to save there.
 
-    They have no effect there: those of ``generation_config.json`` count.
+    These settings have no effect: transformers uses those of ``generation_config.json``.
     """
     found = copy.deepcopy(config)
     for key in generation_settings(config):
@@ -32,10 +32,10 @@ def plain_config(config: Any) -> Any:
 
 
 def valid_generation(generation: Any) -> Any:
-    """Generation settings that ``save_pretrained`` accepts: the user's but for those that transformers calls invalid.
+    """Generation settings without those that transformers calls invalid, so that ``save_pretrained`` accepts them.
 
-    Published models hold such settings, for example a ``temperature`` beside ``do_sample: false``: they load with a
-    warning and do not save. A dropped setting is named in a warning.
+    Published models have invalid settings, for example a ``temperature`` beside ``do_sample: false``. transformers
+    loads them with a warning and refuses to save them. A warning names each setting that is left out.
 
     Args:
         generation: a ``GenerationConfig``, which stays as it is, or ``None``.
@@ -70,7 +70,7 @@ def _is_valid(generation: Any) -> bool:
     try:
         generation.validate(strict=True)
         json.dumps(generation.to_dict())
-    except Exception:  # a setting of another type ends in whatever error comparing it raises
+    except Exception:  # comparing a setting of a wrong type may raise anything
         return False
     return True
 

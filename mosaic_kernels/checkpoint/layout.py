@@ -79,7 +79,7 @@ def apply_layout(
     Args:
         adapter: the model, as its stock configuration builds it.
         projections: see :func:`describe`; checked by :mod:`~mosaic_kernels.checkpoint.schema`. Names may have another
-            prefix than in the model: a base model's names have none.
+            prefix than in the model; names of a base model have none.
         heads: see :func:`describe`.
         packed: whether the checkpoint packs weights at all.
         weights: what the packed values are.
@@ -132,10 +132,10 @@ _STOCK_KEYS = 4
 
 
 def stock_shapes(adapter: ModelAdapter) -> dict[str, int]:
-    """The keys of a stock configuration that name shapes which all blocks share.
+    """The keys of a stock configuration for shapes that all blocks share, with their values.
 
-    Where blocks have different heads or channels, no number is right for all, and the configuration keeps the number
-    of before pruning, which is enough for every block.
+    If blocks differ in heads or channels, no number is right for all of them. The configuration then keeps the number
+    from before pruning, which is large enough for every block.
     """
     block = adapter.blocks[0]
     found: dict[str, int] = {}

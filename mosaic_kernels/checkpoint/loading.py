@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked while transformers loads a mosaic checkpoint: its files before, its values after."""
+"""Checks a mosaic checkpoint while transformers loads it: first the files, then the loaded values."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from mosaic_kernels.linear import MosaicLinear
 logger = logging.getLogger(__name__)
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
-# Of these a cast makes nonsense; floats are cast to what the model computes in.
+# A cast makes nonsense of tensors of these dtypes; float tensors may be cast to the dtype of the model.
 _WHOLE_NUMBERS = {torch.int8: "I8", torch.uint8: "U8"}
 
 
 def check_directory(config: Any, checksums: Mapping[str, Any]) -> None:
     """Look at the files of a local checkpoint before transformers builds the model or opens a weight file.
 
-    transformers waits for ever at a weight file that is a pipe, calls one that may not be read missing, and builds as
-    many blocks as ``config.json`` asks for. Where that file was changed since it was written, a warning says so.
+    transformers alone would wait for ever at a weight file that is a pipe, call an unreadable file missing, and build
+    as many blocks as ``config.json`` asks for. A warning says if ``config.json`` was changed after it was written.
 
     Raises:
         ModelLoadError, FormatError: a file, or the configuration, is not as it must be.
@@ -43,7 +43,7 @@ def check_directory(config: Any, checksums: Mapping[str, Any]) -> None:
     """
     directory = Path(config.name_or_path or "")
     if not config.name_or_path or not (directory / "config.json").is_file():
-        return  # of the hub, or in a subfolder: check_files sees what transformers found there
+        return  # from the hub or in a subfolder; check_files checks the files that transformers finds
     if any((directory / name).is_symlink() or (directory / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)):
         headers = tensor_headers(weight_files(directory))
         _check_sizes(config, headers)
@@ -52,7 +52,7 @@ def check_directory(config: Any, checksums: Mapping[str, Any]) -> None:
 
 
 def _check_sizes(config: Any, headers: Mapping[str, Header]) -> None:
-    """Compare the sizes that decide how much is built with the tensors that are there to fill it."""
+    """Compare the sizes in the configuration with the tensors in the files, before a model of these sizes is built."""
     blocks = {name.partition("layers.")[2].partition(".")[0] for name in headers if "layers." in name}
     counts = {"num_hidden_layers": len(blocks)}
     embedding = next((h for name, h in headers.items() if name.endswith("embed_tokens.weight")), None)
@@ -68,7 +68,7 @@ def _check_sizes(config: Any, headers: Mapping[str, Header]) -> None:
 
 
 def _require_buildable(config: Any, directory: Path) -> None:
-    """Build the changed configuration's model without weights, so that what fails is said in our words."""
+    """Build the model of a changed configuration without weights, to raise :class:`ModelLoadError` if that fails."""
     from transformers import AutoModel
 
     logger.warning(
@@ -92,16 +92,16 @@ def _require_buildable(config: Any, directory: Path) -> None:
 def check_files(
     model: Any, files: Sequence[Path], checksums: Mapping[str, Any], *, verify: bool
 ) -> Mapping[str, Header]:
-    """Refuse weight files that do not fit the model, or are not as they were written; return their headers.
+    """Refuse weight files that do not fit the model or differ from their checksums; return their headers.
 
     Args:
         model: on the meta device, with the layers that the configuration describes.
-        files: all in one directory.
-        checksums: of ``quantization_config``; empty in checkpoints of older releases.
+        files: the weight files, all in one directory.
+        checksums: those of ``quantization_config``; empty for checkpoints of older releases.
         verify: also compare the bytes of all tensors.
 
     Raises:
-        ModelLoadError, FormatError: names the file or tensor.
+        ModelLoadError, FormatError: a file or tensor is wrong; the message names it.
         EnvironmentError_: a file may not be read.
     """
     directory = files[0].parent
@@ -121,10 +121,10 @@ def check_files(
 
 
 def require_verified(directory: Path, files: Sequence[Path], checksums: Mapping[str, Any]) -> None:
-    """Refuse weight files of which a byte is not as it was written.
+    """Refuse weight files in which any byte differs from what was written.
 
     Raises:
-        ModelLoadError: names the damaged tensors, or there are no checksums.
+        ModelLoadError: tensors are damaged (the message names them), or there are no checksums.
     """
     if not checksums.get("tensors"):
         raise ModelLoadError(
@@ -142,7 +142,10 @@ def require_verified(directory: Path, files: Sequence[Path], checksums: Mapping[
 
 
 def _require_tensors(model: Any, headers: Mapping[str, Header]) -> None:
-    """Refuse files that lack a tensor of the model or hold another: transformers would make it up, or cast it."""
+    """Refuse files that lack a tensor of the model, or hold it with another shape or dtype.
+
+    transformers would fill a missing tensor with random values and cast one of another dtype.
+    """
     wanted = model.state_dict()
     tied = compat.tied_weights(model)
     tied = {**tied, **{source: target for target, source in tied.items()}}
@@ -170,14 +173,14 @@ def _require_tensors(model: Any, headers: Mapping[str, Header]) -> None:
 
 
 def _find(name: str | None, headers: Mapping[str, Header], prefix: str) -> Header | None:
-    """The header of a model's tensor: a base model's file names it without the prefix, and one with a head with it."""
+    """The header of a tensor of the model, whether or not the file's name for it has the base model's prefix."""
     if name is None:
         return None
     return headers.get(name) or headers.get(f"{prefix}.{name}") or headers.get(name.removeprefix(f"{prefix}."))
 
 
 def _is_of_a_new_head(model: Any, name: str) -> bool:
-    """True for tensors of a classifier or the like, which transformers makes, with a warning, for training."""
+    """True for tensors of a new head, such as a classifier, which transformers makes with a warning."""
     in_base = model.base_model is model or name.startswith(f"{model.base_model_prefix}.")
     return not in_base and model.get_output_embeddings() is None
 
@@ -186,10 +189,10 @@ def check_loaded(model: Any, headers: Mapping[str, Header]) -> None:
     """Refuse NaN and Inf among all loaded values, and zeros among packed ones.
 
     Args:
-        headers: what the files said. Where values were cast at loading, small ones may rightly have become zero.
+        headers: headers of the files. If values were cast at loading, small ones may have become zero rightly.
 
     Raises:
-        NonFiniteError, FormatError: names the tensor.
+        NonFiniteError, FormatError: a value is refused; the message names the tensor.
     """
     for prefix, module in model.named_modules():
         for leaf, tensor in module.named_parameters(prefix, recurse=False):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lock that one process holds from its start to its end, and that leaves nothing behind."""
+"""A lock on an output directory that one process holds until its run ends."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ logger = logging.getLogger(__name__)
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
-_TRIES = 100  # each is lost only to a holder that ends at that very moment
+_TRIES = 100  # a try fails only if the holder ends during it
 
 
 class Lock:
-    """Held from construction until :meth:`release`, or until this process ends, however it ends.
+    """Held from construction until :meth:`release`, or until this process ends in any way.
 
-    The lock is on an empty file. The holder removes it; after ``kill -9`` the file stays and locks nothing. Where
-    the filesystem knows no locks, a warning says so, once for each lock, and the run goes on.
+    The lock is on an empty file, which the holder removes. After ``kill -9`` the file stays, but it locks nothing. If
+    the filesystem has no locks, a warning says so and the run goes on.
 
     Args:
         path: the file, in a folder that exists.
-        busy: what to say when another process holds the lock.
+        busy: the error message if another process holds the lock.
 
     Raises:
         UsageError: another process holds the lock, or ``path`` is not a file of this user.
@@ -48,7 +48,7 @@ class Lock:
                 if error.errno not in _NO_LOCKS:
                     os.close(handle)
                     raise
-                logger.warning("no locks on this filesystem (%s): start no second run for %s", error, path.parent)
+                logger.warning("no locks on this filesystem (%s): start one run at a time in %s", error, path.parent)
             if _is_at(handle, path):
                 break
             os.close(handle)  # the holder before us removed this file while we waited for it
@@ -58,7 +58,7 @@ class Lock:
 
 
 def _open(path: Path) -> int:
-    # no link is followed, and a pipe is not waited for
+    # does not follow links and does not wait for pipes
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -80,7 +80,7 @@ def is_own(info: os.stat_result, folder: Path) -> bool:
     """True if what ``info`` describes belongs to the user that new files in ``folder`` belong to."""
     if info.st_uid == os.geteuid():
         return True
-    with tempfile.TemporaryFile(dir=folder) as probe:  # root's files on NFS may be nobody's
+    with tempfile.TemporaryFile(dir=folder) as probe:  # on NFS, files of root may belong to nobody
         return os.fstat(probe.fileno()).st_uid == info.st_uid
 
 
@@ -92,10 +92,10 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _release(handle: int, path: Path, holder: int) -> None:
-    if os.getpid() != holder:  # a forked child shares the lock, but does not end it
+    if os.getpid() != holder:  # a forked child shares the lock but must not end it
         return
     try:
         if _is_at(handle, path):
-            path.unlink(missing_ok=True)  # before the lock goes: who waits for it then sees that its file is gone
+            path.unlink(missing_ok=True)  # before the unlock, so that a waiting process sees that the file is gone
     finally:
         os.close(handle)

@@ -20,14 +20,14 @@ FILE_NAME = "mosaic_manifest.json"
 PACKAGE = "mosaic-kernels"
 SCHEMA = 1
 
-# Larger files are hashed only by a thorough comparison: sha256 takes 1.4 to 1.9 s per GB on one core with SHA
-# instructions (December 2026), so 2 ms for a file of this size.
+# Larger files are hashed only by a thorough comparison: reading and hashing takes 1.0 s of processor time per GB (Xeon,
+# Ice Lake class, with SHA instructions, Dec 2026), so 1 ms for a file of this size.
 _SMALL = 1 << 20
 _LARGEST_MANIFEST = 1 << 26  # bytes; a model of 1,000 shards needs 0.2 MB
 
 
 class Entry(NamedTuple):
-    """Size in bytes and sha256, in hexadecimal digits, of a whole file."""
+    """Size in bytes and SHA-256 (hexadecimal) of a whole file."""
 
     size: int
     sha256: str
@@ -38,7 +38,7 @@ class Manifest:
     """What a directory held when it was written.
 
     Attributes:
-        version: of the package that wrote it.
+        version: version of the package that wrote the directory.
         files: every file but the manifest itself, by its path in the directory, with ``/`` between folders.
     """
 
@@ -57,7 +57,7 @@ class Difference(NamedTuple):
     Attributes:
         name: path in the directory, with ``/`` between folders.
         kind: ``missing``, ``changed`` or ``extra``.
-        detail: the same in words, without the name.
+        detail: the difference in words, without the name.
     """
 
     name: str
@@ -73,13 +73,13 @@ def write(directory: Path, *, leave_out: Set[str] = frozenset()) -> Manifest:
 
     Args:
         directory: where the files are.
-        leave_out: names in ``directory`` itself that are not part of it.
+        leave_out: names directly in ``directory`` that are not listed.
 
     Raises:
         FormatError: the directory holds something that is neither a file nor a folder, such as a link.
     """
     names = []
-    for name, info in sorted(_walk(directory), reverse=True):  # a folder comes after what it holds
+    for name, info in sorted(_walk(directory), reverse=True):  # reverse order: a folder comes after its contents
         if PurePosixPath(name).parts[0] in leave_out:
             continue
         path = directory / name
@@ -95,7 +95,7 @@ def write(directory: Path, *, leave_out: Set[str] = frozenset()) -> Manifest:
     body = {"schema": SCHEMA, "package": PACKAGE, "version": manifest.version, "files": files}
     part = directory / f"{FILE_NAME}.part"
     part.write_text(json.dumps(body, indent=1) + "\n", encoding="ascii")
-    part.replace(directory / FILE_NAME)  # never half there
+    part.replace(directory / FILE_NAME)  # by rename, so it is never half written
     return manifest
 
 
@@ -108,7 +108,7 @@ def read(directory: Path) -> Manifest | None:
     """
     path = directory / FILE_NAME
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no link, no waiting for a pipe
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # follows no link, waits for no pipe
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -130,8 +130,8 @@ def compare(directory: Path, manifest: Manifest, *, thorough: bool) -> list[Diff
     """Every file that is missing, changed or not listed, in order of names.
 
     Args:
-        directory: what to look at. Links are not followed, other filesystems mounted below are not entered.
-        manifest: what it should hold.
+        directory: the directory. Links are not followed, and mounted filesystems are not entered.
+        manifest: the files that it should hold.
         thorough: read every file whole; otherwise files above 1 MiB are compared by size alone.
     """
     folders, device = manifest.folders(), directory.stat().st_dev
@@ -164,11 +164,11 @@ def compare(directory: Path, manifest: Manifest, *, thorough: bool) -> list[Diff
 
 
 def differences(directory: Path, *, thorough: bool) -> list[str]:
-    """How a directory differs from its manifest, a line for each file; empty where it holds what was written.
+    """How a directory differs from its manifest, a line for each file; empty if it does not differ.
 
     Args:
         directory: the directory, with its manifest.
-        thorough: read every file whole (1.4 to 1.9 s per GB); otherwise files above 1 MiB are compared by size alone.
+        thorough: read every file whole (about 1 s per GB); otherwise files above 1 MiB are compared by size alone.
 
     Raises:
         FormatError: there is no manifest, or it is not one of this package.
@@ -181,7 +181,7 @@ def differences(directory: Path, *, thorough: bool) -> list[str]:
 
 
 def remove(directory: Path, manifest: Manifest) -> bool:
-    """Delete what a manifest lists, file by file, and last the manifest; what else is there stays.
+    """Delete the files that a manifest lists, and the manifest last; all other files stay.
 
     Returns:
         False if the directory is still there, because something that is not listed is in it.
@@ -189,7 +189,7 @@ def remove(directory: Path, manifest: Manifest) -> bool:
     folders = sorted(manifest.folders(), reverse=True)
     known = {".", *(name for name in folders if _is_folder(directory, name))}
     for name in manifest.files:
-        if str(PurePosixPath(name).parent) in known:  # else the file would be reached through a link
+        if str(PurePosixPath(name).parent) in known:  # otherwise the path may lead through a link
             (directory / name).unlink(missing_ok=True)
     try:
         for name in folders:
@@ -213,9 +213,9 @@ def _is_real_folder(path: Path) -> bool:
 
 
 def _walk(directory: Path, known: Set[str] | None = None) -> Iterator[tuple[str, os.stat_result]]:
-    """Everything below ``directory``, folders too, links as links.
+    """All files, folders and links below ``directory``; links are not followed.
 
-    Other filesystems are named but not entered, and so are folders that are not ``known`` where that is given.
+    Mounted filesystems are yielded but not entered. If ``known`` is given, other folders are not entered either.
     """
     device, waiting = directory.stat().st_dev, [directory]
     while waiting:
@@ -228,7 +228,7 @@ def _walk(directory: Path, known: Set[str] | None = None) -> Iterator[tuple[str,
 
 
 def _entries(directory: Path, names: list[str]) -> dict[str, Entry]:
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:  # sha256 runs without Python's lock
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:  # hashlib releases Python's lock
         return dict(zip(names, threads.map(lambda name: _entry(directory / name), names), strict=True))
 
 
@@ -240,7 +240,7 @@ def _entry(path: Path) -> Entry:
 
 def _parse(body: Any) -> Manifest:
     if body["package"] != PACKAGE or body["schema"] != SCHEMA:
-        raise ValueError(f"it is of {body['package']!r}, schema {body['schema']!r}; {PACKAGE!r}, {SCHEMA} is known")
+        raise ValueError(f"package {body['package']!r}, schema {body['schema']!r}; expected {PACKAGE!r}, {SCHEMA}")
     files = {_checked(name): Entry(int(each["size"]), str(each["sha256"])) for name, each in body["files"].items()}
     return Manifest(str(body["version"]), files)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a directory may be replaced: only if everything in it was written by this package, and not changed since."""
+"""Decides whether a directory may be replaced: only if this package wrote everything in it and nothing was changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def require_leave(path: Path, may_replace: bool) -> None:
-    """Raise if something stands at ``path`` and nobody has asked to replace it.
+    """Raise if ``path`` holds files and the user has not asked to replace them.
 
     Raises:
         UsageError: ``path`` is a directory that is not empty.
@@ -30,7 +30,7 @@ def require_leave(path: Path, may_replace: bool) -> None:
 def require_output(
     path: str | Path, *, overwrite: bool = False, resume: bool = False, source: str | Path | None = None
 ) -> None:
-    """Raise if an ``OutputDirectory`` could not be made for ``path``, and touch nothing.
+    """Raise if an ``OutputDirectory`` could not be made for ``path``; change nothing.
 
     Raises:
         UsageError: ``path`` cannot be made or replaced.
@@ -43,14 +43,14 @@ def require_output(
 
 
 def require_ours(path: Path, *, thorough: bool = True) -> None:
-    """Raise if ``path`` holds anything that this package did not write, or that was changed since.
+    """Raise if ``path`` holds anything that this package did not write, or that was changed afterwards.
 
     Args:
         path: a directory, or nothing.
-        thorough: read every file whole: 1.4 to 1.9 s per GB.
+        thorough: read every file whole, about 1 s per GB.
 
     Raises:
-        UsageError: names the first such thing.
+        UsageError: it does; the message names the first such file.
     """
     first = next(iter(sorted(path.iterdir())), None) if path.is_dir() else None
     if first is None:
@@ -59,7 +59,7 @@ def require_ours(path: Path, *, thorough: bool = True) -> None:
     try:
         listed = manifest.read(path)
     except FormatError as error:
-        raise UsageError(f"{error}; so {path} is not replaced: {what_to_do}") from error
+        raise UsageError(f"{path} is not replaced: {error}; {what_to_do}") from error
     if listed is None:
         raise UsageError(
             f"{path} is not replaced: it holds {first.name} and no {manifest.FILE_NAME}, so mosaic-kernels did not "
@@ -71,5 +71,5 @@ def require_ours(path: Path, *, thorough: bool = True) -> None:
     for difference in manifest.compare(path, listed, thorough=thorough):
         if difference.kind != "missing":
             raise UsageError(
-                f"{path} is not replaced, because only what mosaic-kernels wrote is: {difference}: {what_to_do}"
+                f"{path} is not replaced, because it is not as mosaic-kernels wrote it: {difference}; {what_to_do}"
             )

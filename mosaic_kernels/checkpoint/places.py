@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a finished directory may stand: not around, at or inside what others work with."""
+"""Decides where an output directory may stand: not where replacing it would harm other files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def resolved(path: str | Path) -> Path:
     """``path`` as an absolute path without links and ``~``.
 
     Raises:
-        UsageError: it is not a path, or a name in it, with what this package puts around it, is too long.
+        UsageError: it is not a path, or a name in it is too long once this package adds its own prefix and suffix.
     """
     try:
         found = Path(path).expanduser().resolve()
@@ -64,10 +64,10 @@ def require_place(path: Path, source: str | Path | None) -> None:
 
 
 def require_no_mounts(path: Path) -> None:
-    """Raise if another filesystem is mounted at or below ``path``: it could not be renamed, and must not be emptied.
+    """Raise if a filesystem is mounted at or below ``path``: then ``path`` cannot be renamed and must not be emptied.
 
     Raises:
-        UsageError: names the mount point.
+        UsageError: one is; the message names the mount point.
     """
     for place in _mounts(path):
         if place == path:
@@ -81,7 +81,7 @@ def _mounts(path: Path) -> Iterator[Path]:
         yield path
     try:
         lines = _MOUNTS.read_bytes().splitlines()
-    except OSError:  # not Linux: a mount on the same device goes unseen
+    except OSError:  # not Linux: mounts of the same device are not found
         yield from _other_devices(path)
         return
     for line in lines:
@@ -101,7 +101,7 @@ def _other_devices(path: Path) -> Iterator[Path]:
 
 
 def _identity(path: Path) -> Identity | None:
-    """Device and inode: equal for all names of one place, whatever their letters, links and mounts."""
+    """Device and inode, which are equal for all names of one place, also through links and mounts."""
     try:
         info = path.stat()
     except OSError:
@@ -120,14 +120,14 @@ def _lineage(path: Path) -> Iterator[Identity]:
 def _here() -> Path | None:
     try:
         return Path.cwd()
-    except OSError:  # it was deleted
+    except OSError:  # the working directory was deleted
         return None
 
 
 def _home() -> Path | None:
     try:
         return Path.home().resolve()
-    except (OSError, RuntimeError):  # this user has none
+    except (OSError, RuntimeError):  # this user has no home directory
         return None
 
 
@@ -136,7 +136,7 @@ def _is_bare_repository(path: Path) -> bool:
 
 
 def _folders_of(source: str | Path | None) -> list[Path]:
-    """The folders of a source model: its own, and in the hub's cache that of all its versions."""
+    """The folders of a source model: its own and, in the hub's cache, the folder of all its versions."""
     if source is None or not str(source):
         return []
     try:
@@ -144,7 +144,7 @@ def _folders_of(source: str | Path | None) -> list[Path]:
         if not local.is_dir():
             return [cached for cached in [_cached(str(source))] if cached.is_dir()]
     except (OSError, RuntimeError, ValueError):
-        return []  # not a path: loading it says so
+        return []  # not a path; loading the model will report that
     whole = [place for place in local.parents if place.name.startswith("models--") and local.parent.name == "snapshots"]
     return [local, *whole[:1]]
 

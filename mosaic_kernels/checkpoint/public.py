@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may stand in files that are published: no absolute path, no user's name, no token."""
+"""Removes absolute paths, user names and access tokens from texts that are published."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mosaic_kernels.paths import home_directory
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w-]+)?")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://[^\s'\"<>]+", re.IGNORECASE)
-# A path inside other words: its beginning, folders, and the last part, which stays.
+# A path inside a text: its beginning, its folders, and its last part, which is kept.
 _PATH = re.compile(
     r"(?:(?<![\w:/\\.~])[A-Za-z]:[\\/]|(?<![\w/\\.~-])(?:~[\w.-]*|\.{1,2})?[\\/])"
     r"(?:[^\\/\s,;'\"()\[\]]+[\\/]+)*(?=[^\\/\s])"
@@ -23,13 +23,13 @@ _ROOTED = re.compile(r"(?:[A-Za-z]:[\\/]|\\\\|/|~|\.{1,2}(?:[\\/]|$)|file:)")
 _SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{6,}|\b(?:sk|ghp|gho|github_pat|glpat)[-_][A-Za-z0-9_-]{16,}")
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 _HIDDEN = "***"
-# Options whose values are paths of this machine, whatever they look like.
+# Options whose values are always local paths.
 _PATH_OPTIONS = ("--output-dir", "--eval-text", "--ranks", "--profile", "--plan")
-_SOURCE_OPTIONS = ("--calibration",)  # a path, or a name of the hub
+_SOURCE_OPTIONS = ("--calibration",)  # a path or a name on the hub
 
 
 def public_name(source: str | os.PathLike[str]) -> str:
-    """A name for others: a hub id as it is, of a path its last part, of a snapshot in the hub's cache its id.
+    """A name to publish: a hub id as it is, the last part of a path, or the hub id of a snapshot in the hub's cache.
 
     Args:
         source: path, hub id, URL or description.
@@ -45,7 +45,7 @@ def public_name(source: str | os.PathLike[str]) -> str:
 
 
 def public_text(text: str) -> str:
-    """``text`` with only the last part of every path in it, and without tokens and what else a URL may hide."""
+    """``text`` with every path cut to its last part, and without access tokens and secrets in URLs."""
     for name in _SECRET_VARIABLES:
         if len(secret := os.environ.get(name, "")) > 5:
             text = text.replace(secret, _HIDDEN)
@@ -55,11 +55,11 @@ def public_text(text: str) -> str:
     if home is not None and len(home.parts) > 2:  # also behind letters, as in -I/home/me/x
         text = text.replace(f"{home}/", "").replace(str(home), "~")
     text = _PATH.sub("", text)
-    return text.encode("utf-8", "replace").decode()  # the name of a file may be no Unicode
+    return text.encode("utf-8", "replace").decode()  # a file name may be invalid Unicode
 
 
 def public_command(command: Sequence[str]) -> list[str]:
-    """The words of a command line as they may be published; options stay, paths lose all but their last part."""
+    """The words of a command line, to publish: options stay, paths are cut to their last part."""
     found, option = [], ""
     for word in command:
         name, equals, value = word.partition("=")
@@ -74,7 +74,7 @@ def public_command(command: Sequence[str]) -> list[str]:
 
 
 def _public_value(option: str, value: str) -> str:
-    """``option`` may be abbreviated, as argparse allows."""
+    """The value of an option, to publish; ``option`` may be abbreviated, as argparse allows."""
     if len(option) > 3 and any(full.startswith(option) for full in _PATH_OPTIONS):
         return value if "/" not in value and "\\" not in value and value[:1] != "~" else public_name_of_path(value)
     if (
@@ -88,7 +88,7 @@ def _public_value(option: str, value: str) -> str:
 
 
 def public_name_of_path(path: str) -> str:
-    """The last part of what is a path, whatever it looks like."""
+    """The last part of a path."""
     return public_name(path) if _URL.match(path) else public_text(_last_part(path))
 
 

@@ -38,14 +38,14 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         heads: block -> ``{"query": q, "key_value": k}``.
         provenance: how the model was made.
         weights: ``{"dtype": "int8", "group": g}`` where packed values are int8, with a scale for each row
-            (``null``) or for every 64 columns of it; there is no such key where they are float.
-        checksums: SHA-256 digests, see :mod:`mosaic_kernels.checkpoint.checksums`; there is no such key in
+            (``null``) or for every 64 columns of it; the key is absent if they are float.
+        checksums: SHA-256 digests, see :mod:`mosaic_kernels.checkpoint.checksums`; the key is absent in
             checkpoints of older releases.
         verify: compare the bytes of all tensors with the checksums while loading. Pass it to ``from_pretrained``, as
             ``verify=True`` or as ``quantization_config=MosaicConfig(verify=True)``; it is never saved.
 
     Raises:
-        FormatError: the version, or something it says, is not known to this release; the message names the key.
+        FormatError: this release does not know the version or a value; the message names the key.
     """
 
     METHOD = autoload.METHOD
@@ -84,11 +84,11 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return "int8" if self.weights["group"] is None else "int8-group"
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds of it."""
+        """The table that ``config.json`` holds."""
         return {key: copy.deepcopy(value) for key, value in self.__dict__.items() if key != "verify"}
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What ``from_pretrained`` takes from a configuration passed to it; the rest comes from the checkpoint."""
+        """Settings that a configuration passed to ``from_pretrained`` overrides; the checkpoint decides all others."""
         return {"verify": self.verify}
 
     def lay_out(self, adapter: ModelAdapter) -> None:
@@ -113,7 +113,7 @@ class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """The description of a model as it stands.
 
         Args:
-            tensors: what its weight files will hold, for the checksums; left out, there are none.
+            tensors: the tensors of the weight files, for the checksums; without them there are no checksums.
         """
         projections, heads = describe(adapter)
         kind = packed_weights(adapter)
@@ -133,7 +133,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
             raise UsageError("this model holds no mosaic weights: make them with `python -m mosaic_kernels.prune`")
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Check the files before transformers opens them; it calls this method or the next, by its release."""
+        """Check the files before transformers opens them. Some releases call this method, others the next one."""
         check_directory(config, self._checksums)
         return config
 
@@ -143,7 +143,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @classmethod
     def attach(cls, adapter: ModelAdapter) -> None:
-        """Let a model that was packed in memory save itself and dequantize, as one that was loaded."""
+        """Make a model that was packed in memory save and dequantize as a loaded one does."""
         model: Any = adapter.model
         model.config.quantization_config = MosaicConfig.of(adapter)
         model.hf_quantizer = cls(model.config.quantization_config, pre_quantized=True)
@@ -241,7 +241,7 @@ def _name_shapes(adapter: ModelAdapter) -> None:
 def _lay_out_empty(model: Any) -> None:
     """Give a model that ``from_config`` made without weights the layers of its mosaic configuration.
 
-    ``accelerate.load_checkpoint_and_dispatch`` can then fill it. A model with weights stays as it is: random ones.
+    ``accelerate.load_checkpoint_and_dispatch`` can then fill it. A model that has (random) weights stays as it is.
     """
     found: Any = getattr(model.config, "quantization_config", None)
     if autoload.is_mosaic(model.config) and all(parameter.is_meta for parameter in model.parameters()):
@@ -250,7 +250,7 @@ def _lay_out_empty(model: Any) -> None:
 
 
 def complete_models() -> None:
-    """Extend what transformers' models do: a saved configuration is complete, an empty model has packed layers."""
+    """Make transformers save complete configurations and lay out empty models with packed layers."""
     compat.after_from_config(_lay_out_empty)
     autoload.extend_configs()
 

@@ -66,7 +66,7 @@ def load_model(
     if path is not None:
         tensor_headers(weight_files(path))  # finds a truncated shard now, by name
     with station("load"), _load_errors(source):
-        tokenizer = _load_tokenizer(path or source)  # before the weights: it is small, and may not load
+        tokenizer = _load_tokenizer(path or source)  # before the weights: it is small, and loading it may fail
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path or source, dtype=_dtype(dtype), trust_remote_code=False, output_loading_info=True
         )
@@ -165,7 +165,7 @@ def _is_path(source: str) -> bool:
 
 
 def _meant(path: Path) -> str:
-    """`` (did you mean ...?)`` where a directory with a model has nearly this name."""
+    """``; did you mean ...?`` if a directory with a model has nearly this name, else an empty string."""
     for first in (
         get_close_matches(path.parts[0], [p.name for p in Path().iterdir()], cutoff=0.75) if path.parts else ()
     ):
@@ -178,7 +178,7 @@ def _meant(path: Path) -> str:
 
 
 def _hub_answers() -> bool:
-    """False where a connection to the hub fails at once; True also where a proxy decides about that."""
+    """False if a connection to the hub fails at once; True otherwise, and always behind a proxy."""
     from huggingface_hub import constants
 
     address = urlsplit(constants.ENDPOINT)

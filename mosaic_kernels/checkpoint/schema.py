@@ -19,13 +19,13 @@ _DO = "copy or download the checkpoint again"
 def check_description(found: Mapping[str, Any]) -> None:
     """Refuse a ``quantization_config`` with a part of a wrong type or out of range.
 
-    Keys that this release does not know are ignored: a change that older releases must not overlook has a new version.
+    Keys that this release does not know are ignored: a change that older releases must not ignore gets a new version.
 
     Args:
         found: the values of its keys; a key that is absent has its default.
 
     Raises:
-        FormatError: names the key, with the path to it, and what belongs there.
+        FormatError: an entry is wrong; the message names its key, the path to it, and the expected value.
     """
     version = found.get("version", FORMAT_VERSION)
     if isinstance(version, bool) or version != FORMAT_VERSION:
@@ -107,7 +107,7 @@ def _table(value: Any, path: str, *, required: bool = False) -> Mapping[str, Any
 
 
 def _is_count(value: Any, least: int, most: int | None) -> bool:
-    """True for a whole number in this range; to Python, ``true`` is one too."""
+    """True for a whole number in this range, but not for ``true``, which Python counts as a number."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole and value >= least and (most is None or value <= most)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders for work in progress: marked as ours, closed to other users, and deleted only if they are both."""
+"""Folders for work in progress, with a marker and closed to other users. Only such folders are deleted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def mark(folder: Path) -> None:
     if _has_marker(folder):
         return
     path = folder / MARKER
-    path.unlink(missing_ok=True)  # cut off while it was written
+    path.unlink(missing_ok=True)  # the process ended while writing it
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(handle, "w", encoding="ascii") as file:
         file.write(_CONTENT)
@@ -44,7 +44,7 @@ def unmark(folder: Path) -> None:
 
 
 def is_marked(folder: Path) -> bool:
-    """True for a folder that :func:`make` made, also where it was cut off before the marker was written."""
+    """True for a folder that :func:`make` made, even if the process ended before the marker was written."""
     return _has_marker(folder) or {entry.name for entry in folder.iterdir()} <= {MARKER}
 
 
@@ -60,7 +60,7 @@ def require_folder(path: Path) -> None:
     """Raise unless ``path`` is a folder of this user, and no link.
 
     Raises:
-        UsageError: it is something else, another user's, or something is mounted at or below it.
+        UsageError: it is no folder, belongs to another user, or has a mount point at or below it.
     """
     info = path.lstat()
     if not stat.S_ISDIR(info.st_mode):
@@ -75,7 +75,7 @@ def require_own(folder: Path) -> None:
     """Raise unless an earlier run of this user made ``folder``; close it to other users.
 
     Raises:
-        UsageError: it is no folder, another user's, or without our marker.
+        UsageError: it is no folder, belongs to another user, or lacks our marker.
     """
     require_folder(folder)
     if not is_marked(folder):
@@ -88,7 +88,7 @@ def require_plain_journal(journal: Path) -> None:
     """Raise unless the journal, where there is one, is a folder of plain files of this user.
 
     Raises:
-        UsageError: names a link, or what belongs to another user.
+        UsageError: it holds a link or a file of another user; the message names it.
     """
     if not os.path.lexists(journal):
         return
@@ -100,9 +100,9 @@ def require_plain_journal(journal: Path) -> None:
 
 
 def clear(folder: Path, *, keep: str | None = None) -> None:
-    """Empty a marked folder but for its marker and, in the folder called ``keep``, its finished files.
+    """Empty a marked folder, but keep its marker and the finished files in its folder ``keep``.
 
-    A run that was killed leaves files there that it had not finished.
+    A run that was killed also leaves unfinished files in ``keep``, which are deleted.
     """
     for entry in folder.iterdir():
         if entry.name == keep:
@@ -141,7 +141,7 @@ def make_parents(path: Path) -> list[Path]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Take back what :func:`make_parents` made, as far as nothing else is in it."""
+    """Remove the folders that :func:`make_parents` made, if they are empty."""
     for folder in folders:
         try:
             folder.rmdir()
@@ -150,13 +150,13 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def apply_umask(folder: Path, *, leave_out: str) -> None:
-    """Give everything in ``folder``, and itself, the mode of a new file or folder there.
+    """Give ``folder`` and everything in it the modes of new files and folders under the umask.
 
     safetensors writes files that only this user can read, and work in progress is closed to others.
 
     Args:
         folder: a marked folder.
-        leave_out: the name of a folder in it that stays as it is.
+        leave_out: the name of a folder inside ``folder`` that stays as it is.
     """
     with tempfile.TemporaryDirectory(dir=folder) as place:  # os.umask() cannot be read without setting it
         for_folders = _mode(Path(place), os.mkdir)
@@ -182,6 +182,6 @@ def _mode(place: Path, make: Callable[[Path, int], object]) -> int:
 
 
 def _change_mode(path: Path, info: os.stat_result, mode: int) -> None:
-    wanted = stat.S_IMODE(info.st_mode) & ~0o777 | mode  # a folder that hands its group on goes on doing so
+    wanted = stat.S_IMODE(info.st_mode) & ~0o777 | mode  # keeps setgid
     if wanted != stat.S_IMODE(info.st_mode):
         path.chmod(wanted)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds values that a checkpoint cannot rightly hold: NaN, Inf, and packed zeros."""
+"""Finds values that no undamaged checkpoint holds: NaN, Inf, and packed zeros."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BITS = {
     torch.bfloat16: (torch.int16, 0x7F80),
     torch.float16: (torch.int16, 0x7C00),
 }
-# Values that are looked at together: their bits fit into the second-level cache. One pass over 2^18 values finds zeros
+# Values that are checked together: their bits fit into the second-level cache. One pass over 2^18 values finds zeros
 # and NaN at 5 to 7 GB/s; count_nonzero and aminmax of all values take 2 GB/s (bf16 and fp16, one thread, Dec 2026).
 _CHUNK = 1 << 18
 _AGAIN = "copy or download the checkpoint again"
@@ -26,12 +26,12 @@ def check_values(name: str, values: Tensor, *, packed: bool, stored: str) -> Non
 
     Args:
         name: of the tensor, for the message.
-        values: of any shape and dtype; only fp32, bf16 and fp16 are looked at.
+        values: of any shape and dtype; only fp32, bf16 and fp16 are checked.
         packed: ``values`` are the kept weights of a projection, in the dtype in which the file holds them.
-        stored: the dtype in the file in safetensors' words, for the message.
+        stored: safetensors' name of the dtype in the file, for the message.
 
     Raises:
-        NonFiniteError: names the tensor and how many of its values are NaN or infinite.
+        NonFiniteError: values are NaN or infinite; the message names the tensor and how many.
         FormatError: packed values are zero.
     """
     if values.dtype not in _BITS or not values.numel() or values.is_meta:

@@ -18,10 +18,10 @@ from mosaic_kernels.errors import ModelLoadError
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and what is not as it was written.
+    """The result of a comparison with the checksums.
 
     Attributes:
-        directory: of the checkpoint.
+        directory: directory of the checkpoint.
         tensors: how many tensors have checksums.
         files: how many files the manifest lists.
         damaged: a line for each tensor or file that is not as it was written.
@@ -33,7 +33,7 @@ class Verification:
     damaged: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for ``--json``."""
+        """The result as a table for ``--json``."""
         return {"model": str(self.directory), "tensors": self.tensors, "files": self.files, "damaged": [*self.damaged]}
 
     def __str__(self) -> str:
@@ -51,11 +51,11 @@ def verify_directory(directory: Path) -> Verification:
 
     Raises:
         ModelLoadError: the directory is missing or unreadable, or has neither kind of checksums.
-        FormatError: its description or manifest is not one.
+        FormatError: its description or manifest is invalid.
         EnvironmentError_: a file may not be read.
     """
     if not directory.is_dir():
-        raise ModelLoadError(f"{directory}: no such directory; checksums are of files that are here")
+        raise ModelLoadError(f"{directory}: no such directory; --verify reads local files only")
     content = read_json(directory / "config.json")
     described = content.get("quantization_config")
     sums: Mapping[str, Any] = {}
@@ -66,8 +66,8 @@ def verify_directory(directory: Path) -> Verification:
     count, lines = _damage_by_manifest(directory, thorough=not sums)
     if not sums and not count:
         raise ModelLoadError(
-            f"{directory} has no checksums and cannot be verified: an older release or another program wrote it; a "
-            "mosaic checkpoint gets them where it is loaded and saved again"
+            f"{directory} has no checksums and cannot be verified: an older release or another program wrote it; "
+            "to add checksums to a mosaic checkpoint, load it and save it again"
         )
     return Verification(directory, len(sums.get("tensors", {})), count, (*damaged, *lines))
 

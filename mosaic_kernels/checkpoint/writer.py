@@ -130,7 +130,7 @@ def write_checkpoint(
 
 
 def _tell_growth(directory: Path, source: Path) -> None:
-    """Warn where the result takes more bytes than the source, as one that fills zeros of a packed model does."""
+    """Warn if the result is larger than the source, as when a packed source is saved with fewer zeros."""
     now, before = (
         sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
         for folder in (directory, source)

@@ -92,7 +92,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     if arguments.seqlen is not None and arguments.seqlen < 2:
         raise UsageError(f"--seqlen {arguments.seqlen}: a window needs at least 2 tokens, one to predict the next")
-    texts = None if arguments.text is None else read_texts(arguments.text)  # now, not when a large model is loaded
+    texts = None if arguments.text is None else read_texts(arguments.text)  # before a large model is loaded
     tasks = None if arguments.tasks is None else arguments.tasks.split(",")
     if arguments.zero_shot is not None:
         check_zero_shot(arguments.zero_shot, tasks)

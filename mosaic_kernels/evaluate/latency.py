@@ -96,7 +96,7 @@ def prompt_length(model: Any, asked: int | None, new_tokens: int) -> int:
     """The number of prompt tokens: ``asked``, else 128 or as many as leave room for ``new_tokens``.
 
     Raises:
-        UsageError: both together are more tokens than the model knows positions.
+        UsageError: prompt and new tokens together are more than the model has positions.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None:
@@ -105,7 +105,7 @@ def prompt_length(model: Any, asked: int | None, new_tokens: int) -> int:
     if count < 1 or count + new_tokens > limit:
         raise UsageError(
             f"--prompt-tokens {max(1, count)} and --new-tokens {new_tokens} are more than the {limit} positions this "
-            "model knows: lower one of them"
+            "model has: lower one of them"
         )
     return count
 

@@ -138,7 +138,7 @@ def linear_at(operands: Operands, in_features: int, dtype: torch.dtype, quantize
         quantize_x: see ``sparse_linear_int8``.
 
     Returns:
-        A function that asks whether the weight is where it was, and runs the kernel only then. It takes the
+        A function that runs the kernel only if the weight is still where it was. It takes the
         arguments of ``unchanged``, the address of ``x``, the address of the result, the number of rows of ``x`` and
         the number of threads, and returns whether the kernel ran.
 

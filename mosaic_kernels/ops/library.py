@@ -64,9 +64,9 @@ for _op, _schema in _SCHEMAS.items():
     _library.impl(_op, _run(_op), "CompositeExplicitAutograd")
 
 
-# Arguments of linear operators that autocast casts, as it does those of F.linear. int8 values and their scales say
-# nothing of the dtype in which they are multiplied. Tiles have bits
-# among their values, which cannot be cast: _run_in_autocast() and fast_tile_linear() expand them.
+# Arguments of linear operators that autocast casts, as it does those of F.linear. int8 values and their scales do not
+# decide the dtype of the product. Tiles have bits among their values, which cannot be cast: _run_in_autocast() and
+# fast_tile_linear() expand them.
 _CAST = {
     "sparse_linear": ("x", "values", "bias"),
     "sparse_linear_int8": ("x", "bias"),

@@ -17,7 +17,7 @@ from mosaic_kernels.ops.select import is_recorded, is_seen, kernel_for, resolved
 
 
 def is_trained(held: dict[str, Any]) -> bool:
-    """Whether the bias is to get a gradient: then it is added by torch, as no kernel computes that."""
+    """True if the bias gets a gradient. Then torch adds the bias, because no kernel computes its gradient."""
     bias = held.get("bias")
     return bias is not None and bias.requires_grad and torch.is_grad_enabled()
 
@@ -49,7 +49,7 @@ def prepare(
         quantize_x: see ``sparse_linear_int8``.
 
     Returns:
-        The call; ``None`` where ``x`` is not one for the CPU's kernel.
+        The call; ``None`` if the CPU kernel does not take ``x``.
     """
     values, scales, words, offsets, bias = operands
     op = "sparse_linear" if scales is None else "sparse_linear_int8"

@@ -214,14 +214,14 @@ def fast_tile_linear(x: torch.Tensor, weight: TileBitmap | TwoOfFour, bias: torc
     name = "tile_linear" if isinstance(weight, TileBitmap) else "two_of_four_linear"
     if is_recorded(x):
         if isinstance(weight, TwoOfFour) and _is_cast(weight):
-            return F.linear(x, weight.to_dense(), bias)  # its values are inside of integers, which nothing casts
+            return F.linear(x, weight.to_dense(), bias)  # its values are packed into integers, which cannot be cast
         return recorded(getattr(torch.ops.mosaic, name), *arguments)
     out: torch.Tensor = kernel_for(name, x)(*arguments)
     return out
 
 
 def _is_cast(weight: TwoOfFour) -> bool:
-    """Whether autocast multiplies in another dtype than that of ``weight``."""
+    """True if autocast multiplies in another dtype than that of ``weight``."""
     device = weight.tiles.device.type
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not weight.dtype
 
@@ -263,12 +263,12 @@ def _parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def is_recorded(x: torch.Tensor) -> bool:
-    """Whether autograd, autocast, a compiler, a tracer, a function transform or a tensor subclass must see the call."""
+    """True if autograd, autocast, a compiler, tracer, function transform or tensor subclass must see the call."""
     return _is_compiling() or is_seen(x)
 
 
 def is_seen(x: torch.Tensor) -> bool:
-    """:func:`is_recorded`, asked where dynamo compiles nothing: other compilers pass tensors of a class of theirs."""
+    """As :func:`is_recorded`, for calls outside dynamo. Other compilers are known by their tensor subclasses."""
     return (
         type(x) is not torch.Tensor
         or (x.requires_grad and torch.is_grad_enabled())

@@ -49,7 +49,7 @@ def calibrate(source: Any, tokenizer: Any, vocabulary: int, *, samples: int, seq
             ``random`` for uniformly random tokens, or texts or token ids: see
             :func:`~mosaic_kernels.prune.given.given_calibration`.
             Sequences of token ids that have one length are used as they are, the first ``samples`` of them.
-        tokenizer: of the model; ``None`` is enough for ``random`` and for token ids.
+        tokenizer: the model's tokenizer; ``None`` is enough for ``random`` and for token ids.
         vocabulary: number of tokens the model knows.
 
     Raises:

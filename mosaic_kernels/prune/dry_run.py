@@ -26,7 +26,7 @@ from mosaic_kernels.prune.walk import KEPT_BYTES
 
 
 def predict(model: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What a run would remove and need; reads the configuration, no weights. Texts are read, as far as they are local.
+    """Predict what a run would remove and need. Reads the configuration and local texts, but no weights.
 
     Without ``ranks``, or where the structured share is yet to be chosen, the spread over projections is not
     known before calibration; the totals are, because every policy but ``mosaic-reference`` meets the same

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides the bytes of a pruned block: blocks of an interrupted run are used again only if all of it is equal.
+"""Everything that decides the bytes of a pruned block. Finished blocks are used again only if all of it is equal.
 
-The model is compared as it was loaded: every parameter, every buffer and the configuration. So a model that was copied
-or touched may go on, one that differs in a single bit may not, and it makes no difference whether it came from a
-directory, the hub or memory.
+The model is compared as loaded: every parameter, every buffer and the configuration. So a run may be resumed with a
+copy of the model, but not with a model that differs in a single bit. It makes no difference whether the model came from
+a directory, the hub or memory.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from mosaic_kernels.ops.select import running
 from mosaic_kernels.ops.threads import threads
 from mosaic_kernels.prune.calibration import Calibration
 
-# Options of a run that change a block, as they are.
+# Options of a run that change a block; their values are compared.
 RESULT_OPTIONS = (
     "sparsity", "category", "structured_share", "pattern", "channel_multiple", "policy", "outlier_threshold",
     "max_deviation", "solver", "quality", "recover", "seed", "dtype",
 )  # fmt: skip
 
-# Options that are compared by what they lead to: tokens, a ranking, a dtype, a machine.
+# Options whose effects are compared instead of their values: tokens, a ranking, a dtype, a machine.
 SETTLED_OPTIONS = ("calibration", "samples", "seqlen", "ranks", "compute_dtype", "device")
 
-# Options that change no block: the last step, which a resumed run does anew, or nothing of the result.
+# Options that change no block, but the last step, which a resumed run repeats, or nothing in the result.
 OTHER_OPTIONS = ("eval_text", "eval_tokens", "format", "weights", "resume", "overwrite")
 
-# Variables of the libraries that multiply, which choose other instructions or another order of sums.
+# Environment variables that make the libraries choose other instructions or another order of sums.
 _ARITHMETIC_VARIABLES = (
     "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
     "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG",
 )  # fmt: skip
 
-# Entries of a configuration that say where it is from; the dtype is that of the weights, which are compared.
+# Entries of a configuration that are not compared: its origin, and the dtype, which the weights show.
 _NO_MATTER = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -63,8 +63,8 @@ def fingerprint(
 
     Args:
         adapter: the dense model, before its first block is pruned.
-        compute_dtype: the dtype that ``config.compute_dtype`` has led to.
-        processes: how many share the work, which decides the order of sums.
+        compute_dtype: the dtype that ``config.compute_dtype`` stands for.
+        processes: the number of processes that share the work, which decides the order of sums.
     """
     samples, seqlen = calibration.tokens.shape
     model: Any = adapter.model
@@ -87,10 +87,10 @@ def fingerprint(
 def weight_digests(model: nn.Module) -> dict[str, str]:
     """A digest of the dtype, shape and bytes of every parameter and buffer, by name.
 
-    Hashing takes .8 s per GB and thread (Xeon, Sapphire Rapids class, 2.6 GHz, Dec 2026).
+    Hashing takes 0.85 s of processor time per GB (Xeon, Ice Lake class, with SHA instructions, Dec 2026).
     """
     named = [*model.named_parameters(), *model.named_buffers()]
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashlib lets the others run meanwhile
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashlib releases Python's lock
         found = pool.map(lambda item: tensor_digest([item]), named)
         return {name: digest for (name, _), digest in zip(named, found, strict=True)}
 
@@ -107,7 +107,7 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str | None:
-    """What decides the tokens of a text."""
+    """A digest of everything that decides the tokens of a text."""
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -119,7 +119,7 @@ def _versions() -> dict[str, str | None]:
     from mosaic_kernels import __version__
 
     found: dict[str, str | None] = {"mosaic-kernels": __version__, "the code of mosaic-kernels": _code_digest()}
-    found["torch"] = str(torch.__version__)  # tells the build, too
+    found["torch"] = str(torch.__version__)  # includes the build
     for package in ("transformers", "triton"):
         try:
             found[package] = version(package)
@@ -130,7 +130,7 @@ def _versions() -> dict[str, str | None]:
 
 @cache
 def _code_digest() -> str:
-    """Of all Python files and compiled modules of this package: a checkout changes without a new version."""
+    """A digest of this package's Python files and compiled modules, which a checkout changes without a new version."""
     digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted([*root.rglob("*.py"), *root.rglob("*.so")]):
         digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
@@ -139,7 +139,7 @@ def _code_digest() -> str:
 
 
 def _machine(device: torch.device, attention: str | None) -> dict[str, Any]:
-    """What of the machine and its settings decides how sums are rounded."""
+    """Properties and settings of the machine that decide how sums are rounded."""
     found: dict[str, Any] = {
         "device": device.type,
         "attention": attention,
@@ -164,7 +164,7 @@ def _machine(device: torch.device, attention: str | None) -> dict[str, Any]:
     }
 
 
-# What to do where an entry of a part of the fingerprint differs; "" stands for the options.
+# Part of the fingerprint -> what to do if an entry in it differs; "" stands for the options.
 _ADVICE = {
     "": "repeat its options",
     "tokenizer": "give it the model it began with",
@@ -176,7 +176,7 @@ _ADVICE = {
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
-    """What differs between two fingerprints: names, the two values of those that people can read, and what to do."""
+    """The differences of two fingerprints: their names, both values where people can read them, and what to do."""
     names: list[str] = []
     values: list[str] = []
     advice: dict[str, None] = {}
@@ -203,7 +203,7 @@ def _same(before: dict[str, Any], now: dict[str, Any], key: str) -> bool:
 
 
 def _both(name: str, old: Any, new: Any) -> list[str]:
-    """``seed 0, now 1``; nothing for digests and for what is too long to read."""
+    """A text such as ``seed 0, now 1``; no text for digests and for values that are too long to read."""
     if name.startswith("the code") or any(isinstance(each, str) and len(each) >= 32 for each in (old, new)):
         return []
     texts = ["none" if each is None else _canonical(each).strip('"') for each in (old, new)]
@@ -217,7 +217,7 @@ def plain(fingerprint: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_id(fingerprint: dict[str, Any]) -> str:
-    """A digest that tells a run from others."""
+    """A digest that tells runs with different fingerprints apart."""
     return hashlib.sha256(_canonical(fingerprint).encode()).hexdigest()[:32]
 
 

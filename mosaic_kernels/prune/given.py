@@ -34,7 +34,7 @@ MAY_BE = (
 MOST_ITEMS = 20_000
 # Single token ids among such items: as many as the texts would hold at a thousand each.
 MOST_IDS = 1000 * MOST_ITEMS
-# A file's documents are read until there are MOST_ITEMS and so many characters: many more than calibration draws from.
+# Documents of a file are read until there are MOST_ITEMS with this many characters; calibration needs far fewer.
 ENOUGH_CHARACTERS = 1 << 26
 _LONGEST_NAME = 4096  # characters of a path on Linux
 
@@ -65,7 +65,7 @@ def given_calibration(given: Any, samples: int) -> str | Texts | Stream | Sequen
         samples: the number of sequences that will be used; no more are read from an iterable without a length.
 
     Returns:
-        The name of a dataset or ``random``, or the contents. A file or folder is read now, a pipe once.
+        The name of a dataset, ``random``, or the contents. Files, folders and pipes are read by this call.
 
     Raises:
         UsageError: ``given`` is none of these kinds.
@@ -111,7 +111,7 @@ def require_ranks_file(path: Path) -> None:
     """Raise before a model is loaded if ``--ranks`` names no JSON file that can be read.
 
     Raises:
-        UsageError: says what is wrong with it.
+        UsageError: it does; the message says what is wrong with the file.
     """
     try:
         if not path.is_file():  # a pipe could not be read twice
@@ -185,7 +185,7 @@ def _named(given: str | os.PathLike[str], samples: int) -> str | Texts | Stream 
 
 
 def _file(path: Path, column: str | None, samples: int) -> Texts | Stream | Sequences:
-    """The documents of a file or folder, see :data:`ENOUGH_CHARACTERS`."""
+    """The first documents of a file or folder, see :data:`ENOUGH_CHARACTERS`."""
     kept: list[Any] = []
     characters, items = 0, read_items(path, column)
     for item in items:
@@ -203,7 +203,7 @@ def _file(path: Path, column: str | None, samples: int) -> Texts | Stream | Sequ
 
 
 def _rows_of_table(given: Any) -> Iterable[Any] | None:
-    """Rows of a table of pandas, polars or pyarrow; ``None``: something else."""
+    """Rows of a table of pandas, polars or pyarrow; ``None`` for anything else."""
     if hasattr(given, "itertuples") and hasattr(given, "columns"):
         names = [str(name) for name in given.columns]
         return (dict(zip(names, row, strict=True)) for row in given.itertuples(index=False, name=None))

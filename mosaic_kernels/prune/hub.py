@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of the hub by name: the field's usual corpora, and any other that needs no script of its own."""
+"""Reads datasets of the hub by name: the usual corpora, and any other that needs no loading script."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mosaic_kernels.errors import EnvironmentError_, MosaicError, UsageError
 
 
 class Source(NamedTuple):
-    """Where a corpus is: hub id, configuration, split, column of texts, branch."""
+    """The place of a corpus: hub id, configuration, split, column of texts, branch."""
 
     path: str
     configuration: str | None = None
@@ -28,7 +28,7 @@ DATASETS = {
     "c4": Source("allenai/c4", "en", column="text"),
     "ptb": Source("ptb-text-only/ptb_text_only", "penn_treebank", column="sentence", revision="refs/convert/parquet"),
 }
-# The repository's own names before the hub moved them under their owners.
+# Names of these datasets before the hub moved them under their owners.
 _OLD_NAMES = {"ptb_text_only": "ptb", "penn_treebank": "ptb", "wikitext": "wikitext2", "wikitext-2": "wikitext2"}
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _INSTEAD = "give a local file (docs/calibration.md), which works offline"
@@ -42,7 +42,7 @@ def source_of(name: str) -> tuple[str, Source]:
     """
     whole, _, column = name.partition(":")
     if not _ID.fullmatch(whole):
-        raise UsageError(f"calibration: {name!r} is no file here and no name of a dataset; {_INSTEAD}")
+        raise UsageError(f"calibration: {name!r} is neither a file here nor the name of a dataset; {_INSTEAD}")
     known = DATASETS.get(_OLD_NAMES.get(whole, whole), Source(whole))
     return name, known._replace(column=column) if column else known
 
@@ -62,7 +62,7 @@ def dataset_documents(name: str, most: int) -> Iterator[Any]:
             f"calibration dataset '{name}' needs the 'datasets' package: pip install 'mosaic-kernels[datasets]', "
             "or give a local text file, which works offline"
         ) from error
-    if Path(source.path).exists():  # datasets would take it for the data set, with any script in it
+    if Path(source.path).exists():  # the package datasets would read this folder instead, with any script in it
         raise UsageError(
             f"calibration: the folder {source.path} here hides the dataset '{name}' of the hub: "
             f"give ./{source.path} to read that folder, or start from another directory"

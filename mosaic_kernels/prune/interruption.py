@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a run that ends early: finished blocks stay, and its last words say how to go on."""
+"""Keeps the finished blocks of a run that ends early, and tells the user how to resume it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def resumable(output: OutputDirectory | None, command: Sequence[str], team: Team
     """Do the work of a run inside.
 
     Args:
-        output: where it writes; ``None`` in all processes but the first, and for a model in memory.
+        output: where the run writes; ``None`` in all processes but the first, and without an output directory.
         command: the command line; empty for a call from Python.
 
     Raises:
-        Interrupted: Ctrl-C or a signal has stopped it; only in the first process.
-        What was raised inside, with a note that tells how to go on if a block was finished. A run without a finished
-        block leaves nothing behind.
+        Interrupted: Ctrl-C or a signal has stopped the run; only in the first process.
+        Exception: any error raised inside, with a note that tells how to resume if a block was finished. A run without
+            a finished block leaves nothing behind.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def resumable(output: OutputDirectory | None, command: Sequence[str], team: Team
         raise
     finally:
         if output is not None:
-            output.release()  # a notebook keeps the error, and with it the frames that hold the output and its lock
+            output.release()  # a notebook keeps the error, whose frames hold the output and so its lock
 
 
 def _by_torchrun(team: Team, code: ExitCode) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journal of a run: its ranking and every finished block, so that an interrupted run goes on where it was.
 
-Every entry carries a checksum and the run it belongs to, every block also the plan it was pruned by and the block that
-was finished before it. An entry that does not fit is told and made anew; none is taken over in silence.
+Every entry holds a checksum and the run it belongs to. Blocks also hold the plan they were pruned by and the digest of
+the block before. An entry that does not fit is named in a warning and made again; none is used unchecked.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Journal:
 
     Args:
         directory: the journal's own directory, made when first written to.
-        fingerprint: what must agree for blocks of an earlier run to be used again, see
+        fingerprint: everything that must be equal before blocks of an earlier run are used again, see
             :func:`~mosaic_kernels.prune.fingerprint.fingerprint`.
 
     Raises:
-        UsageError: the directory holds the journal of a run with another fingerprint, or one that does not say of
-            what run it is. Nothing in it is changed.
+        UsageError: the directory holds the journal of a run with another fingerprint, or of an unknown run. Nothing in
+            it is changed.
     """
 
     def __init__(self, directory: Path, fingerprint: dict[str, Any]) -> None:
@@ -50,10 +50,10 @@ class Journal:
         fingerprint = plain(fingerprint)
         self._run = run_id(fingerprint)
         self._plan = ""
-        self._last = ""  # the digest of the block before
+        self._last = ""  # the digest of the previous block
         state = directory / _RUN_FILE
         for place in self._entries():
-            if place.is_dir():  # found now, and not when a solved block is to take its place
+            if place.is_dir():  # found now, not when a solved block is to be written there
                 raise UsageError(f"cannot resume: {place} is a directory where the journal keeps a file: remove it")
         if os.path.lexists(state):
             _require_equal(state, fingerprint)
@@ -85,7 +85,7 @@ class Journal:
         self._seal(self.ranks, body)
 
     def has_ranks(self) -> bool:
-        """True if the journal holds a ranking of this run, whole."""
+        """True if the journal holds an undamaged ranking of this run."""
         return self._sealed(self.ranks, "the projections are ranked") is not None
 
     def keep_plan(self, share: float | None, zeros: dict[str, int]) -> None:
@@ -93,7 +93,7 @@ class Journal:
         self._seal(self.directory / _PLAN_FILE, {"structured_share": share, "zeros": zeros})
 
     def plan(self) -> tuple[float | None, dict[str, int]] | None:
-        """What :meth:`keep_plan` has noted, or ``None`` where there is no such note or a damaged one."""
+        """The note of :meth:`keep_plan`; ``None`` if there is none or it is damaged."""
         found = self._sealed(self.directory / _PLAN_FILE, "the plan is made")
         if found is None:
             return None
@@ -120,7 +120,7 @@ class Journal:
         self._write_text(path, json.dumps({**body, _CHECKSUM: self._checksum(body)}))
 
     def _sealed(self, path: Path, again: str) -> dict[str, Any] | None:
-        """The JSON object of an entry; ``None``, and a warning, where it is not as this run has written it."""
+        """The JSON object of an entry; ``None``, with a warning, if this run did not write it as it is."""
         if not os.path.lexists(path):
             if _blocks(self.directory):
                 logger.warning("the journal has blocks but no %s; %s again", path.name, again)
@@ -151,7 +151,7 @@ class Journal:
         return self.directory / _BLOCK_FILE.format(f"{block.index:05d}")
 
     def _note(self, block: Block, digest: str) -> dict[str, str]:
-        """What is written into the file of a block, and must be found there."""
+        """The metadata in the file of a block, written and later compared."""
         return {
             "run": self._run,
             "plan": self._plan,
@@ -175,7 +175,7 @@ class Journal:
         self._last = digest
 
     def restore(self, block: Block) -> bool:
-        """Put a finished block's projections back; false where the journal has none, or one that does not fit."""
+        """Restore the projections of a finished block; false if the journal has no such block or it does not fit."""
         path = self._path(block)
         if not os.path.lexists(path):
             return False
@@ -200,15 +200,15 @@ class Journal:
         """The tensors of a block's file.
 
         Raises:
-            ValueError: the file is not as this run has written it; says why.
+            ValueError: the file is not as this run has written it; the message says why.
         """
-        if not path.is_file():  # a pipe would never end
+        if not path.is_file():  # opening a pipe would wait for ever
             raise ValueError("is no file")
         try:
             tensors: dict[str, Tensor] = load_file(path)
             with safe_open(path, framework="pt") as file:
                 found = file.metadata() or {}
-        except (SafetensorError, KeyError, TypeError) as error:  # a power cut may come between the name and the content
+        except (SafetensorError, KeyError, TypeError) as error:  # a power cut may leave a file without its content
             raise ValueError(f"is damaged ({error})") from None
         digest = tensor_digest(sorted(tensors.items()))
         if found.get("sha256") != digest:
@@ -233,7 +233,7 @@ def has_blocks(directory: Path) -> bool:
 
 
 def has_run(directory: Path) -> bool:
-    """Whether there is a journal in ``directory`` that a run can go on with."""
+    """True if ``directory`` holds a journal that a run can resume."""
     return os.path.lexists(directory / _RUN_FILE) or has_blocks(directory)
 
 
@@ -242,7 +242,7 @@ def _blocks(directory: Path) -> list[Path]:
 
 
 def _require_equal(state: Path, fingerprint: dict[str, Any]) -> None:
-    """Refuse to go on with a run of another fingerprint; the message names what differs."""
+    """Refuse to resume a run with another fingerprint; the message names what differs."""
     try:
         before = _read(state)
     except (OSError, ValueError) as error:

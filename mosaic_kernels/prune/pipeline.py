@@ -69,7 +69,7 @@ def prune(
     Args:
         model: directory or hub id, or a ``PreTrainedModel``, which is pruned in place.
         output_dir: where to write the checkpoint. Needed for a path; optional for a model.
-        tokenizer: of a model given as an object, where calibration or evaluation text is used.
+        tokenizer: the tokenizer of a model given as an object; needed for texts.
         command: the command line, for the report and for the resume hint.
         **options: fields of :class:`~mosaic_kernels.config.PruneConfig`. ``calibration`` is the path of a text file, a
             table or a folder (docs/calibration.md), the name of a dataset, ``random``, a list of texts, a tensor of
@@ -84,7 +84,7 @@ def prune(
         UsageError: an option is invalid, or ``output_dir`` is not empty.
         ModelLoadError, UnsupportedModelError, CalibrationError, NonFiniteError: bad input.
         EnvironmentError_: no disk space, no device, no network.
-        Interrupted: stopped by Ctrl-C; the message holds the command that resumes. It is a ``KeyboardInterrupt``.
+        Interrupted: stopped by Ctrl-C or a signal; the message says how to resume. It is a ``KeyboardInterrupt``.
 
     Example:
         >>> import mosaic_kernels as mk
@@ -218,7 +218,7 @@ def _read(
         )
     eval_tokens = None if config.eval_text is None else load_tokens(config.eval_text, tokenizer)[: config.eval_tokens]
     if eval_tokens is not None:
-        windows(eval_tokens, seqlen, str(config.eval_text))  # says now that the text is too short
+        windows(eval_tokens, seqlen, str(config.eval_text))  # raises now if the text is too short
     vocabulary = cast(Any, adapter.model).get_input_embeddings().num_embeddings
     calibration = calibrate(
         config.calibration, tokenizer, vocabulary, samples=config.samples, seqlen=seqlen, seed=config.seed

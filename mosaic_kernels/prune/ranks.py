@@ -28,7 +28,7 @@ from mosaic_kernels.prune.roll_call import PATIENCE_SECONDS, RollCall, call_roll
 
 T = TypeVar("T")
 
-_roll: RollCall | None = None  # of this process, where torchrun has started several
+_roll: RollCall | None = None  # of this process, if torchrun started several
 
 
 class ElsewhereError(MosaicError):
@@ -156,15 +156,15 @@ ALONE = Team()
 
 @contextmanager
 def _meeting(rank: int) -> Iterator[None]:
-    """Begin a collective operation when all have come: one may solve, evaluate or write for hours meanwhile."""
+    """Wait for all processes before a collective operation, because one may solve, evaluate or write for hours."""
     try:
         if _roll is not None:
             _roll.meet()
         yield
     except TimeoutError as error:
         raise ElsewhereError(f"process {rank} ends: {error}", ExitCode.FAILED) from error
-    except RuntimeError as error:  # a process that ends without a word breaks the others' connections
-        # without gloo's place in its source, and its guesses
+    except RuntimeError as error:  # a process that dies breaks the others' connections
+        # without gloo's source line and its guesses
         reason = re.sub(r"^\[[^\]]*\] ", "", str(error).partition("\n")[0]).partition(". This is typically")[0]
         raise ElsewhereError(f"process {rank} ends: another one has gone ({reason})", ExitCode.FAILED) from error
 
@@ -192,10 +192,10 @@ def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
     if not distributed.is_initialized():
         if place.type == "cuda":
             torch.cuda.set_device(place)
-        # the limit of one operation, which begins when all have come to it
+        # the limit of one operation, which begins when all processes have come to it
         limit = datetime.timedelta(seconds=PATIENCE_SECONDS)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=limit)
-        atexit.register(_leave)  # not before: a second group would find the first's addresses
+        atexit.register(_leave)  # at exit and not before, because a second group would find the first's addresses
     global _roll
     if _roll is None:
         _roll = call_roll()

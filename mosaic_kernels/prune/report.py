@@ -42,7 +42,7 @@ def make_report(
     tuned: dict[str, Any] | None,
     perplexities: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The report, counted from the pruned model itself, not from the plan; of paths it has the last parts.
+    """The report, counted from the pruned model itself, not from the plan. It holds only the last parts of paths.
 
     ``seconds`` is kept by reference, so stations that end later still appear.
     """
@@ -94,16 +94,16 @@ def make_report(
 
 
 def log_removed(adapter: ModelAdapter, plan: Plan, config: PruneConfig) -> None:
-    """Say where nothing is removed, and how much of the budget zeros that are there already meet.
+    """Log if nothing will be removed, and how much of the budget existing zeros already meet.
 
     Args:
         adapter: the model before pruning.
-        plan: what will be removed.
-        config: its sparsity is the budget.
+        plan: the weights to remove.
+        config: the configuration, whose sparsity is the budget.
     """
     if not plan.removed:
         logger.info(
-            "nothing is removed: sparsity %g of %s prunable parameters is none of them; the weights stay",
+            "nothing is removed: sparsity %g of %s prunable parameters removes none of them; the weights stay",
             config.sparsity, f"{plan.prunable:,}",
         )  # fmt: skip
     there = sum(layer.weight.numel() - int(layer.weight.count_nonzero()) for _, _, layer in adapter.projections())

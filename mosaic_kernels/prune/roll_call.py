@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells a process of a team that works for hours from one that hangs, was stopped, or whose machine is gone.
+"""Distinguishes processes that work for hours from processes that hang, were stopped, or lost their machine.
 
-A collective operation has one limit of time for both. So the processes meet before each one, without a limit, and
-meanwhile watch each other: a thread of every process counts up a number in the store that torchrun keeps.
+The time limit of a collective operation cannot tell them apart. So the processes first wait for each other, without a
+limit, and watch each other meanwhile: a thread of every process counts up a number in torchrun's store.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any
 
 from torch import distributed
 
-PATIENCE_SECONDS = 600.0  # a process that gives no sign for so long is given up
+PATIENCE_SECONDS = 600.0  # a process without a sign for this long is given up
 BEAT_SECONDS = 5.0  # the time between two signs
-_LONGEST_PAUSE = 0.05  # between two looks at who has come
+_LONGEST_PAUSE = 0.05  # seconds between two looks at who has come
 
 
 class RollCall:
     """The other processes of a run, and whether they are alive.
 
     Args:
-        rank: which process this is.
-        world: how many there are.
+        rank: the number of this process.
+        world: the number of processes.
         store: a ``torch.distributed.Store`` that all of them use.
-        signs: another connection, for the thread alone: one that waits for an answer blocks the other's.
+        signs: another connection to the store, for the thread alone, because waiting for an answer blocks a connection.
     """
 
     def __init__(self, rank: int, world: int, store: Any, signs: Any) -> None:
         self._rank, self._world = rank, world
         self._store, self._signs = store, signs
         self._meetings = 0
-        # In how many rounds in a row a process gave no sign. Rounds are counted, and not seconds: a process that is
-        # stopped and goes on makes no rounds meanwhile, and so blames nobody for its own absence.
+        # For each process, the number of rounds in a row without a sign. Rounds are counted, not seconds: a process
+        # that was stopped for a while made no rounds meanwhile, so it does not blame the others.
         self._silent = dict.fromkeys((other for other in range(world) if other != rank), 0)
         self._seen: dict[int, bytes] = {}
         self._end = threading.Event()
@@ -47,12 +47,12 @@ class RollCall:
         """Wait until every process has come here.
 
         Raises:
-            TimeoutError: one has given no sign for :data:`PATIENCE_SECONDS`.
+            TimeoutError: a process has given no sign for :data:`PATIENCE_SECONDS`.
             RuntimeError: the store is gone, and torchrun with it.
         """
         number, pause = self._meetings, 0.0005
         self._meetings += 1
-        if self._rank == 0 and number > 1:  # all have come to the last meeting, so all have left the one before
+        if self._rank == 0 and number > 1:  # all came to the last meeting, so all left the one before
             for word in ("come", "go"):
                 self._store.delete_key(f"{word}/{number - 2}")
         if self._store.add(f"come/{number}", 1) == self._world:
@@ -81,7 +81,7 @@ class RollCall:
         number = 0
         while True:
             number += 1
-            with contextlib.suppress(RuntimeError):  # no connection: then nobody's sign is seen in this round
+            with contextlib.suppress(RuntimeError):  # without a connection, no sign is seen in this round
                 self._signs.set(f"sign/{self._rank}", str(number))
             for other in self._silent:
                 self._silent[other] = 0 if self._has_changed(other) else self._silent[other] + 1
@@ -109,7 +109,7 @@ def call_roll() -> RollCall:
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit,
             wait_for_workers=False,
         )  # fmt: skip
-        # processes that torchrun starts again must not find the signs of those before
+        # processes that torchrun restarts must not find the signs of earlier ones
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return distributed.PrefixStore(f"mosaic/{attempt}", store)  # type: ignore[attr-defined]
 

@@ -72,7 +72,7 @@ def choose_share(
 def largest_worthwhile(costs: dict[float, float]) -> float:
     """The largest share whose divergence is at most :data:`TOLERANCE` times the least.
 
-    A divergence is never negative but by rounding, where a model hardly changes; such a one counts as none.
+    A divergence is negative only by rounding, if a model hardly changes; it then counts as 0.
 
     Raises:
         NonFiniteError: a divergence is NaN or infinite.

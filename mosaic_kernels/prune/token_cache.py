@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenised texts on disk, in a folder that only its owner can write, each checked before it is believed."""
+"""Tokenised texts on disk, in a folder that only its owner can enter. Each is checked before use."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mosaic_kernels.paths import home_directory
 
 logger = logging.getLogger(__name__)
 
-_HEADER = 1 << 16  # bytes, many more than the header of one tensor takes
+_HEADER = 1 << 16  # bytes, far more than the header of one tensor needs
 
 
 def cache_directory() -> Path | None:
     """Where tokenised texts are kept: ``$XDG_CACHE_HOME/mosaic-kernels`` (default ``~/.cache``).
 
     Returns:
-        ``None`` where there is neither that variable, as an absolute path, nor a home directory: nothing is kept then.
+        ``None`` if that variable is no absolute path and there is no home directory. Then nothing is kept.
     """
     named = os.environ.get("XDG_CACHE_HOME", "")
     if named and Path(named).is_absolute():
@@ -40,11 +40,11 @@ def cache_directory() -> Path | None:
 def cached_tokens(text: str, tokenizer: Any, make: Callable[[], Tensor]) -> Tensor:
     """Tokens of ``text``: those kept under the hash of the text and the tokenizer, else those that ``make`` returns.
 
-    An entry that is damaged, of another text, or another user's is ignored and written anew. A folder that is a link
-    or another user's is not used.
+    An entry that is damaged, of another text, or of another user is ignored and written again. A folder that is a link
+    or belongs to another user is not used.
 
     Args:
-        text: what the tokens are of.
+        text: the text to tokenise.
         tokenizer: a Hugging Face tokenizer.
         make: tokenises the text.
 
@@ -71,7 +71,7 @@ def _description(tokenizer: Any) -> str:
 
 
 def _own_folder() -> Path | None:
-    """The cache's folder, made if it is missing; ``None`` where it cannot be made or may be another user's work."""
+    """The cache's folder, made if it is missing; ``None`` if it cannot be made or may belong to another user."""
     folder = cache_directory()
     if folder is None:
         return None
@@ -80,7 +80,7 @@ def _own_folder() -> Path | None:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            logger.warning("%s is a link or another user's: tokens are not kept there", folder)
+            logger.warning("%s is a link or another user's folder: tokens are not kept there", folder)
             return None
         if stat.S_IMODE(found.st_mode) & 0o077:
             folder.chmod(0o700)
@@ -91,7 +91,7 @@ def _own_folder() -> Path | None:
 
 
 def _read(path: Path, key: str, *, most: int, vocabulary: int) -> Tensor | None:
-    """The tokens of an entry if it is what a run of this user has written for ``key``."""
+    """The tokens of an entry, if a run of this user wrote it for ``key`` and it is undamaged; else ``None``."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

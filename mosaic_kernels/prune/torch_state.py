@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run computes the same whatever torch was set to before: default dtype and device, inference mode, autocast."""
+"""Makes a run independent of torch's settings: default dtype and device, inference mode, autocast."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 _lock = threading.Lock()
-_users = 0  # runs that rely on float32; torch has one default dtype for all threads
+_users = 0  # number of runs that rely on float32; torch has one default dtype for all threads
 _before = torch.float32
 
 
 @contextmanager
 def as_by_default() -> Iterator[None]:
-    """Set torch as it is when a process starts, and back afterwards.
+    """Give torch the settings it has when a process starts; restore the old ones afterwards.
 
-    The default dtype is one for all threads: other threads see float32 while a run lasts. All else is of this thread.
+    The default dtype is shared by all threads, so other threads see float32 during a run. All other settings belong to
+    this thread.
     """
     with ExitStack() as stack:
         stack.enter_context(_float32_by_default())
@@ -51,7 +52,7 @@ def _float32_by_default() -> Iterator[None]:
 
 
 def leave_inference_mode(model: nn.Module) -> None:
-    """Replace what a model holds from ``torch.inference_mode`` by copies: autograd refuses such tensors for ever.
+    """Replace tensors made in ``torch.inference_mode`` by copies, because autograd always refuses the originals.
 
     One tensor is copied at a time. Tensors that are tied stay tied.
     """
