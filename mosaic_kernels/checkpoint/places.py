@@ -157,4 +157,5 @@ def _cached(name: str) -> Path:
 
 def _linked_files(source: str | Path | None) -> list[Path]:
     folders = [folder for folder in _folders_of(source)[:1] if os.access(folder, os.R_OK)]
-    return [entry.resolve() for folder in folders for entry in folder.iterdir() if entry.is_symlink()]
+    links = [entry for folder in folders for entry in folder.iterdir() if entry.is_symlink()]
+    return [Path(os.path.realpath(link)) for link in links]  # resolve() refuses links in a circle
