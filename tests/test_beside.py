@@ -126,7 +126,8 @@ def test_no_code_and_no_place_of_the_source_is_published(run: Run, model_dir: Pa
     rewrite(model_dir / "tokenizer_config.json", auto_map=remote, trust_remote_code=True, name_or_path="/home/jane/l",
             vocab_file="/home/jane/vocab.json", tokenizer_file="/home/jane/t.json")  # fmt: skip
     rewrite(model_dir / "config.json", custom_pipelines={"x": {"impl": "evilcode.Pipe"}}, _name_or_path="/home/jane/l",
-            trust_remote_code=True, notes="/home/jane/notes/x.txt", data=["/home/jane/a/b", {"at": "/home/jane/c"}])  # fmt: skip
+            trust_remote_code=True, notes="/home/jane/notes/x.txt",
+            data=["/home/jane/a/b", {"at": "/home/jane/c"}])  # fmt: skip
     rewrite(model_dir / "generation_config.json", custom_generate="xyzzy/evilcode", auto_map=remote)
     (model_dir / "evilcode.py").write_text("raise SystemExit('run')")
     (model_dir / "custom_generate").mkdir()
@@ -204,8 +205,9 @@ def test_a_small_file_of_somebody_else_is_not_published(run: Run, model_dir: Pat
         (tmp_path / "elsewhere" / "one.jinja").write_text(SECRET)
         link(model_dir / name, "../elsewhere")
     else:
-        content = {"tokenizer_config.json": {"account": SECRET}, "generation_config.json": {"account": SECRET},
-                   "special_tokens_map.json": {"additional_special_tokens": [SECRET]}}.get(name, {SECRET: 5})  # fmt: skip
+        content = {
+            "special_tokens_map.json": {"additional_special_tokens": [SECRET]}, "added_tokens.json": {SECRET: 5},
+        }.get(name, {"account": SECRET})  # fmt: skip
         (model_dir / name).unlink(missing_ok=True)
         (tmp_path / "elsewhere" / "key.json").write_text(json.dumps(content))
         link(model_dir / name, "../elsewhere/key.json")

@@ -28,6 +28,7 @@ from mosaic_kernels.ops.isa import level
 from mosaic_kernels.ops.select import running
 from mosaic_kernels.ops.threads import threads
 from mosaic_kernels.prune.calibration import Calibration
+from mosaic_kernels.prune.token_cache import tokenizer_text
 
 # Options of a run that change a block, as they are.
 RESULT_OPTIONS = (
@@ -107,12 +108,9 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str | None:
-    """What decides the tokens of a text."""
     if tokenizer is None:
         return None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(tokenizer_text(tokenizer).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _versions() -> dict[str, str | None]:
