@@ -196,10 +196,12 @@ def _cleaned(content: dict[str, Any]) -> dict[str, Any]:
     for key, value in content.items():
         if key in _NOT_OURS:
             continue
-        if key in ("added_tokens_decoder", "quantization_config", "chat_template") or key.endswith(_TOKEN_KEYS):
+        if key in ("added_tokens_decoder", "quantization_config", "chat_template"):
             found[key] = value
+        elif isinstance(value, dict):
+            found[key] = _cleaned(value)
         else:
-            found[key] = _cleaned(value) if isinstance(value, dict) else without_paths(value)
+            found[key] = value if key.endswith(_TOKEN_KEYS) else without_paths(value)
     return found
 
 
