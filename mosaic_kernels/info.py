@@ -25,6 +25,7 @@ from mosaic_kernels.explain import explain
 from mosaic_kernels.explanation import Explanation
 from mosaic_kernels.ops import cpu
 from mosaic_kernels.ops.select import backends, running
+from mosaic_kernels.paths import local_path
 
 PACKAGES = ("mosaic-kernels", "torch", "transformers", "triton", "safetensors", "numpy", "peft")
 TOOLS = ("c++", "cmake", "nvcc")
@@ -192,7 +193,7 @@ def _verify(source: str | None, *, as_json: bool) -> None:
 
     if source is None:
         raise UsageError("--verify needs a directory: python -m mosaic_kernels.info DIR --verify")
-    found = verify_directory(Path(source).expanduser())
+    found = verify_directory(local_path(source, "DIR"))
     if as_json:
         show(json.dumps(found.as_dict()))
     if found.damaged:

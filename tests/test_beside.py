@@ -15,11 +15,13 @@ from prune_runs import QUICK, Run
 from small_models import composite, random_model, save
 
 import mosaic_kernels as mk
-from mosaic_kernels.checkpoint.beside import MOST_LICENCE_BYTES, check_files_beside, copy_licences, save_tokenizer
+from mosaic_kernels.checkpoint.beside import check_files_beside, copy_licences, save_tokenizer
+from mosaic_kernels.checkpoint.foreign import MOST_LICENCE_BYTES
 from mosaic_kernels.checkpoint.generation import plain_config, valid_generation
 from mosaic_kernels.errors import ModelLoadError, UsageError
 
 SECRET = "SECRET of somebody else"
+FAST = ("--sparsity", "0.5", "--solver", "wanda", "--policy", "uniform", *QUICK)
 OPTIONS: dict[str, Any] = {
     "sparsity": 0.5, "solver": "wanda", "policy": "uniform", "calibration": "random", "samples": 4, "seqlen": 16,
 }  # fmt: skip
@@ -124,7 +126,8 @@ def test_no_code_and_no_place_of_the_source_is_published(run: Run, model_dir: Pa
     rewrite(model_dir / "tokenizer_config.json", auto_map=remote, trust_remote_code=True, name_or_path="/home/jane/l",
             vocab_file="/home/jane/vocab.json", tokenizer_file="/home/jane/t.json")  # fmt: skip
     rewrite(model_dir / "config.json", custom_pipelines={"x": {"impl": "evilcode.Pipe"}}, _name_or_path="/home/jane/l",
-            trust_remote_code=True, notes="/home/jane/notes/x.txt")  # fmt: skip
+            trust_remote_code=True, notes="/home/jane/notes/x.txt",
+            data=["/home/jane/a/b", {"at": "/home/jane/c"}])  # fmt: skip
     rewrite(model_dir / "generation_config.json", custom_generate="xyzzy/evilcode", auto_map=remote)
     (model_dir / "evilcode.py").write_text("raise SystemExit('run')")
     (model_dir / "custom_generate").mkdir()
@@ -184,11 +187,54 @@ def test_a_chat_template_of_somebody_else_is_left_out(
     link(model_dir / "chat_template.jinja", "../secret")
     mk.prune(model_dir, output_dir=tmp_path / "out", **OPTIONS)
     assert SECRET not in everything(tmp_path / "out")
-    assert "chat_template.jinja is left out of the result: it is a link that leads out" in caplog.text
+    assert "chat_template.jinja is not used for the result: it is a link that leads out" in caplog.text
     (model_dir / "chat_template.jinja").unlink()
     (model_dir / "chat_template.jinja").write_text("{{ messages[0].content }}")
     mk.prune(model_dir, output_dir=tmp_path / "own", **OPTIONS)
     assert (tmp_path / "own" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "folder"],
+)
+def test_a_small_file_of_somebody_else_is_not_published(run: Run, model_dir: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    if name == "folder":
+        name = "additional_chat_templates"
+        (tmp_path / "elsewhere" / "one.jinja").write_text(SECRET)
+        link(model_dir / name, "../elsewhere")
+    else:
+        content = {
+            "special_tokens_map.json": {"additional_special_tokens": [SECRET]}, "added_tokens.json": {SECRET: 5},
+        }.get(name, {"account": SECRET})  # fmt: skip
+        (model_dir / name).unlink(missing_ok=True)
+        (tmp_path / "elsewhere" / "key.json").write_text(json.dumps(content))
+        link(model_dir / name, "../elsewhere/key.json")
+    result = run(model_dir, "--output-dir", "out", *FAST)
+    assert result.code == 0, result.err
+    assert f"{name}" in result.err
+    assert "is not used for the result: it is a link that leads out of the model's directory" in result.err
+    assert SECRET not in everything(Path("out"))
+
+
+def test_a_directory_of_links_to_one_model_is_that_model(run: Run, model_dir: Path, tmp_path: Path) -> None:
+    (model_dir / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    for file in model_dir.iterdir():
+        link(tmp_path / "links" / file.name, file)
+    result = run(tmp_path / "links", "--output-dir", "out", *FAST)
+    assert result.code == 0, result.err
+    assert "not used" not in result.err
+    for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert Path("out", name).is_file(), name
+
+
+def test_a_link_in_a_circle_and_our_own_file_cost_nothing(run: Run, model_dir: Path) -> None:
+    link(model_dir / "LICENSE", "LICENSE")
+    result = run(model_dir, "--output-dir", "out", *FAST)
+    assert result.code == 0, result.err
+    assert "LICENSE is not copied: it cannot be read" in result.err
+    assert "is code of the model's source" not in result.err
 
 
 class Unsaved:

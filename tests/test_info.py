@@ -173,6 +173,7 @@ def test_verify_needs_something_to_compare(checkpoint: Path, tmp_path: Path, cap
     random_model().save_pretrained(tmp_path / "dense")
     for arguments, code, said in (
         (["--verify"], 2, "--verify needs a directory"),
+        (["~nobody-of-this-name/x", "--verify"], 2, "the home directory that '~' stands for is not known"),
         ([str(tmp_path / "not-there"), "--verify"], 1, "no such directory"),
         ([str(tmp_path / "dense"), "--verify"], 1, "has no checksums and cannot be verified"),
     ):

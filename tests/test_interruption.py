@@ -171,6 +171,36 @@ def test_a_signal_keeps_the_blocks_and_prints_the_command(
 
 
 @pytest.mark.usefixtures("default_handlers")
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_signal_in_the_last_step_says_where_the_result_is(
+    run: Run, dense_dir: Path, monkeypatch: pytest.MonkeyPatch, renamed: bool
+) -> None:
+    def stop(before: Any) -> Any:
+        def rename(path: Path, target: Path) -> Path:
+            moves = path.name == ".out.partial"  # the last rename of the run
+            if moves and not renamed:
+                os.kill(os.getpid(), signal.SIGTERM)
+            found: Path = before(path, target)
+            if moves and renamed:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return found
+
+        return rename
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop(Path.rename))
+        result = run(dense_dir, "--output-dir", "out", *FAST)
+    assert (result.code, Path("out").exists()) == (143, renamed), result.err
+    if renamed:
+        assert f"the result is finished, in {Path('out').resolve()}; the next run" in result.err
+        assert run(dense_dir, "--output-dir", "out", "--overwrite", *FAST).code == 0
+    else:
+        assert f"the result is finished, in {Path('.out.partial').resolve()}. Resume with:" in result.err
+        assert run(*resume_command(result.err)).code == 0
+    assert [path.name for path in Path.cwd().iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("default_handlers")
 def test_nohup_is_respected(run: Run, dense_dir: Path) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with signalled(signal.SIGHUP):

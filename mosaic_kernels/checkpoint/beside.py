@@ -11,13 +11,13 @@ import json
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mosaic_kernels.checkpoint import autoload
+from mosaic_kernels.checkpoint.foreign import ForeignFileError, foreign_links, read_own_file
 from mosaic_kernels.checkpoint.generation import plain_config, valid_generation
 from mosaic_kernels.checkpoint.public import without_paths
 from mosaic_kernels.cli import DISK_FULL
@@ -25,7 +25,6 @@ from mosaic_kernels.errors import ModelLoadError, UsageError
 
 logger = logging.getLogger(__name__)
 
-MOST_LICENCE_BYTES = 1 << 20
 _MOST_LICENCES = 64  # files in a folder LICENSES
 _LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 _LICENCE_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".pdf")
@@ -34,53 +33,13 @@ _NOT_OURS = {
     "auto_map", "custom_pipelines", "trust_remote_code", "custom_generate", "_name_or_path", "name_or_path",
     "_commit_hash", "token", "use_auth_token", "local_files_only", "cache_dir",
 }  # fmt: skip
-_PATH_KEYS = ("_file", "_path", "_dir")
+_TOKEN_KEYS = ("_token", "_tokens")  # such as "</s>", which look like anything
+# Files of a tokenizer that take any text or any keys, and hand them on to the result.
+_FREE_FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
+)  # fmt: skip
+GENERATION_FILE = "generation_config.json"
 _CODE = (".py", ".pyc", ".so", ".sh", ".pkl", ".pickle", ".bin", ".pt", ".pth")
-
-
-class ForeignFileError(OSError):
-    """A file that is not copied; the message says why."""
-
-
-def own_file(path: Path, source: Path) -> Path:
-    """The regular file that ``path`` in the model's directory is, if it belongs to the model.
-
-    A link is followed only inside ``source``, and from a snapshot of the hub's cache to the blobs beside it.
-
-    Raises:
-        ForeignFileError: ``path`` leads elsewhere, or is no regular file.
-    """
-    try:
-        root, target = source.resolve(strict=True), path.resolve(strict=True)
-        found = target.stat()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise ForeignFileError("it cannot be read, or is a broken link") from error
-    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else None
-    if not target.is_relative_to(root) and not (blobs is not None and target.is_relative_to(blobs)):
-        raise ForeignFileError("it is a link that leads out of the model's directory")
-    if not stat.S_ISREG(found.st_mode):
-        raise ForeignFileError("it is no regular file")
-    if found.st_nlink > 1 and blobs is None:
-        raise ForeignFileError("it has a second name (hard link), perhaps outside the model's directory")
-    return target
-
-
-def read_own_file(path: Path, source: Path, most: int = MOST_LICENCE_BYTES) -> bytes:
-    """The bytes of a small file of the model, see :func:`own_file`.
-
-    Raises:
-        ForeignFileError: the file does not belong to the model, is larger than ``most`` bytes, or cannot be read.
-    """
-    target = own_file(path, source)
-    try:
-        descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            data = file.read(most + 1)
-    except OSError as error:
-        raise ForeignFileError(f"it cannot be read ({error.strerror})") from error
-    if len(data) > most:
-        raise ForeignFileError(f"it is larger than {most >> 10} KiB")
-    return data
 
 
 def copy_licences(source: Path, directory: Path) -> None:
@@ -153,6 +112,8 @@ def check_files_beside(model: Any, tokenizer: Any, source: Path, directory: Path
             "needs: choose another"
         ) from error
     valid_generation(model.generation_config)
+    for link in foreign_links(source, [GENERATION_FILE]):
+        logger.warning("%s: the result has none", link)
     config = plain_config(model.config)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -177,11 +138,15 @@ def save_tokenizer(tokenizer: Any, directory: Path, source: Path) -> None:
     Args:
         tokenizer: the model's tokenizer.
         directory: where to write.
-        source: directory of the model before pruning. A chat template that is a link out of this directory is left out.
+        source: directory of the model before pruning. A chat template that is a link out of this directory is left out. If
+            another file of the tokenizer is such a link, the tokenizer is not saved.
 
     Raises:
         OSError: writing fails.
     """
+    if foreign := foreign_links(source, _FREE_FILES):
+        logger.warning("%s: the result has no tokenizer; copy its files there", foreign[0])
+        return
     with tempfile.TemporaryDirectory(dir=directory) as place:
         folder = Path(place) / "tokenizer"
         try:
@@ -208,16 +173,11 @@ def save_tokenizer(tokenizer: Any, directory: Path, source: Path) -> None:
 
 def _without_foreign_template(tokenizer: Any, source: Path) -> Any:
     """The tokenizer, or a copy without its chat template if that is a link to a file outside the model's directory."""
-    names = [source / "chat_template.jinja", source / "chat_template.json", *source.glob("*chat_templates/*")]
-    for path in names:
-        if not path.is_symlink():
-            continue
-        try:
-            own_file(path, source)
-        except ForeignFileError as error:
-            logger.warning("%s is left out of the result: %s", path, error)
-            tokenizer = copy.copy(tokenizer)
-            tokenizer.chat_template = None
+    more = [path.relative_to(source) for path in source.glob("*chat_templates/*")]
+    if foreign := foreign_links(source, ["chat_template.jinja", "chat_template.json", *more]):
+        logger.warning("%s: the result has no chat template", foreign[0])
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = None
     return tokenizer
 
 
@@ -244,7 +204,7 @@ def _cleaned(content: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict):
             found[key] = _cleaned(value)
         else:
-            found[key] = without_paths(value) if key.endswith(_PATH_KEYS) or isinstance(value, str) else value
+            found[key] = value if key.endswith(_TOKEN_KEYS) else without_paths(value)
     return found
 
 

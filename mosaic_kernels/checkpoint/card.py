@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mosaic_kernels.checkpoint.beside import own_file
+from mosaic_kernels.checkpoint.foreign import own_file
 from mosaic_kernels.checkpoint.public import public_command, public_name
 from mosaic_kernels.format import weights_group
 from mosaic_kernels.models import PROJECTIONS

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mosaic_kernels.errors import UsageError
+from mosaic_kernels.paths import home_directory, local_path
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _LONGEST_NAME = 255  # bytes, on every common filesystem
@@ -26,8 +27,8 @@ def resolved(path: str | Path) -> Path:
         UsageError: it is not a path, or a name in it is too long once this package adds its own prefix and suffix.
     """
     try:
-        found = Path(path).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody, a zero byte
+        found = local_path(path, "--output-dir").resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a zero byte
         raise UsageError(f"{str(path)!r} is not a path for --output-dir: {error}") from error
     longest = max((len(os.fsencode(part)) for part in (*found.parts[:-1], f".{found.name}.previous")), default=0)
     if longest > _LONGEST_NAME:
@@ -125,10 +126,8 @@ def _here() -> Path | None:
 
 
 def _home() -> Path | None:
-    try:
-        return Path.home().resolve()
-    except (OSError, RuntimeError):  # this user has no home directory
-        return None
+    home = home_directory()
+    return None if home is None else Path(os.path.realpath(home))
 
 
 def _is_bare_repository(path: Path) -> bool:
@@ -157,4 +156,5 @@ def _cached(name: str) -> Path:
 
 def _linked_files(source: str | Path | None) -> list[Path]:
     folders = [folder for folder in _folders_of(source)[:1] if os.access(folder, os.R_OK)]
-    return [entry.resolve() for folder in folders for entry in folder.iterdir() if entry.is_symlink()]
+    links = [entry for folder in folders for entry in folder.iterdir() if entry.is_symlink()]
+    return [Path(os.path.realpath(link)) for link in links]  # resolve() refuses links in a circle

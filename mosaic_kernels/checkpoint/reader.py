@@ -124,7 +124,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 def _require_supported(source: str | Path) -> tuple[Path | None, dict[str, Any]]:
     """The directory (``None``: a hub id) and the content of its ``config.json``, if we can use the model."""
-    path = Path(source).expanduser()
+    path = local_path(source, "model")
     if path.is_dir():
         _require_no_adapter(path)
         local, content = path, read_json(path / "config.json")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from mosaic_kernels import compat, ops
 from mosaic_kernels.checkpoint import autoload
-from mosaic_kernels.checkpoint.beside import clean_json, copy_licences, remove_code, save_tokenizer
+from mosaic_kernels.checkpoint.beside import GENERATION_FILE, clean_json, copy_licences, remove_code, save_tokenizer
 from mosaic_kernels.checkpoint.card import model_card
 from mosaic_kernels.checkpoint.checksums import seal_config
 from mosaic_kernels.checkpoint.directory import OutputDirectory, require_space, write_errors
+from mosaic_kernels.checkpoint.foreign import foreign_links
 from mosaic_kernels.checkpoint.generation import plain_config, valid_generation
 from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
 from mosaic_kernels.checkpoint.progress import no_bars_of_transformers
@@ -120,7 +121,9 @@ def write_checkpoint(
         remove_code(directory)
         clean_json(directory / "config.json", {} if plain else {"auto_map": dict(autoload.AUTO_MAP)})
         seal_config(directory / "config.json")
-        clean_json(directory / "generation_config.json")
+        clean_json(directory / GENERATION_FILE)
+        if foreign_links(local_path(source), [GENERATION_FILE]):  # the run has said so at its start
+            (directory / GENERATION_FILE).unlink(missing_ok=True)
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory, local_path(source))
         copy_licences(local_path(source), directory)

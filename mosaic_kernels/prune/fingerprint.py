@@ -28,6 +28,7 @@ from mosaic_kernels.ops.isa import level
 from mosaic_kernels.ops.select import running
 from mosaic_kernels.ops.threads import threads
 from mosaic_kernels.prune.calibration import Calibration
+from mosaic_kernels.prune.token_cache import tokenizer_text
 
 # Options of a run that change a block; their values are compared.
 RESULT_OPTIONS = (
@@ -110,9 +111,7 @@ def _tokenizer_digest(tokenizer: Any) -> str | None:
     """A digest of everything that decides the tokens of a text."""
     if tokenizer is None:
         return None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(tokenizer_text(tokenizer).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _versions() -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,12 +58,13 @@ def _by_torchrun(team: Team, code: ExitCode) -> str:
 def _resume_hint(output: OutputDirectory | None, command: Sequence[str]) -> str:
     if output is None:
         return "the model in memory is partly pruned"
-    if output.complete:
-        return f"while the finished result was put into place; it is in {output.staging} or {output.path}"
+    if output.complete and not os.path.lexists(output.staging):  # it was renamed
+        return f"the result is finished, in {output.path}; the next run with this directory tidies up beside it"
+    what = f"the result is finished, in {output.staging}" if output.complete else "finished blocks are kept"
     if not command:
         return (
-            f"finished blocks are kept in {output.journal}; call again with resume=True "
+            f"{what}{'' if output.complete else f' in {output.journal}'}; call again with resume=True "
             "(a model given as an object must be loaded again first)"
         )
     again = [part for part in command if part not in ("--resume", "--overwrite")]
-    return f"finished blocks are kept. Resume with:\n  {shlex.join([*again, '--resume'])}"
+    return f"{what}. Resume with:\n  {shlex.join([*again, '--resume'])}"

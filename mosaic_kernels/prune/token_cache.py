@@ -53,7 +53,7 @@ def cached_tokens(text: str, tokenizer: Any, make: Callable[[], Tensor]) -> Tens
     """
     data = text.encode("utf-8", "surrogatepass")
     key = hashlib.sha256(data)
-    key.update(_description(tokenizer).encode("utf-8", "surrogatepass"))
+    key.update(tokenizer_text(tokenizer).encode("utf-8", "surrogatepass"))
     folder, name = _own_folder(), f"tokens-{key.hexdigest()}.safetensors"
     if folder is None:
         return make()
@@ -65,7 +65,8 @@ def cached_tokens(text: str, tokenizer: Any, make: Callable[[], Tensor]) -> Tens
     return tokens
 
 
-def _description(tokenizer: Any) -> str:
+def tokenizer_text(tokenizer: Any) -> str:
+    """What decides the tokens of a text: all of a fast tokenizer, the vocabulary of another."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
 
