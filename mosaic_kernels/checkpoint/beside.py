@@ -138,8 +138,8 @@ def save_tokenizer(tokenizer: Any, directory: Path, source: Path) -> None:
     Args:
         tokenizer: the model's tokenizer.
         directory: where to write.
-        source: directory of the model before pruning. A chat template that is a link out of this directory is left out. If
-            another file of the tokenizer is such a link, the tokenizer is not saved.
+        source: directory of the model before pruning. A chat template that is a link out of this directory is left
+            out. If another file of the tokenizer is such a link, the tokenizer is not saved.
 
     Raises:
         OSError: writing fails.
