@@ -210,7 +210,7 @@ def around_config_saving(around: Callable[[Any, Path], AbstractContextManager[No
 
 
 def around_config_reading(
-    around: Callable[[Any, str], AbstractContextManager[None]], unread: Callable[[str], None]
+    around: Callable[[Any, str], AbstractContextManager[None]], unread: Callable[[str, Exception | None], None]
 ) -> None:
     """Make every configuration from a ``config.json`` inside ``around(content, source)``; calls may repeat.
 
@@ -233,11 +233,11 @@ def around_config_reading(
     def get_config_dict(cls: Any, source: Any, **options: Any) -> Any:
         try:
             found = read(cls, source, **options)
-        except Exception:  # a file without a JSON object in it ends in any of them
-            unread(str(source))
+        except Exception as error:  # a file without a JSON object in it ends in any of them
+            unread(str(source), error)
             raise
         if not found[0]:  # a pipe or a folder in the file's place
-            unread(str(source))
+            unread(str(source), None)
         with around(found[0], str(source)):
             return found
 

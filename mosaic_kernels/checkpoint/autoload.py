@@ -83,10 +83,16 @@ def _checked(content: Mapping[str, Any], source: str) -> Iterator[None]:
         ) from error
 
 
-def _say_why_unread(source: str) -> None:
+def _say_why_unread(source: str, error: Exception | None) -> None:
     """Raise in our words where ``config.json`` of a mosaic checkpoint cannot be read; transformers calls it missing."""
-    if Path(source, FILE_NAME).exists():
-        read_json(Path(source, "config.json"))
+    path = Path(source, "config.json")
+    named = path.is_file() and METHOD in path.read_text(encoding="utf-8", errors="replace")
+    if (
+        named or Path(source, FILE_NAME).exists()
+    ):  # an older checkpoint, or one saved by another program, has no such file
+        read_json(path)
+        if isinstance(error, RecursionError):
+            raise ModelLoadError(f"{path} nests values too deeply to be read: copy or download it again") from error
 
 
 @contextmanager
