@@ -194,7 +194,7 @@ def around_config_saving(around: Callable[[Any, Path], AbstractContextManager[No
 
     ``save_pretrained`` and ``push_to_hub`` of a model call it before they upload.
     """
-    from transformers.configuration_utils import PreTrainedConfig  # works while transformers is being imported
+    from transformers.configuration_utils import PreTrainedConfig  # while transformers is being imported, too
 
     save = PreTrainedConfig.save_pretrained
     if getattr(save, "_is_mosaic", False):
@@ -215,10 +215,10 @@ def around_config_reading(
     """Make every configuration from a ``config.json`` inside ``around(content, source)``; calls may repeat.
 
     Args:
-        around: entered twice: with an empty body after the file is read, and while the configuration is made.
+        around: entered twice: once with nothing inside, as soon as the file is read, and while its class reads it.
         unread: called with the source and the error, if any, where transformers reads nothing or fails.
     """
-    from transformers.configuration_utils import PreTrainedConfig  # works while transformers is being imported
+    from transformers.configuration_utils import PreTrainedConfig  # while transformers is being imported, too
 
     make, read = PreTrainedConfig.from_dict.__func__, PreTrainedConfig.get_config_dict.__func__
     if getattr(make, "_is_mosaic", False):
