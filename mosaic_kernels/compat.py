@@ -28,6 +28,7 @@ from torch import Tensor, nn
 CACHE_NAMES = ("cache", "past_key_values")
 
 # checkpoint/__init__.py extends these modules after somebody has imported them.
+CONFIGURATIONS = "transformers.configuration_utils"
 QUANTIZERS = "transformers.quantizers.auto"
 MODELS = "transformers.modeling_utils"
 TUNERS = "peft.tuners.tuners_utils"
@@ -193,7 +194,7 @@ def around_config_saving(around: Callable[[Any, Path], AbstractContextManager[No
 
     ``save_pretrained`` and ``push_to_hub`` of a model call it before they upload.
     """
-    from transformers import PreTrainedConfig
+    from transformers.configuration_utils import PreTrainedConfig  # while transformers is being imported, too
 
     save = PreTrainedConfig.save_pretrained
     if getattr(save, "_is_mosaic", False):
@@ -209,15 +210,15 @@ def around_config_saving(around: Callable[[Any, Path], AbstractContextManager[No
 
 
 def around_config_reading(
-    around: Callable[[Any, str], AbstractContextManager[None]], unread: Callable[[str], None]
+    around: Callable[[Any, str], AbstractContextManager[None]], unread: Callable[[str, Exception | None], None]
 ) -> None:
     """Make every configuration from a ``config.json`` inside ``around(content, source)``; calls may repeat.
 
     Args:
-        around: entered twice: with an empty body after the file is read, and while the configuration is made.
-        unread: called with the source of a file that is nested too deeply for transformers to read.
+        around: entered twice: once with nothing inside, as soon as the file is read, and while its class reads it.
+        unread: called with the source and the error, if any, where transformers reads nothing or fails.
     """
-    from transformers import PreTrainedConfig
+    from transformers.configuration_utils import PreTrainedConfig  # while transformers is being imported, too
 
     make, read = PreTrainedConfig.from_dict.__func__, PreTrainedConfig.get_config_dict.__func__
     if getattr(make, "_is_mosaic", False):
@@ -232,9 +233,11 @@ def around_config_reading(
     def get_config_dict(cls: Any, source: Any, **options: Any) -> Any:
         try:
             found = read(cls, source, **options)
-        except RecursionError:
-            unread(str(source))
+        except Exception as error:  # a file without a JSON object in it ends in any of them
+            unread(str(source), error)
             raise
+        if not found[0]:  # a pipe or a folder in the file's place
+            unread(str(source), None)
         with around(found[0], str(source)):
             return found
 
@@ -258,6 +261,28 @@ def after_from_config(call: Callable[[Any], None]) -> None:
 
     _from_config._is_mosaic = True  # type: ignore[attr-defined]
     _put(PreTrainedModel, _from_config)
+
+
+def let_cast(is_ours: Callable[[Any], bool]) -> None:
+    """Let ``half`` and ``float`` cast models whose configuration is ours, as ``to(dtype)`` does; calls may repeat.
+
+    transformers refuses both for every quantized model.
+    """
+    from transformers import PreTrainedModel
+
+    for name in ("half", "float"):
+        refuse = getattr(PreTrainedModel, name)
+        if not getattr(refuse, "_is_mosaic", False):
+            setattr(PreTrainedModel, name, _casting(refuse, getattr(nn.Module, name), is_ours))
+
+
+def _casting(refuse: Any, cast: Callable[[Any], Any], is_ours: Callable[[Any], bool]) -> Any:
+    @functools.wraps(refuse)
+    def casting(self: Any, *args: Any) -> Any:
+        return cast(self) if is_ours(self.config) else refuse(self, *args)
+
+    casting._is_mosaic = True  # type: ignore[attr-defined]
+    return casting
 
 
 def _put(owner: type, *methods: Callable[..., Any]) -> None:

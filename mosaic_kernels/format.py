@@ -240,7 +240,8 @@ class PackedWeight:
         """The row bitmap's index, built at the first call and kept."""
         cached = self.__dict__.get("_index")
         if cached is None:
-            cached = RowIndex.from_bitmask(self.bitmask)
+            with torch.inference_mode(False):  # an index made inside could not be used where gradients are recorded
+                cached = RowIndex.from_bitmask(self.bitmask)
             object.__setattr__(self, "_index", cached)
         return cached
 

@@ -34,7 +34,7 @@ def require_prunable(model: Any) -> Any:
     model = _unwrapped(model)
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise UsageError(f"cannot prune {type(model).__name__}: pass a directory, a hub id or a Hugging Face model")
-    if compat.has_adapter(model) or any(_is_of_peft(type(module)) for module in model.modules()):
+    if compat.has_adapter(model) or has_adapter_layers(model):
         raise UsageError(
             f"{type(model).__name__} carries an adapter (PEFT, such as LoRA), which pruning would lose: merge it "
             "first, with model = model.merge_and_unload(), and prune that model"
@@ -85,6 +85,11 @@ def _unwrapped(model: Any) -> Any:
             )
         else:
             return model
+
+
+def has_adapter_layers(model: nn.Module) -> bool:
+    """True if PEFT has replaced modules of ``model``, or is wrapped around it."""
+    return any(_is_of_peft(type(module)) for module in model.modules())
 
 
 def _is_of_peft(kind: type) -> bool:

@@ -21,6 +21,7 @@ def register_with_transformers() -> None:
     Where transformers is not imported yet, this waits until it is: its part that keeps the register
     takes 1.9 s of 3.5 s (2-core x86-64, November 2026), which users of the layers alone need not pay.
     """
+    _when_imported(compat.CONFIGURATIONS, _extend_configs)
     _when_imported(compat.QUANTIZERS, _register_quantizer)
     _when_imported(compat.MODELS, _complete_models)
     _when_imported(compat.TUNERS, _guard_adapters)
@@ -33,8 +34,15 @@ def _register_quantizer() -> None:
     importlib.import_module("mosaic_kernels.checkpoint.quantizer")
 
 
+def _extend_configs() -> None:
+    # transformers reads a configuration before it imports what the models need
+    from mosaic_kernels.checkpoint.autoload import extend_configs
+
+    extend_configs()
+
+
 def _complete_models() -> None:
-    """Give transformers' models complete saved configurations, empty layouts, our attention and right counts."""
+    """Give transformers' models empty layouts, casts, our attention and right counts."""
     # A prepared model that was pickled in another process asks for our attention, but was not prepared in this one.
     from mosaic_kernels.attention import register_with_transformers as register_attention
     from mosaic_kernels.checkpoint.counts import count_weights_of_models

@@ -10,6 +10,7 @@ from typing import Any
 
 from mosaic_kernels import compat
 from mosaic_kernels.checkpoint.checksums import seal_config
+from mosaic_kernels.checkpoint.files import read_json
 from mosaic_kernels.checkpoint.schema import check_description
 from mosaic_kernels.errors import ModelLoadError, MosaicError
 
@@ -49,7 +50,7 @@ def extend_configs() -> None:
     If it were not completed, a checkpoint that was loaded and saved again would lack :data:`FILE_NAME`, and would load
     only after ``import mosaic_kernels``.
     """
-    compat.around_config_reading(_checked, _say_what_is_nested)
+    compat.around_config_reading(_checked, _say_why_unread)
     compat.around_config_saving(_completed)
 
 
@@ -82,10 +83,16 @@ def _checked(content: Mapping[str, Any], source: str) -> Iterator[None]:
         ) from error
 
 
-def _say_what_is_nested(source: str) -> None:
+def _say_why_unread(source: str, error: Exception | None) -> None:
+    """Raise in our words where ``config.json`` of a mosaic checkpoint cannot be read; transformers calls it missing."""
     path = Path(source, "config.json")
-    if path.is_file() and METHOD in path.read_text(encoding="utf-8", errors="replace"):
-        raise ModelLoadError(f"{path} nests values too deeply to be read: copy or download it again")
+    named = path.is_file() and METHOD in path.read_text(encoding="utf-8", errors="replace")
+    if (
+        named or Path(source, FILE_NAME).exists()
+    ):  # an older checkpoint, or one saved by another program, has no such file
+        read_json(path)
+        if isinstance(error, RecursionError):
+            raise ModelLoadError(f"{path} nests values too deeply to be read: copy or download it again") from error
 
 
 @contextmanager

@@ -73,7 +73,9 @@ def read_json(path: Path) -> dict[str, Any]:
     require_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ModelLoadError(f"{path} nests values too deeply to be read: {_AGAIN}") from error
+    except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path} does not hold a JSON object")

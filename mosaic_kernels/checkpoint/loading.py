@@ -17,6 +17,7 @@ from mosaic_kernels.checkpoint.files import (
     WEIGHTS,
     WEIGHTS_INDEX,
     Header,
+    read_json,
     tensor_headers,
     weight_files,
 )
@@ -26,6 +27,8 @@ from mosaic_kernels.linear import MosaicLinear
 
 logger = logging.getLogger(__name__)
 
+# transformers reads it after the weights. Where it holds no JSON object, that fails or takes defaults in silence.
+_GENERATION = "generation_config.json"
 _FLOATS = ("F64", "F32", "BF16", "F16")
 # A cast makes nonsense of tensors of these dtypes; float tensors may be cast to the dtype of the model.
 _WHOLE_NUMBERS = {torch.int8: "I8", torch.uint8: "U8"}
@@ -47,6 +50,8 @@ def check_directory(config: Any, checksums: Mapping[str, Any]) -> None:
     if any((directory / name).is_symlink() or (directory / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)):
         headers = tensor_headers(weight_files(directory))
         _check_sizes(config, headers)
+    if (directory / _GENERATION).is_file():
+        read_json(directory / _GENERATION)
     if not config_is_as_written(directory, checksums):
         _require_buildable(config, directory)
 
@@ -169,7 +174,9 @@ def _require_tensors(model: Any, headers: Mapping[str, Header]) -> None:
     new = [name for name in missing if _is_of_a_new_head(model, name)]
     lacking = [name for name in missing if name not in new]
     if lacking:
-        raise ModelLoadError(f"the weight files lack {_some(lacking)}: copy or download the model again")
+        made_by = ", ".join(map(str, getattr(model.config, "architectures", None) or ()))
+        hint = f" (the checkpoint is of {made_by})" if made_by and made_by != type(model).__name__ else ""
+        raise ModelLoadError(f"the weight files lack {_some(lacking)}{hint}: copy or download the model again")
 
 
 def _find(name: str | None, headers: Mapping[str, Header], prefix: str) -> Header | None:

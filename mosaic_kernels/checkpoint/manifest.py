@@ -114,7 +114,12 @@ def read(directory: Path) -> Manifest | None:
     except OSError as error:
         if path.is_symlink():
             raise FormatError(f"{path} is a link, not a manifest") from error
+        if path.is_socket():
+            raise FormatError(f"{path} is a socket, not a manifest") from error
         raise
+    if stat.S_ISDIR(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FormatError(f"{path} is a folder, not a manifest")
     with os.fdopen(handle, "rb") as file:
         info = os.fstat(handle)
         if not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST_MANIFEST:

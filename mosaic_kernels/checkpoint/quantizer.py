@@ -20,11 +20,12 @@ from mosaic_kernels.checkpoint.layout import apply_layout, describe, is_uniform,
 from mosaic_kernels.checkpoint.loading import check_directory, check_files, check_loaded
 from mosaic_kernels.checkpoint.schema import FORMATS, check_description
 from mosaic_kernels.config import Weights
-from mosaic_kernels.errors import UsageError
+from mosaic_kernels.errors import UnsupportedModelError, UsageError
 from mosaic_kernels.format import FORMAT_VERSION, weights_group
 from mosaic_kernels.inference import prepare_inference
 from mosaic_kernels.linear import MosaicLinear
 from mosaic_kernels.models import ModelAdapter
+from mosaic_kernels.wrappers import has_adapter_layers
 
 
 class MosaicConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -147,7 +148,7 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         model: Any = adapter.model
         model.config.quantization_config = MosaicConfig.of(adapter)
         model.hf_quantizer = cls(model.config.quantization_config, pre_quantized=True)
-        model.is_quantized, model.quantization_method = True, MosaicConfig.METHOD
+        model.is_quantized, model.quantization_method = _has_packed_layers(model), MosaicConfig.METHOD
         _name_shapes(adapter)
 
     @property
@@ -174,13 +175,14 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.requires_grad_(False)  # transformers makes every floating point tensor trainable
                 if not module.bitmask.is_meta:  # offloaded to disk: comes with the first forward pass
                     module.build_index(name)
+        model.is_quantized = _has_packed_layers(model)  # or else a Trainer refuses dense weights, too
         return prepare_inference(model, attention=False)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Bring the description up to date before saving; ``None``: the model's own tensors are written."""
         if compat.has_adapter(model):  # only the adapter is written
             return None, {}
-        old, adapter = self.quantization_config, ModelAdapter.of(model, any_head=True)
+        old, adapter = self.quantization_config, _adapter_of(model)
         tensors = compat.saved_tensors(model)
         new = MosaicConfig.of(adapter, format=old.format, provenance=old.provenance, tensors=tensors)
         self.quantization_config = model.config.quantization_config = new
@@ -196,12 +198,17 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         Args:
             dtype: of the whole model afterwards; by default the dtype it computes in now.
         """
-        return super().dequantize(model, dtype=dtype or ModelAdapter.of(model, any_head=True).dtype)
+        return super().dequantize(model, dtype=dtype or _adapter_of(model).dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         if isinstance(dtype, str):  # a saved config holds the name of the dtype
             dtype = getattr(torch, dtype)
         adapter = ModelAdapter.of(model, any_head=True)
+        if offloaded := next((name for name, each in model.named_parameters() if each.is_meta), None):
+            raise UsageError(
+                f"{offloaded} is offloaded (accelerate put it on disk or in CPU memory), and all weights are needed: "
+                "load the model without device_map and offload_folder, then call dequantize()"
+            )
         trains = model.get_input_embeddings().weight.requires_grad
         for block, name, layer in adapter.projections():
             if isinstance(layer, MosaicLinear):
@@ -233,6 +240,22 @@ class MosaicQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+def _adapter_of(model: Any) -> ModelAdapter:
+    try:
+        return ModelAdapter.of(model, any_head=True)
+    except UnsupportedModelError as error:
+        if has_adapter_layers(model):
+            raise UsageError(
+                "the model carries an adapter (PEFT, such as LoRA): call unload() of the PeftModel first, or save the "
+                "PeftModel itself"
+            ) from error
+        raise
+
+
+def _has_packed_layers(model: Any) -> bool:
+    return any(isinstance(module, MosaicLinear) for module in model.modules())
+
+
 def _name_shapes(adapter: ModelAdapter) -> None:
     for key, value in stock_shapes(adapter).items():
         setattr(adapter.model.config, key, value)
@@ -250,9 +273,9 @@ def _lay_out_empty(model: Any) -> None:
 
 
 def complete_models() -> None:
-    """Make transformers save complete configurations and lay out empty models with packed layers."""
+    """Make transformers lay out empty models with packed layers, and cast packed models."""
+    compat.let_cast(autoload.is_mosaic)
     compat.after_from_config(_lay_out_empty)
-    autoload.extend_configs()
 
 
 compat.register_format(MosaicConfig.METHOD, MosaicConfig, MosaicQuantizer)
