@@ -86,12 +86,22 @@ def choose_column(row: Mapping[str, Any], name: str) -> str:
     if (known := next((key for key in COLUMNS if key in row), None)) is not None:
         return known
     texts = [key for key, value in row.items() if isinstance(value, str)]
+    if len(texts) > 1:  # all cells of a CSV file are strings
+        texts = [key for key in texts if not _is_number(row[key])]
     if len(texts) != 1:
         raise UsageError(
             f"{name} has no column 'text', and {'several' if texts else 'none'} that may be it; it has "
             f"{_columns(row)}: give PATH:COLUMN (in Python, the values of one column)"
         )
     return str(texts[0])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return not text.strip()
+    return True
 
 
 def _document(value: Any) -> Any:

@@ -23,7 +23,7 @@ from mosaic_kernels.cuda_toolkit import find_gpu, find_nvcc, why_not_built
 from mosaic_kernels.errors import BackendError, ModelLoadError, UsageError
 from mosaic_kernels.explain import explain
 from mosaic_kernels.explanation import Explanation
-from mosaic_kernels.ops import cpu
+from mosaic_kernels.ops import cpu, isa
 from mosaic_kernels.ops.select import backends, running
 from mosaic_kernels.paths import local_path
 
@@ -66,6 +66,8 @@ def format_table(found: dict[str, Any]) -> str:
     lines += ["", f"{'CPU':<16}{processor['name']}, {processor['cores']} cores, {processor['threads']} threads"]
     limit = "" if processor["isa"] == processor["best_isa"] else f"limited from {processor['best_isa']} by MOSAIC_ISA; "
     has = processor["features"] or "unknown"
+    lacking = isa.lacking(processor["best_isa"], has) if processor["best_isa"] else ""
+    limit += f"{lacking}; " if lacking else ""
     lines += [f"{'instructions':<16}{processor['isa'] or 'unknown'} ({limit}CPU has: {has})"]
     lines += [f"{'CUDA':<16}{cuda['why_not'] or ', '.join(cuda['devices'])} (torch built for {cuda['torch'] or 'CPU'})"]
     lines += [f"{'CUDA kernels':<16}{cuda['not_built'] or 'built'}"]

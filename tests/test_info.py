@@ -14,7 +14,7 @@ import torch
 
 from mosaic_kernels import info
 from mosaic_kernels.info import collect, format_table, main
-from mosaic_kernels.ops import use_backend
+from mosaic_kernels.ops import isa, use_backend
 from mosaic_kernels.ops.isa import LEVELS
 
 
@@ -71,9 +71,24 @@ def test_the_instruction_set_can_be_limited(wish: str) -> None:
     best = json.loads(found)["cpu"]["best_isa"]
     expected = min(wish, best, key=LEVELS.index)
     assert json.loads(found)["cpu"]["isa"] == expected
-    limited = f" (limited from {best} by MOSAIC_ISA; CPU has: "
-    assert f"instructions    {expected}{limited if expected != best else ' (CPU has: '}" in table
+    limited = f"limited from {best} by MOSAIC_ISA; " if expected != best else ""
+    lacking = isa.lacking(best, json.loads(found)["cpu"]["features"])
+    assert f"instructions    {expected} ({limited}{f'{lacking}; ' if lacking else ''}CPU has: " in table
     assert f"MOSAIC_ISA={wish}" in table
+
+
+@pytest.mark.parametrize(
+    ("best", "features", "words"),
+    [
+        ("avx2", "avx2 fma avx512 avx512_vbmi2 avx512_vnni", "the avx512 kernels need avx512_bf16, too"),
+        ("avx2", "avx2 fma f16c bmi2", ""),
+        ("avx512", "avx512 avx512_bf16 amx_bf16", "the amx kernels need amx_int8, too"),
+        ("amx", "avx512 amx_bf16 amx_int8", ""),
+        ("scalar", "avx2", ""),
+    ],
+)
+def test_an_instruction_that_is_missing_is_named(best: str, features: str, words: str) -> None:
+    assert isa.lacking(best, features) == words
 
 
 def test_an_instruction_set_that_does_not_exist_is_refused() -> None:

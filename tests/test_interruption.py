@@ -207,6 +207,14 @@ def test_nohup_is_respected(run: Run, dense_dir: Path) -> None:
         assert run(dense_dir, "--output-dir", "out", *FAST).code == 0
 
 
+def test_before_the_first_block_nothing_is_said_to_be_finished(run: Run, dense_dir: Path) -> None:
+    with stopped_at(0):
+        result = run(dense_dir, "--output-dir", "out", *FAST)
+    assert result.code == 130
+    assert "no block is finished yet. Resume with:" in result.err
+    assert run(*resume_command(result.err)).code == 0
+
+
 @pytest.mark.usefixtures("default_handlers")
 def test_a_call_from_python_changes_no_handler(dense_dir: Path, tmp_path: Path) -> None:
     """The program that calls decides; so does a handler of its own in a command that it runs."""

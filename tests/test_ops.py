@@ -143,6 +143,16 @@ def test_unpack_undoes_pack(rows: int, columns: int, density: float, seed: int, 
         _C_cpu.set_isa(BEST)
 
 
+def test_pack_takes_the_weight_of_a_layer_that_trains() -> None:
+    linear = torch.nn.Linear(8, 4, bias=False)
+    packed = mk.pack(linear.weight)
+    assert not packed.values.requires_grad
+    assert torch.equal(mk.unpack(packed), linear.weight)
+    x = torch.randn(2, 8, requires_grad=True)
+    mk.sparse_linear(x, packed).sum().backward()
+    assert x.grad is not None
+
+
 def test_pack_of_awkward_inputs(backend: str) -> None:
     weight = sparse(6, 50, 0.5, torch.float32)
     assert torch.equal(mk.unpack(mk.pack(weight.T)), weight.T)  # not contiguous

@@ -175,8 +175,9 @@ def test_the_column(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UsageError, match="a plain text has no column 'text'"):
         read_texts(f"{tmp_path}/a.txt:text")
-    (tmp_path / "one.jsonl").write_text('{"id": 7, "body": "only this is a text"}')
-    assert read_texts(tmp_path / "one.jsonl").texts == ("only this is a text",)
+    for name, content in (("one.jsonl", '{"id": 7, "body": "a text"}'), ("one.csv", "id,score,body\n7,0.5,a text\n")):
+        (tmp_path / name).write_text(content)
+        assert read_texts(tmp_path / name).texts == ("a text",)
 
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

@@ -31,7 +31,7 @@ _LICENCE_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".pdf")
 # Keys of transformers' JSON files whose values are code or paths of the source model, or secrets.
 _NOT_OURS = {
     "auto_map", "custom_pipelines", "trust_remote_code", "custom_generate", "_name_or_path", "name_or_path",
-    "_commit_hash", "token", "use_auth_token", "local_files_only", "cache_dir",
+    "_commit_hash", "token", "use_auth_token", "local_files_only", "is_local", "cache_dir",
 }  # fmt: skip
 _TOKEN_KEYS = ("_token", "_tokens")  # such as "</s>", which look like anything
 # Files of a tokenizer that take any text or any keys, and hand them on to the result.

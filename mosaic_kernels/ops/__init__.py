@@ -38,7 +38,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def pack(weight: Tensor, keep: Tensor | None = None) -> PackedWeight:
-    """Pack the zeros of a weight away.
+    """Pack the zeros of a weight away. No gradient flows through this.
 
     Args:
         weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
@@ -64,7 +64,7 @@ def pack(weight: Tensor, keep: Tensor | None = None) -> PackedWeight:
             keep.shape == weight.shape and keep.dtype == torch.bool,
             f"keep must be bool {list(weight.shape)}, got {keep.dtype} {list(keep.shape)}",
         )
-    values, bitmask = torch.ops.mosaic.pack(weight, keep)
+    values, bitmask = torch.ops.mosaic.pack(weight.detach(), keep)
     return PackedWeight(values, bitmask, (weight.shape[0], weight.shape[1]))
 
 

@@ -125,7 +125,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="packed values: the model's floats, or int8 with a scale for each "
         "row or for each 64 columns of it; 9 bits a weight where nothing is zero",
     )
-    running.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    running.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted run; if there is none, start anew, as --overwrite does",
+    )
     running.add_argument("--overwrite", action="store_true", help="replace a non-empty output directory")
     running.add_argument("--dry-run", action="store_true", help="print the plan and its sizes; reads no weights")
     running.add_argument("--json", action="store_true", help="print the report as one line of JSON")

@@ -60,11 +60,13 @@ def _resume_hint(output: OutputDirectory | None, command: Sequence[str]) -> str:
         return "the model in memory is partly pruned"
     if output.complete and not os.path.lexists(output.staging):  # it was renamed
         return f"the result is finished, in {output.path}; the next run with this directory tidies up beside it"
-    what = f"the result is finished, in {output.staging}" if output.complete else "finished blocks are kept"
+    if output.complete:
+        what, where = f"the result is finished, in {output.staging}", ""
+    elif has_blocks(output.journal):
+        what, where = "finished blocks are kept", f" in {output.journal}"
+    else:
+        what, where = "no block is finished yet", ""
     if not command:
-        return (
-            f"{what}{'' if output.complete else f' in {output.journal}'}; call again with resume=True "
-            "(a model given as an object must be loaded again first)"
-        )
+        return f"{what}{where}; call again with resume=True (a model given as an object must be loaded again first)"
     again = [part for part in command if part not in ("--resume", "--overwrite")]
     return f"{what}. Resume with:\n  {shlex.join([*again, '--resume'])}"
