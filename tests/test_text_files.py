@@ -165,9 +165,7 @@ def test_the_column(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "one", "answer": "two"}\n{"prompt": "three"}\n')
     assert read_texts(f"{path}:prompt").texts == ("one", "three")
-    found = given_calibration(f"{path}:answer", 8)
-    assert isinstance(found, Texts)
-    assert found.texts == ("two",)
+    assert given_calibration(f"{path}:answer", 8) == Texts(("two",), str(path))
     with pytest.raises(UsageError, match=r"has no column 'reply'; it has 'prompt', 'answer'"):
         read_texts(f"{path}:reply")
     (tmp_path / "b.jsonl:prompt").write_text("a file of that name")
