@@ -276,7 +276,7 @@ def test_a_resumed_run_knows_its_tokens(dense_dir: Path, tmp_path: Path, monkeyp
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_prune_blocks", stop)
-        with pytest.raises(Interrupted, match="finished blocks are kept"):
+        with pytest.raises(Interrupted, match="no block is finished yet"):
             mk.prune(dense_dir, output_dir=out, calibration=TOKENS, **OPTIONS)
     changed = TOKENS.clone()
     changed[3, 3] += 1
