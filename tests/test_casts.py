@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,10 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-@pytest.mark.parametrize("name", ["float", "half"])
-def test_transformers_refuses_these(packed: Any, name: str) -> None:
-    """README says so; change it if a release of transformers allows these casts."""
-    with pytest.raises(ValueError, match=rf"`\.{name}\(\)` is not supported for quantized model"):
-        getattr(packed, name)()
-
-
-def test_a_cast_by_to_keeps_the_model_packed(packed: Any) -> None:
+@pytest.mark.parametrize("cast", [lambda model: model.to(torch.float32), lambda model: model.float()])
+def test_a_cast_keeps_the_model_packed(packed: Any, cast: Callable[[Any], Any]) -> None:
     before, wanted = logits(packed), {name: type(module) for name, module in packed.named_modules()}
-    packed.to(torch.float32)
+    cast(packed)
     assert {name: type(module) for name, module in packed.named_modules()} == wanted
     scales = [module.scales for module in packed.modules() if isinstance(module, mk.MosaicLinear)]
     assert floats(packed) == {torch.float32}
