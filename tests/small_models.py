@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mosaic_kernels.checkpoint.writer import pack_model, write_checkpoint
@@ -139,3 +142,17 @@ def _slice(layer: nn.Linear, rows: int | None = None, columns: int | None = None
     if layer.bias is not None:
         new.bias.data = layer.bias.data[:rows].clone()
     return new
+
+
+def edit_json(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what a JSON file holds."""
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of a checkpoint in one file."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

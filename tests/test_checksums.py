@@ -5,14 +5,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from small_models import composite, cut_block, load, logits, prompt, random_model, save, zero_weights
+from small_models import (
+    composite,
+    cut_block,
+    edit_json,
+    edit_tensors,
+    load,
+    logits,
+    prompt,
+    random_model,
+    save,
+    zero_weights,
+)
 from torch import nn
 
 from mosaic_kernels.checkpoint.writer import pack_model
@@ -28,18 +37,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def mosaic(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "mosaic"))
-
-
-def edit_json(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    content = json.loads(file.read_text())
-    edit(content)
-    file.write_text(json.dumps(content))
-
-
-def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 # --- the numbers in config.json ---

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import composite, load, logits, prompt, random_model, save, zero_weights
+from small_models import composite, edit_json, edit_tensors, load, logits, prompt, random_model, save, zero_weights
 
 from mosaic_kernels.checkpoint.reader import load_model
 from mosaic_kernels.checkpoint.writer import pack_model
@@ -42,18 +42,6 @@ def mosaic(source: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(sharded_source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sharded_source, tmp_path / "sharded"))
-
-
-def edit_json(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    content = json.loads(file.read_text())
-    edit(content)
-    file.write_text(json.dumps(content))
-
-
-def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 # --- values ---
