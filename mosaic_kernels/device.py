@@ -61,9 +61,14 @@ def has_fast_products(dtype: torch.dtype) -> bool:
     return products(dtype).fast
 
 
-def is_slow(x: Tensor) -> bool:
-    """Whether ``x`` is of a type whose products torch computes slowly on the CPU, and is there."""
-    return x.is_cpu and x.dtype in _INSTRUCTIONS and not _is_fast(x.dtype)
+def is_slow(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """True if ``x`` is on the CPU and torch computes its products slowly there.
+
+    Args:
+        dtype: the dtype in which ``x`` is multiplied; by default its own.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    return x.is_cpu and dtype in _INSTRUCTIONS and not _is_fast(dtype)
 
 
 def _is_fast(dtype: torch.dtype) -> bool:

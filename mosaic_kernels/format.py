@@ -56,6 +56,13 @@ def weights_group(weights: Weights) -> int | None:
     return GROUP_COLUMNS if weights == "int8-group" else None
 
 
+def kind_of_values(scales: Tensor | None) -> Weights:
+    """What packed values with these ``scales`` are; ``None`` for float values."""
+    if scales is None:
+        return "float"
+    return "int8" if scales.shape[1] == 1 else "int8-group"
+
+
 def packed_bytes(out_features: int, in_features: int, nnz: int, itemsize: int, weights: Weights = "float") -> int:
     """Bytes of a projection in canonical form, without its bias; ``itemsize`` is that of float values."""
     if weights == "float":
@@ -217,9 +224,7 @@ class PackedWeight:
     @property
     def weights(self) -> Weights:
         """What the values are; with 64 columns or fewer, a scale for each row is also one for each group."""
-        if self.scales is None:
-            return "float"
-        return "int8" if self.scales.shape[1] == 1 else "int8-group"
+        return kind_of_values(self.scales)
 
     @property
     def nnz(self) -> int:

@@ -15,7 +15,15 @@ from mosaic_kernels.arrangement import Arrangement, arrange, tensors_of
 from mosaic_kernels.config import Weights
 from mosaic_kernels.device import is_slow
 from mosaic_kernels.errors import UsageError
-from mosaic_kernels.format import HELD_DTYPES, PackedWeight, RowIndex, bitmask_bytes, scale_groups, weights_group
+from mosaic_kernels.format import (
+    HELD_DTYPES,
+    PackedWeight,
+    RowIndex,
+    bitmask_bytes,
+    kind_of_values,
+    scale_groups,
+    weights_group,
+)
 from mosaic_kernels.held import Held, HoldsParameters, frozen, is_of, source_of, weight_of
 from mosaic_kernels.int8 import quantize
 from mosaic_kernels.ops.cpu import Operands
@@ -135,6 +143,11 @@ class MosaicLinear(HoldsParameters):
         held = self._parameters
         found = self._form(held)
         return weight_of(held).numel() if found is None else found[1]
+
+    @property
+    def weights(self) -> Weights:
+        """What the kept values are: ``float``, ``int8`` or ``int8-group``."""
+        return kind_of_values(self._parameters.get("scales"))
 
     @property
     def density(self) -> float:
@@ -286,7 +299,7 @@ class MosaicLinear(HoldsParameters):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, density={self.density:.3f}"
-        ) + ("" if self.scales is None else f", weights={'int8' if self.scales.shape[1] == 1 else 'int8-group'}")
+        ) + ("" if self.scales is None else f", weights={self.weights}")
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: the values come from a checkpoint or a dense layer."""
@@ -294,6 +307,5 @@ class MosaicLinear(HoldsParameters):
 
 def _is_slow(x: Tensor) -> bool:
     """Whether torch multiplies ``x`` slowly, in the dtype to which autocast casts it."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return is_slow(x)
+    device = x.device.type
+    return is_slow(x, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)

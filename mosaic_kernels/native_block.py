@@ -259,7 +259,7 @@ def _misfit(layers: dict[str, Any], norms: dict[str, Any], head_dim: int, x: Ten
 def _alike(layers: list[Any]) -> bool:
     """True if layers that share an input round it in the same way and read it in the same order."""
     packed = [layer for layer in layers if isinstance(layer, MosaicLinear)]
-    kinds = {(layer.packed.weights, layer.quantize_activations) for layer in packed}
+    kinds = {(layer.weights, layer.quantize_activations) for layer in packed}
     return len(kinds | {("float", False)} if len(packed) < len(layers) else kinds) == 1
 
 

@@ -193,7 +193,7 @@ def join(layers: Iterable[nn.Module]) -> None:
     for layer in packed:
         if layer.siblings is not None:
             layer.siblings.part()
-    alike = {(layer.in_features, layer.packed.weights, layer.quantize_activations) for layer in packed}
+    alike = {(layer.in_features, layer.weights, layer.quantize_activations) for layer in packed}
     if len(packed) > 1 and len(alike) == 1:
         siblings = Siblings(packed)
         for layer in packed:

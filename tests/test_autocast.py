@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_models import composite, load, logits, prompt, random_model, save
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mosaic_kernels as mk
 from mosaic_kernels.config import Weights
@@ -174,3 +175,24 @@ def test_a_trainer_in_bf16_with_an_adapter(tmp_path: Path) -> None:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+class Copies(TorchDispatchMode):
+    """Counts the casts of a tensor of this shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += op is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_layer_with_a_dense_copy_casts_a_prompt_once() -> None:
+    layer = made()
+    layer.keep_dense_for_prefill()
+    x = torch.randn(mk.MosaicLinear.DECODE_ROWS + 1, 128)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Copies(x.shape) as copies:
+        layer(x)
+    assert copies.count == 1

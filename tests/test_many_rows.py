@@ -142,8 +142,8 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     if not cpu.DENSE_ROWS:
         pytest.skip("this processor has no kernel for dense weights")
 
-    def answer(x: Tensor) -> bool:
-        return x.is_cpu and x.dtype in HALVES
+    def answer(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+        return x.is_cpu and (dtype or x.dtype) in HALVES
 
     for module in (device, dense_module, linear_module, library):
         monkeypatch.setattr(module, "is_slow", answer)

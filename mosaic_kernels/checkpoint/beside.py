@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mosaic_kernels.checkpoint import autoload
+from mosaic_kernels.checkpoint.files import GENERATION_FILE
 from mosaic_kernels.checkpoint.foreign import ForeignFileError, foreign_links, read_own_file
 from mosaic_kernels.checkpoint.generation import plain_config, valid_generation
 from mosaic_kernels.checkpoint.public import without_paths
@@ -38,7 +39,6 @@ _TOKEN_KEYS = ("_token", "_tokens")  # such as "</s>", which look like anything
 _FREE_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
 )  # fmt: skip
-GENERATION_FILE = "generation_config.json"
 _CODE = (".py", ".pyc", ".so", ".sh", ".pkl", ".pickle", ".bin", ".pt", ".pth")
 
 

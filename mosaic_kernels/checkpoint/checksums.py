@@ -23,20 +23,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mosaic_kernels.checkpoint.files import Header, read_json, require_readable
+from mosaic_kernels.checkpoint.files import DTYPE_NAMES, Header, read_json, require_readable
 from mosaic_kernels.errors import ModelLoadError
 
-_WORDS = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8",
-    torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
-}  # fmt: skip
 _PIECE = 1 << 20  # bytes that are read and hashed at a time, few enough to stay in the cache between both steps
 _THREADS = 4  # hashlib releases Python's lock; with more than four threads they would wait for the disk
 
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The checksums of weight files that will hold ``tensors``; the module's docstring has their form."""
-    headers = {name: Header(tuple(t.shape), _WORDS.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
+    headers = {name: Header(tuple(t.shape), DTYPE_NAMES.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
     return {"header": header_digest(headers), "tensors": {name: _tensor_digest(t) for name, t in tensors.items()}}
 
 

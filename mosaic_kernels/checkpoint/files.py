@@ -10,11 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from mosaic_kernels.errors import EnvironmentError_, ModelLoadError
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
+# safetensors' words for dtypes.
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8",
+    torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
 _AGAIN = "copy or download it again"
 _KINDS = (
     (stat.S_ISDIR, "a directory"),

@@ -56,7 +56,7 @@ def packed_weights(adapter: ModelAdapter) -> Weights:
     for weights in kinds:
         if all(_holds(layer, weights) for layer in layers):
             return weights
-    found = ", ".join(sorted({layer.packed.weights for layer in layers}))
+    found = ", ".join(sorted({layer.weights for layer in layers}))
     raise UsageError(f"packed projections of one model hold values of one kind, and these hold {found}: pack all alike")
 
 

@@ -14,6 +14,8 @@ import torch
 from mosaic_kernels import compat
 from mosaic_kernels.checkpoint.checksums import config_is_as_written, damaged_tensors, header_digest
 from mosaic_kernels.checkpoint.files import (
+    DTYPE_NAMES,
+    GENERATION_FILE,
     WEIGHTS,
     WEIGHTS_INDEX,
     Header,
@@ -27,11 +29,9 @@ from mosaic_kernels.linear import MosaicLinear
 
 logger = logging.getLogger(__name__)
 
-# transformers reads it after the weights. Where it holds no JSON object, that fails or takes defaults in silence.
-_GENERATION = "generation_config.json"
 _FLOATS = ("F64", "F32", "BF16", "F16")
 # A cast makes nonsense of tensors of these dtypes; float tensors may be cast to the dtype of the model.
-_WHOLE_NUMBERS = {torch.int8: "I8", torch.uint8: "U8"}
+_WHOLE_NUMBERS = (torch.int8, torch.uint8)
 
 
 def check_directory(config: Any, checksums: Mapping[str, Any]) -> None:
@@ -50,8 +50,8 @@ def check_directory(config: Any, checksums: Mapping[str, Any]) -> None:
     if any((directory / name).is_symlink() or (directory / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)):
         headers = tensor_headers(weight_files(directory))
         _check_sizes(config, headers)
-    if (directory / _GENERATION).is_file():
-        read_json(directory / _GENERATION)
+    if (directory / GENERATION_FILE).is_file():  # transformers would fail after the weights, or take its defaults
+        read_json(directory / GENERATION_FILE)
     if not config_is_as_written(directory, checksums):
         _require_buildable(config, directory)
 
@@ -166,7 +166,7 @@ def _require_tensors(model: Any, headers: Mapping[str, Header]) -> None:
             raise FormatError(
                 f"{name}: the file holds shape {list(header.shape)} but the config asks for {list(shape)}"
             )
-        asked = _WHOLE_NUMBERS.get(tensor.dtype)
+        asked = DTYPE_NAMES[tensor.dtype] if tensor.dtype in _WHOLE_NUMBERS else None
         if header.dtype not in ((asked,) if asked else _FLOATS):
             raise FormatError(
                 f"{name}: the file holds {header.dtype} values but the config asks for {asked or 'floats'}"
@@ -207,11 +207,8 @@ def check_loaded(model: Any, headers: Mapping[str, Header]) -> None:
             is_packed = isinstance(module, MosaicLinear)
             if header is not None and not (is_packed and tensor is module.scales):  # build_index checks scales
                 packed = is_packed and tensor is module.weight
-                as_stored = header.dtype == str(_DTYPES.get(tensor.dtype))
+                as_stored = header.dtype == DTYPE_NAMES.get(tensor.dtype)
                 check_values(leaf, tensor, packed=packed and as_stored, stored=header.dtype)
-
-
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _some(names: Sequence[str]) -> str:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from mosaic_kernels import compat, ops
 from mosaic_kernels.checkpoint import autoload
-from mosaic_kernels.checkpoint.beside import GENERATION_FILE, clean_json, copy_licences, remove_code, save_tokenizer
+from mosaic_kernels.checkpoint.beside import clean_json, copy_licences, remove_code, save_tokenizer
 from mosaic_kernels.checkpoint.card import model_card
 from mosaic_kernels.checkpoint.checksums import seal_config
 from mosaic_kernels.checkpoint.directory import OutputDirectory, require_space, write_errors
+from mosaic_kernels.checkpoint.files import GENERATION_FILE
 from mosaic_kernels.checkpoint.foreign import foreign_links
 from mosaic_kernels.checkpoint.generation import plain_config, valid_generation
 from mosaic_kernels.checkpoint.layout import is_uniform, stock_shapes
