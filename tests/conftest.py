@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,3 +154,17 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="module")
+def mosaic_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mosaic checkpoint in one file, which no test changes."""
+    from small_models import composite, save  # imports most of the package, which not every test file needs
+
+    return save(composite(), tmp_path_factory.mktemp("source") / "mosaic")
+
+
+@pytest.fixture
+def mosaic(mosaic_source: Path, tmp_path: Path) -> Path:
+    """A fresh copy of a mosaic checkpoint in one file."""
+    return Path(shutil.copytree(mosaic_source, tmp_path / "mosaic"))

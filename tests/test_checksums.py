@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,6 @@ from torch import nn
 from mosaic_kernels.checkpoint.writer import pack_model
 from mosaic_kernels.errors import ModelLoadError
 from mosaic_kernels.models import ModelAdapter
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(composite(), tmp_path_factory.mktemp("source") / "mosaic")
-
-
-@pytest.fixture
-def mosaic(source: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(source, tmp_path / "mosaic"))
-
 
 # --- the numbers in config.json ---
 
@@ -143,10 +131,10 @@ def test_saving_brings_checksums_up_to_date(mosaic: Path, tmp_path: Path) -> Non
     assert torch.equal(logits(load(tmp_path / "again", verify=True)), logits(model))
 
 
-def test_layers_on_disk_are_saved_with_checksums(source: Path, tmp_path: Path) -> None:
+def test_layers_on_disk_are_saved_with_checksums(mosaic_source: Path, tmp_path: Path) -> None:
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" for i in range(3)}
-    model = load(source, device_map=places, offload_folder=str(tmp_path / "offload"))
+    model = load(mosaic_source, device_map=places, offload_folder=str(tmp_path / "offload"))
     with pytest.warns(UserWarning, match="offloaded modules"):
         model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(load(tmp_path / "again", verify=True)), logits(load(source)))
+    assert torch.equal(logits(load(tmp_path / "again", verify=True)), logits(load(mosaic_source)))

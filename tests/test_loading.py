@@ -25,18 +25,8 @@ UP = "model.layers.1.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(composite(), tmp_path_factory.mktemp("source") / "mosaic")
-
-
-@pytest.fixture(scope="module")
 def sharded_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(composite(), tmp_path_factory.mktemp("source") / "sharded", max_shard_size="20KB")
-
-
-@pytest.fixture
-def mosaic(source: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(source, tmp_path / "mosaic"))
 
 
 @pytest.fixture
@@ -300,12 +290,12 @@ def test_a_dtype_in_the_header_that_was_not_written(mosaic: Path) -> None:
         ("AutoModelForTokenClassification", "score"),
     ],
 )
-def test_other_auto_classes(kind: str, head: str | None, source: Path, tmp_path: Path) -> None:
+def test_other_auto_classes(kind: str, head: str | None, mosaic_source: Path, tmp_path: Path) -> None:
     import transformers
 
-    wanted = load(source).model
+    wanted = load(mosaic_source).model
     auto = getattr(transformers, kind)
-    model, info = auto.from_pretrained(source, output_loading_info=True)
+    model, info = auto.from_pretrained(mosaic_source, output_loading_info=True)
     body = model if head is None else model.model
     with torch.no_grad():
         assert torch.equal(body(prompt()).last_hidden_state, wanted(prompt()).last_hidden_state)
@@ -318,17 +308,17 @@ def test_other_auto_classes(kind: str, head: str | None, source: Path, tmp_path:
         assert torch.equal(again(prompt()[:1])[0], model(prompt()[:1])[0])
 
 
-def test_a_class_under_whose_names_transformers_finds_nothing(source: Path) -> None:
+def test_a_class_under_whose_names_transformers_finds_nothing(mosaic_source: Path) -> None:
     from transformers import AutoModelForQuestionAnswering
 
     with pytest.raises(ModelLoadError, match=r"lack transformer\.embed_tokens\.weight"):
-        AutoModelForQuestionAnswering.from_pretrained(source)
+        AutoModelForQuestionAnswering.from_pretrained(mosaic_source)
 
 
-def test_a_base_model_has_no_head_for_a_language_model(source: Path, tmp_path: Path) -> None:
+def test_a_base_model_has_no_head_for_a_language_model(mosaic_source: Path, tmp_path: Path) -> None:
     from transformers import AutoModel
 
-    AutoModel.from_pretrained(source).save_pretrained(tmp_path)
+    AutoModel.from_pretrained(mosaic_source).save_pretrained(tmp_path)
     with pytest.raises(ModelLoadError, match=r"lack lm_head\.weight"):
         load(tmp_path)
 
@@ -350,22 +340,22 @@ def test_accelerate_fills_an_empty_model(weights: Any, tmp_path: Path) -> None:
     assert not any(isinstance(module, MosaicLinear) for module in dense.modules())
 
 
-def test_a_checkpoint_in_a_subfolder_and_behind_links(source: Path, tmp_path: Path) -> None:
-    shutil.copytree(source, tmp_path / "repo" / "inside")
+def test_a_checkpoint_in_a_subfolder_and_behind_links(mosaic_source: Path, tmp_path: Path) -> None:
+    shutil.copytree(mosaic_source, tmp_path / "repo" / "inside")
     links = tmp_path / "links"
     links.mkdir()
-    for file in source.iterdir():
+    for file in mosaic_source.iterdir():
         (links / file.name).symlink_to(file)
-    wanted = logits(load(source))
+    wanted = logits(load(mosaic_source))
     assert torch.equal(logits(load(tmp_path / "repo", subfolder="inside")), wanted)
     assert torch.equal(logits(load(links, verify=True)), wanted)
 
 
 @pytest.mark.parametrize("made", ["loaded", "in memory"])
-def test_saved_again_it_needs_only_trust(made: str, source: Path, tmp_path: Path) -> None:
-    model = load(source) if made == "loaded" else composite().model
+def test_saved_again_it_needs_only_trust(made: str, mosaic_source: Path, tmp_path: Path) -> None:
+    model = load(mosaic_source) if made == "loaded" else composite().model
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "mosaic_autoload.py").read_bytes() == (source / "mosaic_autoload.py").read_bytes()
+    assert (tmp_path / "mosaic_autoload.py").read_bytes() == (mosaic_source / "mosaic_autoload.py").read_bytes()
     content = json.loads((tmp_path / "config.json").read_text())
     assert content["auto_map"] == {"AutoConfig": "mosaic_autoload.MosaicAutoConfig"}
     assert set(content["quantization_config"]["checksums"]) == {"config", "header", "tensors"}

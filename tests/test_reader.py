@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import composite, load, logits, random_model, save, shapes
+from small_models import load, logits, random_model, shapes
 
 from mosaic_kernels.checkpoint.reader import check_finite, load_model, load_skeleton
 from mosaic_kernels.errors import (
@@ -36,21 +36,10 @@ def dense_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def mosaic_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(composite(), tmp_path_factory.mktemp("source") / "mosaic")
-
-
 @pytest.fixture
 def dense(dense_source: Path, tmp_path: Path) -> Path:
     """A fresh copy of a dense model in shards."""
     return Path(shutil.copytree(dense_source, tmp_path / "dense"))
-
-
-@pytest.fixture
-def mosaic(mosaic_source: Path, tmp_path: Path) -> Path:
-    """A fresh copy of a mosaic checkpoint in one file."""
-    return Path(shutil.copytree(mosaic_source, tmp_path / "mosaic"))
 
 
 def _shard(directory: Path, number: int) -> Path:
